@@ -1,0 +1,30 @@
+# Two commands, each doing all of its own set-up: `make quickstart` and `make test`.
+# VENV=dir uses or creates another virtual environment, PYTHON=exe another interpreter,
+# TORCH="torch==X [pip options]" another torch (only where VENV has none: an installed torch is never replaced).
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PY = $(VENV)/bin/python
+
+.PHONY: quickstart test lint clean
+
+$(VENV)/.vrpo-installed: pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -U "setuptools>=77" wheel ninja
+	$(PY) -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+quickstart: $(VENV)/.vrpo-installed
+	$(PY) -m examples.quickstart --output_dir runs/quickstart
+
+test: $(VENV)/.vrpo-installed
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest
+
+lint: $(VENV)/.vrpo-installed
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+clean:
+	rm -rf build *.egg-info vrpo_kernels/*.so

@@ -1,0 +1,1 @@
+"""Fused ELBO operations for masked-diffusion language models."""
