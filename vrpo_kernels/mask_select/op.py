@@ -1,0 +1,93 @@
+"""mask_select: checks, backend choice and registration. The formula is in `reference.py`."""
+
+import torch
+from torch import Tensor
+
+from vrpo_kernels.mask_select import reference
+
+_U32_END = 2**32
+
+
+def _check(
+    length_S: Tensor, counter_S3: Tensor, first_S: Tensor, count_S: Tensor, seed: int, by_rank: bool
+) -> None:
+    for name, tensor in (("length_S", length_S), ("first_S", first_S), ("count_S", count_S)):
+        if tensor.dim() != 1 or tensor.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be a 1-D int64 tensor, got shape {tuple(tensor.shape)}, "
+                f"{tensor.dtype}"
+            )
+    num_segments = length_S.shape[0]
+    if counter_S3.shape != (num_segments, 3) or counter_S3.dtype != torch.int64:
+        raise ValueError(
+            f"counter_S3 must be int64 of shape ({num_segments}, 3) to match length_S, got shape "
+            f"{tuple(counter_S3.shape)}, {counter_S3.dtype}"
+        )
+    for name, tensor in (("counter_S3", counter_S3), ("first_S", first_S), ("count_S", count_S)):
+        if tensor.shape[0] != num_segments:
+            raise ValueError(f"{name} has {tensor.shape[0]} segments, length_S has {num_segments}")
+        if tensor.device != length_S.device:
+            raise ValueError(f"{name} is on {tensor.device}, length_S on {length_S.device}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
+
+
+def _check_values(
+    length_S: Tensor, counter_S3: Tensor, first_S: Tensor, count_S: Tensor, by_rank: bool
+) -> None:
+    def need(good: Tensor, name: str, value: Tensor, wanted: str) -> None:
+        if not bool(good.all()):
+            segment = int((~good).flatten().nonzero()[0, 0])
+            raise ValueError(f"{name} must be {wanted}, got {value.flatten()[segment].item()}")
+
+    need((length_S >= 1) & (length_S < 2**31), "length_S", length_S, "in [1, 2**31)")
+    need((counter_S3 >= 0) & (counter_S3 < _U32_END), "counter_S3", counter_S3, "in [0, 2**32)")
+    need((first_S >= 0) & (first_S <= _U32_END), "first_S", first_S, "in [0, 2**32]")
+    limit_S = length_S if by_rank else torch.full_like(length_S, _U32_END)
+    wanted = "in [0, length_S]" if by_rank else "in [0, 2**32]"
+    need((count_S >= 0) & (count_S <= limit_S), "count_S", count_S, wanted)
+
+
+def mask_select(
+    length_S: Tensor,
+    counter_S3: Tensor,
+    first_S: Tensor,
+    count_S: Tensor,
+    *,
+    seed: int,
+    by_rank: bool,
+    num_rows: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Masked positions of every segment, a pure function of integers.
+
+        word_p = lane p & 3 of philox4x32(seed, p >> 2, *counter_S3[s])    (unsigned 32 bits)
+        by_rank:  rank_p = rank of (word_p, p), ascending, among the segment's L_s positions
+                  p masked iff (rank_p - first_s) mod L_s < count_s      exactly count_s of them
+        else:     p masked iff (word_p - first_s) mod 2**32 < count_s    chance count_s / 2**32
+
+    By rank with first_s = 0 the count_s smallest words are masked: a uniform subset of that size.
+    Windows [first, first + count) that tile the circle give complementary or tiled subsets of one
+    permutation; segments with equal counters see the same words.
+
+    Args:
+        length_S: (S,) int64, maskable positions of each segment, in [1, 2**31).
+        counter_S3: (S, 3) int64, Philox counter words c1, c2, c3 of each segment, in [0, 2**32).
+        first_S: (S,) int64, start of the window in ranks or words, in [0, 2**32].
+        count_S: (S,) int64, width of the window: in [0, length] by rank, in [0, 2**32] else.
+        seed: Philox key, in [0, 2**64).
+        by_rank: exact counts (True) or Bernoulli (False).
+        num_rows: total of masked rows when the caller knows it (sum of count_S by rank). On a
+            device it spares the synchronisation that finds the size of the output.
+        backend: "auto", "triton", "cpu" or "reference". All give the same bits.
+    Returns:
+        position_N: (N,) int64, masked positions within their segment, ascending in each segment.
+        offsets_S1: (S + 1,) int64, rows of segment s are offsets_S1[s] : offsets_S1[s + 1].
+    Errors:
+        ValueError naming the argument, what it got and what it needs. Values (not shapes) are
+        checked for CPU tensors only, where reading them does not synchronise.
+    """
+    _check(length_S, counter_S3, first_S, count_S, seed, by_rank)
+    if length_S.device.type == "cpu":
+        _check_values(length_S, counter_S3, first_S, count_S, by_rank)
+    return reference.mask_select(length_S, counter_S3, first_S, count_S, seed, by_rank, num_rows)

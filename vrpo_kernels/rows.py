@@ -1,0 +1,43 @@
+"""gather_rows: picks the masked rows of a pack; its backward writes each row at most once."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden_TD: Tensor, row_N: Tensor) -> Tensor:
+        ctx.save_for_backward(row_N)
+        ctx.num_rows = hidden_TD.shape[0]
+        return hidden_TD.index_select(0, row_N)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dhidden_ND: Tensor) -> tuple[Tensor, None]:
+        (row_N,) = ctx.saved_tensors
+        # Rows are unique, so each row of dhidden has one owner: a copy, no atomics, no additions.
+        dhidden_TD = dhidden_ND.new_zeros((ctx.num_rows, *dhidden_ND.shape[1:]))
+        return dhidden_TD.index_copy(0, row_N, dhidden_ND), None
+
+
+def gather_rows(hidden_TD: Tensor, row_N: Tensor) -> Tensor:
+    """Selected rows, `hidden_TD[row_N]`, for row indices that are all different.
+
+    Args:
+        hidden_TD: (T, D), any floating dtype.
+        row_N: (N,) int64, unique, in [0, T). Uniqueness is the caller's promise (masked rows of a
+            pack are sorted and unique by construction); checking it would synchronise.
+    Returns:
+        (N, D), same dtype. N = 0 gives an empty tensor that still passes (zero) gradients.
+    Numerics: forward and backward copy, so both are exact and deterministic.
+    Errors: ValueError naming the offending shape or dtype.
+    """
+    if hidden_TD.dim() != 2:
+        raise ValueError(f"hidden_TD must be (T, D), got shape {tuple(hidden_TD.shape)}")
+    if row_N.dim() != 1 or row_N.dtype != torch.int64:
+        raise ValueError(
+            f"row_N must be a 1-D int64 tensor, got shape {tuple(row_N.shape)}, {row_N.dtype}"
+        )
+    if row_N.device != hidden_TD.device:
+        raise ValueError(f"row_N is on {row_N.device}, hidden_TD on {hidden_TD.device}")
+    return _GatherRows.apply(hidden_TD, row_N)
