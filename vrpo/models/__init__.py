@@ -1,0 +1,47 @@
+"""Models the trainer understands, loaded without remote code.
+
+Importing this package registers our own classes and attention functions with transformers
+(AutoConfig, AutoModelForCausalLM, checkpoint renaming, AttentionInterface), the way transformers
+documents for custom models: afterwards `AutoModelForCausalLM.from_pretrained` reads LLaDA
+checkpoints. Nothing of transformers is patched.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+from vrpo.models.attention import ATTENTION_NAMES, choose_attention, register_attention
+from vrpo.models.llada import (
+    LLaDAConfig,
+    LLaDAForMaskedDiffusion,
+    MaskedDiffusionOutput,
+    checkpoint_renamings,
+)
+from vrpo.models.loading import (
+    SpecialTokens,
+    create_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    parse_dtype,
+    special_tokens,
+)
+
+register_attention()
+register_checkpoint_conversion_mapping("llada", checkpoint_renamings(), overwrite=True)
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
+AutoModelForCausalLM.register(LLaDAConfig, LLaDAForMaskedDiffusion, exist_ok=True)
+
+__all__ = [
+    "ATTENTION_NAMES",
+    "LLaDAConfig",
+    "LLaDAForMaskedDiffusion",
+    "MaskedDiffusionOutput",
+    "SpecialTokens",
+    "choose_attention",
+    "create_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "parse_dtype",
+    "special_tokens",
+]

@@ -1,0 +1,290 @@
+"""LLaDA on transformers' Llama layers: configuration, checkpoint names, forward with masked rows.
+
+LLaDA (arXiv 2502.09992) is a Llama without a causal mask and with OLMo-style names. No remote code
+is used: the original config.json and weights load into the classes here, and what they save carries
+the original names again.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import ModelOutput
+
+from vrpo.models.attention import ATTENTION_NAMES, Segments
+from vrpo_kernels import linear_cross_entropy
+from vrpo_kernels.rows import gather_rows
+
+# Original configuration key -> transformers' key.
+_CONFIG_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "max_sequence_length": "max_position_embeddings",
+    "init_std": "initializer_range",
+}
+
+# What every LLaDA checkpoint says about itself, and the only values these layers implement.
+_ARCHITECTURE = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "embedding_dropout": 0.0,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "residual_dropout": 0.0,
+    "rope": True,
+    "rope_full_precision": True,
+    "scale_logits": False,
+}
+
+# Checkpoint name -> module name, tried in this order. The whole model's ff_out (the head) must come
+# before a block's ff_out (the down projection): the other way round the head would silently stay
+# random.
+CHECKPOINT_NAMES = (
+    ("model.transformer.wte.weight", "model.embed_tokens.weight"),
+    ("model.transformer.ln_f.weight", "model.norm.weight"),
+    ("model.transformer.ff_out.weight", "lm_head.weight"),
+    ("model.transformer.blocks.", "model.layers."),
+    (".q_proj.weight", ".self_attn.q_proj.weight"),
+    (".k_proj.weight", ".self_attn.k_proj.weight"),
+    (".v_proj.weight", ".self_attn.v_proj.weight"),
+    (".attn_out.weight", ".self_attn.o_proj.weight"),
+    (".ff_proj.weight", ".mlp.gate_proj.weight"),
+    (".up_proj.weight", ".mlp.up_proj.weight"),
+    (".ff_out.weight", ".mlp.down_proj.weight"),
+    (".attn_norm.weight", ".input_layernorm.weight"),
+    (".ff_norm.weight", ".post_attention_layernorm.weight"),
+)
+
+
+def checkpoint_renamings() -> list[WeightRenaming]:
+    """The 13 rules of `CHECKPOINT_NAMES` for transformers, which also reverses them to write."""
+    return [WeightRenaming(source, target) for source, target in CHECKPOINT_NAMES]
+
+
+class LLaDAConfig(LlamaConfig):
+    """Configuration of a LLaDA model; takes and writes the original checkpoint's key names.
+
+    Args (original name, transformers' name in brackets is accepted too):
+        d_model (hidden_size), n_layers (num_hidden_layers), n_heads (num_attention_heads),
+        n_kv_heads (num_key_value_heads; None: n_heads), mlp_hidden_size (intermediate_size; None:
+        mlp_ratio * d_model), max_sequence_length (max_position_embeddings),
+        embedding_size (vocab_size): rows of the embedding, at least the tokenizer's size,
+        weight_tying (tie_word_embeddings): the head is the embedding,
+        rope_theta: base of the rotary embedding, default 10000,
+        rms_norm_eps: default 1e-5,
+        mask_token_id: id of the token that stands for "masked"; None if the tokenizer knows it,
+        eos_token_id, pad_token_id, bos_token_id: None unless given (LlamaConfig would invent 1 and
+        2). Any other key of the original config.json is kept and written back.
+    Errors: ValueError for is_causal=True, a head size other than d_model / n_heads, or an
+        architecture option these layers do not implement (`_ARCHITECTURE`).
+    Source: configuration_llada.py and config.json of GSAI-ML/LLaDA-8B-Instruct.
+    """
+
+    model_type = "llada"
+    attribute_map = {**LlamaConfig.attribute_map, **_CONFIG_NAMES}  # noqa: RUF012 -- transformers' form
+
+    def __init__(self, **kwargs: Any):
+        for key, value in _ARCHITECTURE.items():
+            if kwargs.setdefault(key, value) != value:
+                raise ValueError(f"LLaDA config {key} must be {value!r}, got {kwargs[key]!r}")
+        if kwargs.get("multi_query_attention"):
+            raise ValueError("LLaDA config multi_query_attention is not supported; use n_kv_heads=1")
+        if kwargs.setdefault("is_causal", False):
+            raise ValueError("is_causal must be False: a masked-diffusion model attends both ways")
+        if kwargs.get("embedding_size"):
+            kwargs["vocab_size"] = kwargs.pop("embedding_size")
+        if "weight_tying" in kwargs:
+            kwargs["tie_word_embeddings"] = kwargs.pop("weight_tying")
+        rope_theta = kwargs.pop("rope_theta", None)
+        if not kwargs.get("rope_parameters"):
+            kwargs["rope_parameters"] = {
+                "rope_type": "default",
+                "rope_theta": 10000.0 if rope_theta is None else rope_theta,
+            }
+        if kwargs["rope_parameters"]["rope_type"] != "default":
+            raise ValueError(f"LLaDA has plain RoPE only, got {kwargs['rope_parameters']}")
+        # Given twice (both spellings), transformers' name wins, as when a config is copied through
+        # to_dict().
+        for original, ours in _CONFIG_NAMES.items():
+            value = kwargs.pop(original, None)
+            if value is not None:
+                kwargs.setdefault(ours, value)
+        mlp_ratio = kwargs.setdefault("mlp_ratio", 4)
+        if "hidden_size" in kwargs:
+            kwargs.setdefault("intermediate_size", mlp_ratio * kwargs["hidden_size"])
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
+            kwargs.setdefault(key, None)
+        kwargs.setdefault("rms_norm_eps", 1e-5)
+        kwargs["use_cache"] = False  # a key-value cache has no meaning without a causal mask
+        super().__init__(**kwargs)
+        if self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"head_dim must be d_model / n_heads = {self.hidden_size} / "
+                f"{self.num_attention_heads}, got {self.head_dim}"
+            )
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What save_pretrained writes: original key names, no auto_map to absent code files."""
+        written = super().to_diff_dict()
+        for key in (
+            "auto_map",
+            "is_causal",
+            "head_dim",
+            "hidden_act",
+            "attention_bias",
+            "mlp_bias",
+            "pretraining_tp",
+            "rope_parameters",
+            *_CONFIG_NAMES.values(),
+        ):
+            written.pop(key, None)
+        written |= {original: getattr(self, ours) for original, ours in _CONFIG_NAMES.items()}
+        written |= {key: getattr(self, key) for key in _ARCHITECTURE}
+        written |= {
+            "architectures": ["LLaDAModelLM"],
+            "embedding_size": self.vocab_size,
+            "vocab_size": self.vocab_size,
+            "rope_theta": self.rope_parameters["rope_theta"],
+            "weight_tying": self.tie_word_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "use_cache": False,
+        }
+        written.pop("tie_word_embeddings", None)
+        if "dtype" in written:
+            written["torch_dtype"] = written.pop("dtype")
+        if self.bos_token_id is None:
+            written.pop("bos_token_id")  # not an original key
+        return dict(sorted(written.items()))
+
+
+@dataclass
+class MaskedDiffusionOutput(ModelOutput):
+    """What one call returns: exactly one of the two.
+
+    Fields:
+        nll: (N,) fp32, nats; -log p(target) of each masked row (training).
+        logits: (B, L, V) in the model's dtype (sampler, users). Position i predicts token i: no
+            shift.
+    """
+
+    nll: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class LLaDAForMaskedDiffusion(LlamaForCausalLM):
+    """LLaDA: p(token at i | all tokens, some of them masked), for every position i at once."""
+
+    config_class = LLaDAConfig
+
+    def __init__(self, config: LLaDAConfig):
+        if getattr(config, "is_causal", True):
+            raise ValueError(
+                f"a masked-diffusion model needs is_causal=False, got a {config.model_type} config "
+                "with a causal mask"
+            )
+        super().__init__(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> MaskedDiffusionOutput:
+        """NLL of masked rows of a pack, or logits of padded sequences.
+
+            nll_n = -log softmax(head hidden_{rows[n]})[targets[n]]
+
+        The head is used in here, so DDP, FSDP and ZeRO see every parameter; call the *wrapped*
+        model. With `rows`, only N rows meet the head and no (B, L, V) tensor exists.
+
+        Args:
+            input_ids: (1, T) int64 for a pack, (B, L) for padded sequences.
+            attention_mask: (B, L), nonzero = real token, None = no padding. Not with a pack.
+            position_ids: same shape as input_ids; for a pack restarting at 0 in each segment.
+            inputs_embeds: instead of input_ids.
+            cu_seq_lens_q, cu_seq_lens_k: (S + 1,) int32, the pack's segment boundaries, equal.
+            max_length_q, max_length_k: the longest segment, tokens, equal.
+            rows: (N,) int64, unique: which of the B * L (or T) positions are scored.
+            targets: (N,) int64 in [0, V): the clean token of each row.
+            backend: of `vrpo_kernels.linear_cross_entropy`.
+        Returns: `MaskedDiffusionOutput` with `nll` if `rows` is given, else with `logits`.
+        Errors: ValueError for labels (transformers' loss shifts), rows without targets, a pack on
+            an attention that would leak across segments, an adapter on the head that `rows` would
+            bypass.
+        """
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels are not supported: pass rows and targets, read .nll")
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            raise ValueError("use_cache must be False: a bidirectional model has no key-value cache")
+        if (rows is None) != (targets is None):
+            raise ValueError("rows and targets belong together: give both or neither")
+        body_kwargs = {key: kwargs[key] for key in ("output_hidden_states",) if key in kwargs}
+        segments = self._segments(attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        if segments is not None:
+            body_kwargs["segments"] = segments
+        if attention_mask is not None and self.config._attn_implementation in ATTENTION_NAMES:
+            # Our attention builds no mask, so hand it a finished one, (B, 1, 1, L), True = attend.
+            attention_mask = attention_mask.bool()[:, None, None, :]
+        hidden_BLD = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **body_kwargs,
+        ).last_hidden_state
+        if rows is None:
+            return MaskedDiffusionOutput(logits=self.lm_head(hidden_BLD))
+        hidden_ND = gather_rows(hidden_BLD.flatten(0, 1), rows)
+        head_VD = _head_weight(self.lm_head)
+        return MaskedDiffusionOutput(nll=linear_cross_entropy(hidden_ND, head_VD, targets, backend=backend))
+
+    def _segments(self, attention_mask, cu_q, cu_k, max_q, max_k) -> Segments | None:
+        """Boundaries of a pack, after the checks that keep segments apart; None if padded."""
+        if cu_q is None and cu_k is None:
+            return None
+        if cu_q is None or cu_k is None or max_q is None or max_k is None or max_q != max_k:
+            raise ValueError(
+                "a pack needs cu_seq_lens_q = cu_seq_lens_k and max_length_q = max_length_k, all given"
+            )
+        if attention_mask is not None:
+            raise ValueError("a pack takes no attention_mask: cu_seq_lens says who attends to whom")
+        if self.config._attn_implementation not in ATTENTION_NAMES:
+            raise ValueError(
+                f"attention {self.config._attn_implementation!r} would let the segments of a pack see "
+                f"each other; load with attn_implementation in {sorted(ATTENTION_NAMES)} or call "
+                "model.set_attn_implementation('vrpo')"
+            )
+        return Segments(cu_q, max_q)
+
+
+def _head_weight(lm_head: nn.Module) -> Tensor:
+    """The head's (V, D) matrix, looked up on each call because FSDP and PEFT replace it."""
+    if hasattr(lm_head, "base_layer"):
+        raise ValueError(
+            "an adapter on lm_head would be bypassed by the fused loss: leave lm_head out of "
+            "target_modules, or train it whole with modules_to_save=['lm_head']"
+        )
+    return lm_head.weight

@@ -1,0 +1,221 @@
+"""Strict loading of checkpoints, tokenizers and special tokens, and building small new models."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from vrpo.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
+
+MODEL_CLASSES = {"llada": (LLaDAConfig, LLaDAForMaskedDiffusion)}
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float64": torch.float64,
+}
+
+# Marks the end of a turn in LLaDA's chat template; the tokenizer has no attribute for it.
+_END_OF_TURN = "<|eot_id|>"
+
+
+def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A word ("bf16", "float32", ...) or torch.dtype as torch.dtype; "auto" stays "auto".
+
+    Errors: ValueError naming the accepted words.
+    """
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in _DTYPES:
+        return _DTYPES[dtype.removeprefix("torch.")]
+    raise ValueError(f"dtype must be 'auto' or one of {sorted(_DTYPES)}, got {dtype!r}")
+
+
+def load_config(path_or_id: str, **hub_kwargs: Any) -> PretrainedConfig:
+    """Configuration of a checkpoint directory or hub id, without ever running remote code.
+
+    Errors: ValueError if the checkpoint is not a masked-diffusion model we know (a causal
+        one, say).
+    """
+    raw, _ = PretrainedConfig.get_config_dict(path_or_id, **hub_kwargs)
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_CLASSES:
+        raise ValueError(
+            f"{path_or_id} is a {model_type!r} checkpoint; VRPO needs a masked-diffusion model, one of "
+            f"{sorted(MODEL_CLASSES)}. A causal language model cannot fill in masked tokens"
+        )
+    return MODEL_CLASSES[model_type][0].from_pretrained(path_or_id, **hub_kwargs)
+
+
+def load_model(
+    path_or_id: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "vrpo",
+    **hub_kwargs: Any,
+) -> LLaDAForMaskedDiffusion:
+    """A masked-diffusion model from a checkpoint, in evaluation mode, every weight accounted for.
+
+    Args:
+        path_or_id: directory or hub id with config.json and safetensors in the original key format.
+        dtype: of the weights; "auto" takes the checkpoint's.
+        attn_implementation: "vrpo" picks the best packed attention per call (`choose_attention`);
+            "vrpo_sdpa", "vrpo_varlen", "vrpo_fa" force one. Any other refuses packs.
+        hub_kwargs: revision, cache_dir, token, local_files_only, ...
+    Errors: ValueError for a causal or unknown checkpoint, a wrong dtype, or missing, unexpected or
+        misshapen weights, which are named.
+    """
+    dtype = parse_dtype(dtype)
+    config = load_config(path_or_id, **hub_kwargs)
+    model, report = MODEL_CLASSES[config.model_type][1].from_pretrained(
+        path_or_id,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        **hub_kwargs,
+    )
+    problems = [
+        f"{kind} {_first_few(report[kind])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if report.get(kind)
+    ]
+    if problems:
+        raise ValueError(
+            f"{path_or_id} does not fit its config (names as in the module): " + "; ".join(problems)
+        )
+    return model.eval()
+
+
+def _first_few(names, limit: int = 6) -> str:
+    names = sorted(str(name) for name in names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def load_tokenizer(path_or_id: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; remote tokenizer code is refused by transformers."""
+    return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **hub_kwargs)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids with a meaning in decoding and scoring.
+
+    Fields:
+        mask: stands for a masked token.
+        eos: ends a text (LLaDA: <|endoftext|>); None if there is none.
+        eot: ends a turn (LLaDA: <|eot_id|>); None if the tokenizer has none.
+    """
+
+    mask: int
+    eos: int | None
+    eot: int | None
+
+    @property
+    def terminal(self) -> tuple[int, ...]:
+        """The ids that end a response: EoT and EOS, those that exist, each once."""
+        return tuple(dict.fromkeys(i for i in (self.eot, self.eos) if i is not None))
+
+
+def special_tokens(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> SpecialTokens:
+    """Special token ids of a model and its tokenizer, checked against the embedding.
+
+    The mask id comes from the config if it has one (LLaDA's tokenizer has no mask token), else from
+    the tokenizer; EOS from the tokenizer, else the config; EoT is the token "<|eot_id|>" if it
+    exists.
+    Errors: ValueError if nobody knows the mask token, the tokenizer has more ids than the embedding
+        has rows, or an id lies outside the embedding.
+    """
+    num_rows = config.vocab_size
+    if tokenizer is not None and len(tokenizer) > num_rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding only {num_rows} rows: they do not "
+            "belong together, or the embedding must be resized and trained first"
+        )
+    mask = getattr(config, "mask_token_id", None)
+    if mask is None and tokenizer is not None:
+        mask = tokenizer.mask_token_id
+    if mask is None:
+        raise ValueError(
+            "no mask token: neither the config (mask_token_id) nor the tokenizer (mask_token) has one"
+        )
+    if not 0 <= mask < num_rows:
+        raise ValueError(f"mask_token_id must be in [0, {num_rows}), got {mask}")
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    if eos is None:
+        eos = config.eos_token_id
+    if isinstance(eos, (list, tuple)):
+        eos = eos[0]
+    eot = None if tokenizer is None else tokenizer.get_vocab().get(_END_OF_TURN)
+    return SpecialTokens(mask=mask, eos=eos, eot=eot)
+
+
+def create_model(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int | None = None,
+    mlp_hidden_size: int | None = None,
+    max_sequence_length: int = 1024,
+    rope_theta: float = 10000.0,
+    weight_tying: bool = False,
+    init_std: float = 0.02,
+    dtype: str | torch.dtype = torch.float32,
+    seed: int = 0,
+) -> LLaDAForMaskedDiffusion:
+    """A new LLaDA model for a tokenizer, with random weights that are a pure function of `seed`.
+
+    Args:
+        tokenizer: must have a mask token; gives the vocabulary size and the EOS and pad ids.
+        d_model, n_layers, n_heads, n_kv_heads, mlp_hidden_size: sizes; n_kv_heads None = n_heads,
+            mlp_hidden_size None = 4 * d_model.
+        max_sequence_length: longest prompt + response, tokens.
+        rope_theta: base of the rotary embedding.
+        weight_tying: the head is the embedding.
+        init_std: standard deviation of every matrix; norms start at 1.
+        dtype: of the weights.
+        seed: any integer. Global RNG state is left as it was.
+    Errors: ValueError if the tokenizer has no mask token or sizes do not divide.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError("the tokenizer has no mask token: set tokenizer.mask_token before building")
+    config = LLaDAConfig(
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        mlp_hidden_size=4 * d_model if mlp_hidden_size is None else mlp_hidden_size,
+        max_sequence_length=max_sequence_length,
+        rope_theta=rope_theta,
+        weight_tying=weight_tying,
+        init_std=init_std,
+        embedding_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        attn_implementation="vrpo",
+    )
+    dtype = parse_dtype(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the constructor draws weights that are replaced below
+        model = LLaDAForMaskedDiffusion(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=init_std, generator=generator)
+    return model.to(torch.float32 if dtype == "auto" else dtype).eval()
