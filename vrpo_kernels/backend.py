@@ -1,0 +1,148 @@
+"""Which backend runs an op: one pure decision, and the facts it is decided from.
+
+The only place that probes for optional parts (the C++ extension, Triton). Nothing here touches tensors' data.
+"""
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("triton", "cpu", "reference")
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Why a backend cannot run in this process; None means that it can.
+
+    Attributes:
+        triton: reason the Triton package is missing, or None.
+        cpu: reason the C++ extension `vrpo_kernels._C` is missing, or None.
+        interpreted: True if Triton runs its kernels in its CPU interpreter.
+    """
+
+    triton: str | None
+    cpu: str | None
+    interpreted: bool
+
+
+@functools.cache
+def availability() -> Availability:
+    """Probe once per process which backends exist, loading the C++ extension if it is there."""
+    return Availability(triton=_probe_triton(), cpu=_probe_extension(), interpreted=_interpreted())
+
+
+def _probe_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package `triton` is not installed"
+    return None
+
+
+def _interpreted() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _probe_extension() -> str | None:
+    if importlib.util.find_spec("vrpo_kernels._C") is None:
+        return (
+            "the C++ extension vrpo_kernels._C was not built (no C++ compiler or no torch when the "
+            "package was installed); run `pip install --no-build-isolation -e .` with both present"
+        )
+    try:
+        importlib.import_module("vrpo_kernels._C")
+    except (ImportError, OSError) as error:  # built against another torch or Python
+        return f"the C++ extension vrpo_kernels._C does not load: {error}"
+    return None
+
+
+def reasons_against(
+    backend: str, *, device: str, dtype: torch.dtype | None, available: Availability
+) -> list[str]:
+    """Every reason why `backend` cannot run on tensors of this device type and dtype; empty if it can.
+
+    Args:
+        backend: one of BACKENDS.
+        device: device type of the tensors, such as "cpu" or "cuda".
+        dtype: floating dtype of the data, or None for ops on integers.
+        available: the facts, from `availability()`.
+    """
+    if backend == "reference":
+        return []
+    reasons = []
+    missing = getattr(available, backend)
+    if missing is not None:
+        reasons.append(missing)
+    if dtype is not None and dtype not in _FUSED_DTYPES:
+        reasons.append(f"it computes float32, bfloat16 and float16, not {dtype}")
+    if backend == "cpu" and device != "cpu":
+        reasons.append(f"it needs tensors on the CPU, not on {device}")
+    if backend == "triton" and device != "cuda":
+        if not (device == "cpu" and available.interpreted):
+            reasons.append(f"it needs tensors on a CUDA device (or Triton's interpreter), not on {device}")
+        elif dtype is torch.bfloat16:
+            reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
+    return reasons
+
+
+def choose(
+    op: str,
+    *,
+    device: str,
+    dtype: torch.dtype | None,
+    requested: str = "auto",
+    available: Availability | None = None,
+) -> str:
+    """The backend that runs `op`: "triton", "cpu" or "reference".
+
+    A pure function of its arguments. "auto" takes triton on CUDA and cpu on the CPU; where the C++ extension
+    does not exist, and for float64 (which only the formula computes), it takes reference. A CUDA tensor
+    without
+    Triton raises: the formula would need the memory these ops exist to save, so it has to be asked for.
+
+    Args:
+        op: name of the op, used in messages.
+        device: device type of the tensors.
+        dtype: floating dtype of the data, or None for ops on integers.
+        requested: "auto", "triton", "cpu" or "reference".
+        available: facts to decide from; the process's own when None.
+    Errors:
+        ValueError for an unknown name, or listing every reason why the requested backend cannot run.
+    """
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
+    facts = availability() if available is None else available
+    wanted = requested
+    if requested == "auto":
+        if dtype is torch.float64:
+            return "reference"
+        if device == "cpu":
+            return "reference" if facts.cpu is not None else "cpu"
+        wanted = "triton"
+    reasons = reasons_against(wanted, device=device, dtype=dtype, available=facts)
+    if reasons:
+        raise ValueError(f"{op}: backend {wanted!r} cannot run because " + "; and because ".join(reasons))
+    return wanted
+
+
+def describe() -> dict[str, str]:
+    """One line per backend for `vrpo env`: what is there, or what was lost and why."""
+    facts = availability()
+    cpu = facts.cpu or "built and loaded"
+    if facts.cpu is not None:
+        cpu += "; CPU tensors use the slower reference backend"
+    if facts.triton is not None:
+        triton = facts.triton
+    elif facts.interpreted:
+        triton = "interpreted on the CPU (for tests; slow)"
+    elif not torch.cuda.is_available():
+        triton = "installed, but torch sees no CUDA device"
+    else:
+        triton = f"runs on {torch.cuda.get_device_name()}"
+    return {"triton": triton, "cpu": cpu, "reference": "plain PyTorch, always there"}

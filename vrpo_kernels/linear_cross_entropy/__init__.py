@@ -1,0 +1,17 @@
+"""Per-row negative log-likelihood under a linear head, without storing the logits."""
+
+from vrpo_kernels.linear_cross_entropy.op import (
+    Plan,
+    linear_cross_entropy,
+    linear_cross_entropy_replay,
+    linear_cross_entropy_statistics,
+    plan_linear_cross_entropy,
+)
+
+__all__ = [
+    "Plan",
+    "linear_cross_entropy",
+    "linear_cross_entropy_replay",
+    "linear_cross_entropy_statistics",
+    "plan_linear_cross_entropy",
+]
