@@ -1,0 +1,148 @@
+"""The pipeline, read first: everything between a batch of pairs and a loss, in order.
+
+    pairs -> mask draw -> packed batch -> model body -> masked rows -> NLL -> ELBO -> score -> loss
+
+One draw and one pack serve the policy and the reference: the shared masks are the variance reduction of
+VRPO (arXiv 2505.19223 section 3.3, there called antithetic). Models come in as callables pack -> nll_N;
+this file knows neither optimizer nor logging nor the Hugging Face stack.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vrpo import masking, preference
+from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.elbo import elbo
+from vrpo.packing import pack
+
+NLL = Callable[[PackedBatch], Tensor]
+"""A model as the step sees it: a packed batch in, nll_N (N,) float32 in nats out."""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How ELBOs are estimated: the fields of the config that the draw needs."""
+
+    mask_token_id: int
+    num_samples: int
+    mask_design: str
+    masks_per_level: int
+    seed: int
+
+    def pack(self, batch: ResponseBatch, epoch: int, device: torch.device | str) -> PackedBatch:
+        """Draw the masks of a batch once and lay out all its masked copies."""
+        drawn = masking.draw(
+            batch,
+            design=self.mask_design,
+            num_samples=self.num_samples,
+            masks_per_level=self.masks_per_level,
+            seed=self.seed,
+            epoch=epoch,
+        )
+        return pack(batch, drawn, self.mask_token_id).to(device)
+
+
+@dataclass(frozen=True)
+class PreferenceResult:
+    """loss_B carries the gradient; everything else is detached. ELBOs in nats, sums over the response."""
+
+    loss_B: Tensor
+    score_B: Tensor
+    score_std_B: Tensor
+    sft_loss_B: Tensor
+    policy_B2: Tensor
+    reference_B2: Tensor
+    num_tokens: int
+
+
+def preference_step(
+    batch: ResponseBatch,
+    policy: NLL,
+    reference: NLL,
+    *,
+    estimator: Estimator,
+    beta: float,
+    sft_weight: float,
+    epoch: int,
+    device: torch.device | str,
+) -> PreferenceResult:
+    """One VRPO step up to the per-pair loss.
+
+        loss = softplus(-s) + sft_weight * (-B_policy(y_w) / L_w)
+
+    The auxiliary masked-diffusion SFT term on the chosen response (arXiv 2505.19223 App. D, weight 0.05)
+    reuses the same masks and costs no forward pass.
+    """
+    packed = estimator.pack(batch, epoch, device)
+    with torch.no_grad():
+        reference_RK = elbo(reference(packed), packed)
+    policy_RK = elbo(policy(packed), packed)
+
+    score_B = preference.preference_score(policy_RK, reference_RK, beta)
+    chosen_length_B = batch.response_length_R[0::2].to(policy_RK.device)
+    sft_loss_B = preference.denoising_loss(policy_RK[0::2], chosen_length_B)
+    loss_B = preference.dpo_loss(score_B)
+    if sft_weight:
+        loss_B = loss_B + sft_weight * sft_loss_B
+
+    with torch.no_grad():
+        score_std_B = preference.score_std(policy_RK, reference_RK, beta, packed.replicate_K)
+    return PreferenceResult(
+        loss_B=loss_B,
+        score_B=score_B.detach(),
+        score_std_B=score_std_B,
+        sft_loss_B=sft_loss_B.detach(),
+        policy_B2=policy_RK.detach().mean(dim=1).view(-1, 2),
+        reference_B2=reference_RK.mean(dim=1).view(-1, 2),
+        num_tokens=len(packed.tokens_T),
+    )
+
+
+@dataclass(frozen=True)
+class DenoisingResult:
+    """loss_R (nats per token) carries the gradient; elbo_R (nats) is detached."""
+
+    loss_R: Tensor
+    elbo_R: Tensor
+    num_tokens: int
+
+
+def denoising_step(
+    batch: ResponseBatch,
+    policy: NLL,
+    *,
+    estimator: Estimator,
+    epoch: int,
+    device: torch.device | str,
+) -> DenoisingResult:
+    """Masked-diffusion SFT: -B(y) / L of every response, through the same draw, pack and ELBO."""
+    packed = estimator.pack(batch, epoch, device)
+    elbo_RK = elbo(policy(packed), packed)
+    loss_R = preference.denoising_loss(elbo_RK, batch.response_length_R.to(elbo_RK.device))
+    return DenoisingResult(loss_R, elbo_RK.detach().mean(dim=1), len(packed.tokens_T))
+
+
+def split_by_tokens(
+    batch: ResponseBatch, num_samples: int, max_tokens: int, at_least: int = 1
+) -> Iterator[ResponseBatch]:
+    """Cut a batch into micro-batches of whole examples whose packs hold at most max_tokens tokens.
+
+    Greedy and in order. The loss is a sum over examples, so the cut does not change the gradient.
+    `at_least` micro-batches come out where the batch has as many examples: ranks that must run the same
+    number of forward passes agree on it beforehand.
+    """
+    tokens_E = num_samples * batch.length_R.view(-1, batch.num_sides).sum(dim=1)
+    starts = [0]
+    used = 0
+    for example, tokens in enumerate(tokens_E.tolist()):
+        remaining = batch.num_examples - example
+        must_cut = at_least - len(starts) >= remaining and example > starts[-1]
+        if example > starts[-1] and (used + tokens > max_tokens or must_cut):
+            starts.append(example)
+            used = 0
+        used += tokens
+    for start, stop in zip(starts, [*starts[1:], batch.num_examples], strict=True):
+        yield batch.examples(start, stop)
