@@ -32,7 +32,7 @@ def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
     return requested
 
 
-def kept_shapes(num_rows: int, num_classes: int, gemm: str):
+def kept_shapes(num_rows: int, num_classes: int, gemm: str, input_dtype: torch.dtype):
     """((shape, dtype) of the kept tiles, (shape, dtype) of their shifts)."""
     padded = (num_rows + LANES - 1) // LANES * LANES
     dtype = torch.bfloat16 if gemm == "bf16" else torch.float32

@@ -83,7 +83,7 @@ def plan_linear_cross_entropy(
         return Plan(chosen, "", False, False, 0, 1, int(need_hidden) + int(need_weight))
     module = _module(chosen)
     resolved = module.resolve_gemm(gemm, hidden.dtype)
-    kept_bytes = _bytes(module.kept_shapes(hidden.shape[0], weight.shape[0], resolved))
+    kept_bytes = _bytes(module.kept_shapes(hidden.shape[0], weight.shape[0], resolved, hidden.dtype))
     if not need_weight:
         return Plan(chosen, resolved, need_hidden, False, 0, 1 + int(need_hidden), 0)
     if kept_bytes <= kept_tile_bytes:
@@ -259,7 +259,7 @@ def _(hidden, weight, targets, backend, gemm, want_dhidden, keep_tiles):
     statistics = hidden.new_empty(3, num_rows, dtype=torch.float32)
     expected_shape = (num_rows, num_hidden) if want_dhidden else (0, 0)
     expected = hidden.new_empty(expected_shape, dtype=torch.float32)
-    shapes = _module(backend).kept_shapes(num_rows, weight.shape[0], gemm)
+    shapes = _module(backend).kept_shapes(num_rows, weight.shape[0], gemm, hidden.dtype)
     kept, kept_shift = (
         hidden.new_empty(shape if keep_tiles else (0, 0), dtype=dtype) for shape, dtype in shapes
     )
