@@ -8,15 +8,25 @@ from vrpo_kernels.linear_cross_entropy import (
     linear_cross_entropy_statistics,
     plan_linear_cross_entropy,
 )
+from vrpo_kernels.mask_select import mask_select
+from vrpo_kernels.pack_masked import PackedTokens, pack_masked, token_weight_sums
 from vrpo_kernels.philox import philox4x32
+from vrpo_kernels.rows import gather_rows
+from vrpo_kernels.segments import segment_sum
 
 __all__ = [
+    "PackedTokens",
     "Plan",
     "choose",
     "describe",
+    "gather_rows",
     "linear_cross_entropy",
     "linear_cross_entropy_replay",
     "linear_cross_entropy_statistics",
+    "mask_select",
+    "pack_masked",
     "philox4x32",
     "plan_linear_cross_entropy",
+    "segment_sum",
+    "token_weight_sums",
 ]

@@ -35,9 +35,7 @@ def gather_rows(hidden_TD: Tensor, row_N: Tensor) -> Tensor:
     if hidden_TD.dim() != 2:
         raise ValueError(f"hidden_TD must be (T, D), got shape {tuple(hidden_TD.shape)}")
     if row_N.dim() != 1 or row_N.dtype != torch.int64:
-        raise ValueError(
-            f"row_N must be a 1-D int64 tensor, got shape {tuple(row_N.shape)}, {row_N.dtype}"
-        )
+        raise ValueError(f"row_N must be a 1-D int64 tensor, got shape {tuple(row_N.shape)}, {row_N.dtype}")
     if row_N.device != hidden_TD.device:
         raise ValueError(f"row_N is on {row_N.device}, hidden_TD on {hidden_TD.device}")
     return _GatherRows.apply(hidden_TD, row_N)

@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("vrpo::segment_sum", mutates_args=())
+@torch.library.custom_op("vrpo_kernels::segment_sum", mutates_args=())
 def _segment_sum(value_N: Tensor, offsets_S1: Tensor) -> Tensor:
     # unsafe: the safe form reads the offsets back to the host to check them.
-    total_S = torch.segment_reduce(
-        value_N.double(), "sum", offsets=offsets_S1, unsafe=True, initial=0.0
-    )
+    total_S = torch.segment_reduce(value_N.double(), "sum", offsets=offsets_S1, unsafe=True, initial=0.0)
     return total_S.to(value_N.dtype)
 
 
@@ -31,7 +29,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dtotal_S: Tensor) -> tup
     return dtotal_S.index_select(0, segment_N), None
 
 
-torch.library.register_autograd("vrpo::segment_sum", _backward, setup_context=_setup_context)
+torch.library.register_autograd("vrpo_kernels::segment_sum", _backward, setup_context=_setup_context)
 
 
 def segment_sum(value_N: Tensor, offsets_S1: Tensor) -> Tensor:
@@ -51,8 +49,7 @@ def segment_sum(value_N: Tensor, offsets_S1: Tensor) -> Tensor:
     """
     if value_N.dim() != 1 or value_N.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            "value_N must be a 1-D fp32 or fp64 tensor, got shape "
-            f"{tuple(value_N.shape)}, {value_N.dtype}"
+            f"value_N must be a 1-D fp32 or fp64 tensor, got shape {tuple(value_N.shape)}, {value_N.dtype}"
         )
     if offsets_S1.dim() != 1 or offsets_S1.dtype != torch.int64 or offsets_S1.shape[0] < 1:
         raise ValueError(

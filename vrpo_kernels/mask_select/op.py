@@ -1,33 +1,27 @@
 """mask_select: checks, backend choice and registration. The formula is in `reference.py`."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from vrpo_kernels.mask_select import reference
+from vrpo_kernels.backend import choose
+from vrpo_kernels.checks import require_dim, require_int64, require_same
 
 _U32_END = 2**32
 
 
-def _check(
-    length_S: Tensor, counter_S3: Tensor, first_S: Tensor, count_S: Tensor, seed: int, by_rank: bool
-) -> None:
-    for name, tensor in (("length_S", length_S), ("first_S", first_S), ("count_S", count_S)):
-        if tensor.dim() != 1 or tensor.dtype != torch.int64:
-            raise ValueError(
-                f"{name} must be a 1-D int64 tensor, got shape {tuple(tensor.shape)}, "
-                f"{tensor.dtype}"
-            )
-    num_segments = length_S.shape[0]
-    if counter_S3.shape != (num_segments, 3) or counter_S3.dtype != torch.int64:
-        raise ValueError(
-            f"counter_S3 must be int64 of shape ({num_segments}, 3) to match length_S, got shape "
-            f"{tuple(counter_S3.shape)}, {counter_S3.dtype}"
-        )
+def _check(length_S: Tensor, counter_S3: Tensor, first_S: Tensor, count_S: Tensor, seed: int) -> None:
+    require_dim("length_S", length_S, "S")
+    require_dim("counter_S3", counter_S3, "S", "3")
+    require_dim("first_S", first_S, "S")
+    require_dim("count_S", count_S, "S")
+    require_same("size", "counter_S3's second axis", counter_S3.shape[1], "the counter words", 3)
+    require_int64("length_S", length_S)
     for name, tensor in (("counter_S3", counter_S3), ("first_S", first_S), ("count_S", count_S)):
-        if tensor.shape[0] != num_segments:
-            raise ValueError(f"{name} has {tensor.shape[0]} segments, length_S has {num_segments}")
-        if tensor.device != length_S.device:
-            raise ValueError(f"{name} is on {tensor.device}, length_S on {length_S.device}")
+        require_int64(name, tensor)
+        require_same("size S", name, tensor.shape[0], "length_S", length_S.shape[0])
+        require_same("device", name, tensor.device, "length_S", length_S.device)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
 
@@ -46,6 +40,47 @@ def _check_values(
     limit_S = length_S if by_rank else torch.full_like(length_S, _U32_END)
     wanted = "in [0, length_S]" if by_rank else "in [0, 2**32]"
     need((count_S >= 0) & (count_S <= limit_S), "count_S", count_S, wanted)
+
+
+def _backend(name: str) -> ModuleType:
+    if name == "triton":
+        from vrpo_kernels.mask_select import kernel as module
+    elif name == "cpu":
+        from vrpo_kernels.mask_select import cpu as module
+    else:
+        from vrpo_kernels.mask_select import reference as module
+    return module
+
+
+# Opaque to torch.compile: the checks of values and the choice of backend run inside it.
+@torch.library.custom_op("vrpo_kernels::mask_select", mutates_args=())
+def _mask_select(
+    length_S: Tensor,
+    counter_S3: Tensor,
+    first_S: Tensor,
+    count_S: Tensor,
+    key: int,
+    by_rank: bool,
+    num_rows: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if length_S.device.type == "cpu":
+        _check_values(length_S, counter_S3, first_S, count_S, by_rank)
+    name = choose("mask_select", device=length_S.device.type, dtype=None, requested=backend)
+    position_N, offsets_S1 = _backend(name).mask_select(
+        length_S, counter_S3, first_S, count_S, key % 2**64, by_rank, num_rows
+    )
+    if num_rows is not None and position_N.shape[0] != num_rows:
+        raise ValueError(f"num_rows must be the total of masked rows, {position_N.shape[0]}, got {num_rows}")
+    return position_N, offsets_S1
+
+
+@_mask_select.register_fake
+def _(length_S, counter_S3, first_S, count_S, key, by_rank, num_rows, backend):
+    # Without num_rows the number of rows depends on the data: an unbacked size under torch.compile.
+    if num_rows is None:
+        num_rows = torch.library.get_ctx().new_dynamic_size()
+    return length_S.new_empty(num_rows), length_S.new_empty(length_S.shape[0] + 1)
 
 
 def mask_select(
@@ -87,7 +122,6 @@ def mask_select(
         ValueError naming the argument, what it got and what it needs. Values (not shapes) are
         checked for CPU tensors only, where reading them does not synchronise.
     """
-    _check(length_S, counter_S3, first_S, count_S, seed, by_rank)
-    if length_S.device.type == "cpu":
-        _check_values(length_S, counter_S3, first_S, count_S, by_rank)
-    return reference.mask_select(length_S, counter_S3, first_S, count_S, seed, by_rank, num_rows)
+    _check(length_S, counter_S3, first_S, count_S, seed)
+    key = seed - 2**64 if seed >= 2**63 else seed  # operator schemas have signed integers only
+    return _mask_select(length_S, counter_S3, first_S, count_S, key, by_rank, num_rows, backend)
