@@ -240,7 +240,7 @@ def _prepare_rows(
         for name, ids in zip(_id_columns(sides), kept, strict=True):
             result[name].append(ids)
         for field in fields(counts):
-            result[field.name].append(getattr(counts, field.name))
+            result[field.name].append(int(getattr(counts, field.name)))
         result["example_id"].append(example_id)
         result["problem"].append(problem)
     return result
