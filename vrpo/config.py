@@ -75,9 +75,6 @@ class DiffusionConfig(TrainingArguments):
         default=None,
         metadata=_help("bf16 autocast. None: on where the device is a GPU with bf16, off on CPUs."),
     )
-    gradient_checkpointing: bool = field(
-        default=False, metadata=_help("Recompute activations in the backward pass to save memory.")
-    )
     remove_unused_columns: bool = field(
         default=False, metadata=_help("Must stay False: the collator reads the columns by name.")
     )

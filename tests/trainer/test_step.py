@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,10 +55,7 @@ def test_step__gradient_equals_the_naive_objective(models, design, masks_per_lev
         batch, design=design, num_samples=4, masks_per_level=masks_per_level, seed=11, epoch=0
     )
     bounds = drawn.offsets_S1.tolist()
-    segments = [
-        (drawn.position_N[a:b].tolist(), drawn.weight_N[a:b].tolist())
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    segments = [(drawn.position_N[a:b].tolist(), drawn.weight_N[a:b].tolist()) for a, b in pairwise(bounds)]
     samples = [[segments[8 * b + 4 * side : 8 * b + 4 * side + 4] for side in (0, 1)] for b in range(3)]
     mask_id = policy.config.mask_token_id
     want = naive_loss(policy, reference, pairs, samples, mask_id, beta=0.2, sft_weight=0.05)
