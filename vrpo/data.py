@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as compute
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from vrpo.limits import Limits, RowCounts, truncate
 
 PAIR_SIDES = ("chosen", "rejected")
 COMPLETION_SIDES = ("completion",)
+SIDE_COLUMNS = ("chosen_ids", "rejected_ids", "completion_ids")
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _MAX_EXAMPLE_ID = 2**32 - 1
 _ROWS_SHOWN = 5
@@ -114,12 +116,10 @@ def prepare_pairs(
             max_length, max_prompt_length: in tokens, see `limits.truncated_lengths`.
             vocab_size: rows of the model's embedding; ids must be below.
             mask_token_id: must not occur in the data, where it would pass for a masked position.
-            num_samples, max_tokens_per_pack: all masked copies of one example must fit into a pack.
             num_proc: processes that tokenise.
     Returns: the dataset, rows in order, and what was truncated or dropped.
     Errors: ValueError naming the missing columns, or the unusable rows and what is wrong with each: empty
-        prompt or response, equal sides, ids outside the embedding, the mask token inside the text, more
-        tokens than a pack holds.
+        prompt or response, equal sides, ids outside the embedding, the mask token inside the text.
     """
     return _prepare(dataset, tokenizer, PAIR_SIDES, **options)
 
@@ -134,6 +134,30 @@ def prepare_completions(
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, **options)
 
 
+def check_token_budget(dataset: Dataset, num_samples: int, max_tokens_per_pack: int) -> None:
+    """Raise unless every example of a prepared dataset fits into a pack, which never divides one.
+
+        K * sum over its responses of (P + L) <= max_tokens_per_pack
+
+    Errors: ValueError with the number of examples that do not fit, and the longest.
+    """
+    sides = [name for name in dataset.column_names if name in SIDE_COLUMNS]
+    longest, longest_id, over = 0, 0, 0
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
+        prompt = compute.list_value_length(table["prompt_ids"]).to_numpy()
+        tokens = sum(prompt + compute.list_value_length(table[side]).to_numpy() for side in sides)
+        tokens *= num_samples
+        over += int((tokens > max_tokens_per_pack).sum())
+        if tokens.max() > longest:
+            longest, longest_id = int(tokens.max()), table["example_id"][int(tokens.argmax())].as_py()
+    if over:
+        raise ValueError(
+            f"{over} of {len(dataset)} examples are longer than the token budget, the longest is example "
+            f"{longest_id}: its num_samples={num_samples} masked copies take {longest} tokens, but "
+            f"max_tokens_per_pack={max_tokens_per_pack}; raise that, or lower max_length or num_samples"
+        )
+
+
 def _prepare(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -143,8 +167,6 @@ def _prepare(
     max_prompt_length: int | None = None,
     vocab_size: int | None = None,
     mask_token_id: int | None = None,
-    num_samples: int = 1,
-    max_tokens_per_pack: int | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Encode, check, truncate; the arguments are explained at `prepare_pairs`."""
@@ -175,10 +197,6 @@ def _prepare(
     )
     _raise_problems(mapped["problem"])
     totals = {name: torch.tensor(mapped[name][:]) for name in counts}
-    if max_tokens_per_pack is not None:
-        prompts, responses = totals["prompt_tokens"], totals["response_tokens"]
-        need = num_samples * (len(sides) * prompts + responses)
-        _check_token_budget(need, num_samples, max_tokens_per_pack)
     same = totals.pop("same").bool()
     if same.any():
         mapped = mapped.select((~same).nonzero().flatten().tolist())
@@ -193,17 +211,6 @@ def _prepare(
         **{name: int(count[~same].sum()) for name, count in totals.items()},
     )
     return mapped.remove_columns([*counts, "problem"]), report
-
-
-def _check_token_budget(need: torch.Tensor, num_samples: int, max_tokens_per_pack: int) -> None:
-    """An example is never divided: its K masked copies of every prompt + response share one pack."""
-    over = (need > max_tokens_per_pack).nonzero().flatten().tolist()
-    if over:
-        raise ValueError(
-            f"{len(over)} rows are longer than the token budget, the worst row {int(need.argmax())}: its "
-            f"num_samples={num_samples} masked copies take {int(need.max())} tokens, but "
-            f"max_tokens_per_pack={max_tokens_per_pack}; raise that, or lower max_length or num_samples"
-        )
 
 
 def _prepare_rows(

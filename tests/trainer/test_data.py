@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vrpo.data import (
     CompletionCollator,
     PairCollator,
+    check_token_budget,
     load_rows,
     prepare_completions,
     prepare_pairs,
@@ -322,12 +323,17 @@ def test_prepare_pairs__ids_outside_the_embedding_are_named():
     assert prepare_pairs(rows, None, vocab_size=301)[1].kept == 1
 
 
-def test_prepare_pairs__token_budget_counts_every_copy_of_both_sides():
-    rows = pairs({"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]})
+def test_check_token_budget__counts_every_copy_of_both_sides():
+    rows = pairs(
+        {"prompt_ids": [1], "chosen_ids": [3], "rejected_ids": [6]},
+        {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]},
+    )
+    prepared, _ = prepare_pairs(rows, None)
     need = 4 * ((2 + 3) + (2 + 1))
-    assert prepare_pairs(rows, None, num_samples=4, max_tokens_per_pack=need)[1].kept == 1
-    with pytest.raises(ValueError, match=f"row 0: its num_samples=4 .* take {need} tokens"):
-        prepare_pairs(rows, None, num_samples=4, max_tokens_per_pack=need - 1)
+    check_token_budget(prepared, 4, need)
+    with pytest.raises(ValueError, match=f"1 of 2 .* example 1: its num_samples=4 .* {need} tokens"):
+        check_token_budget(prepared, 4, need - 1)
+    check_token_budget(prepared.select([0]), 4, need - 1)
 
 
 @pytest.mark.parametrize(
