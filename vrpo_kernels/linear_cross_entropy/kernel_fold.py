@@ -1,17 +1,20 @@
 """Row kernels of the row-linear algorithm: fold a logit tile into the online softmax, finish the rows.
 
-State of row n, all fp32: max_N (the reference m), sum_N (s = sum of exp(z - m) over the classes seen so
-far *without the target*), target_logit_N (z_y). A fold is the same machine code whether or not
-gradients are wanted: `store_tile`, `acc_cols` and `kept_cols` are run-time values that switch
-stores off, so the nll cannot differ between the modes. Launchers turn FMA contraction off for the same
-reason.
+State of row n, fp32: max_N (the reference m) and sum_N (s = sum of exp(z - m) over the classes seen so
+far *without the target*). A fold is the same machine code whether or not gradients are wanted:
+`store_tile`, `acc_cols` and `kept_cols` are run-time values that switch stores off, so the nll cannot
+differ between the modes. The launchers of everything the nll depends on turn FMA contraction off.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrpo_kernels.linear_cross_entropy.tiles import LOWEST
+
 _NEG_INF = tl.constexpr(float("-inf"))
+_LOWEST = tl.constexpr(LOWEST)
 
 
 @triton.jit
@@ -26,11 +29,59 @@ def _rescale_row(ptr, num_cols, factor, BLOCK: tl.constexpr):
 
 @triton.jit
 def _raise_reference(old_max, tile_max, raise_by):
-    """(new m, finite stand-in for it, factor for everything summed under the old m, raised?)."""
+    """(new m, factor for everything summed under the old m, whether anything was and m rose)."""
     raised = tile_max > old_max + raise_by
     new_max = tl.where(raised, tile_max, old_max)
-    reference = tl.where(new_max == _NEG_INF, 0.0, new_max)
-    return new_max, reference, tl.exp(old_max - reference), raised & (old_max != _NEG_INF)
+    return new_max, tl.exp(old_max - new_max), raised & (old_max > _LOWEST)
+
+
+@triton.jit
+def _log_odds(target_logit, max_n, sum_n):
+    """d = log(sum over v != y of exp(z_v)) - z_y. The difference first: m and z_y may be large."""
+    return (max_n - target_logit) + tl.log(sum_n)
+
+
+@triton.jit
+def _sigmoid(value):
+    """1 / (1 + exp(-d)) with full relative accuracy down to the smallest result."""
+    small = tl.exp(-tl.abs(value))
+    return tl.where(value >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _row_scale(statistics_ptr, row, N):
+    """(q = 1 - p_y, 1 / s or 0) of one row of statistics [3, N] = (z_y, m, s)."""
+    target_logit = tl.load(statistics_ptr + row)
+    max_n = tl.load(statistics_ptr + N + row)
+    sum_n = tl.load(statistics_ptr + 2 * N + row)
+    q = _sigmoid(_log_odds(target_logit, max_n, sum_n))
+    return q, tl.where(sum_n > 0.0, 1.0 / sum_n, 0.0)
+
+
+@triton.jit
+def _target_logits_kernel(
+    hidden_ptr,
+    weight_ptr,
+    target_ptr,
+    out_ptr,
+    D,
+    stride_hidden,
+    stride_weight,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (rows,): z_y = hidden_n . weight_y in fp32; 0 for target -1 (a class of another shard)."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    hidden_row = hidden_ptr + row * stride_hidden
+    weight_row = weight_ptr + target * stride_weight
+    width = tl.where(target >= 0, D, 0)
+    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        in_d = offs_d < width
+        hidden = tl.load(hidden_row + offs_d, mask=in_d, other=0.0).to(tl.float32)
+        total += hidden * tl.load(weight_row + offs_d, mask=in_d, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["store_tile", "acc_cols", "kept_cols"])
@@ -41,7 +92,6 @@ def _fold_kernel(
     acc_ptr,
     max_ptr,
     sum_ptr,
-    target_logit_ptr,
     first_col,
     num_cols,
     stride_z,
@@ -65,21 +115,18 @@ def _fold_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     in_v = offs_v < num_cols
     target = tl.load(target_ptr + row) - first_col
-    has_target = (target >= 0) & (target < num_cols)
-    z_row = z_ptr + row * stride_z
-    z = tl.load(z_row + offs_v, mask=in_v, other=_NEG_INF)
+    z = tl.load(z_ptr + row * stride_z + offs_v, mask=in_v, other=_NEG_INF)
     z = tl.where(offs_v == target, _NEG_INF, z)
-    target_logit = tl.load(z_row + target, mask=has_target, other=0.0)
-    tl.store(target_logit_ptr + row, target_logit, mask=has_target)
 
     old_max = tl.load(max_ptr + row)
-    new_max, reference, factor, rescale = _raise_reference(old_max, tl.max(z, axis=0), raise_by)
-    e = tl.exp(z - reference)
+    new_max, factor, rescale = _raise_reference(old_max, tl.max(z, axis=0), raise_by)
+    e = tl.exp(z - new_max)
     tl.store(max_ptr + row, new_max)
     tl.store(sum_ptr + row, tl.load(sum_ptr + row) * factor + tl.sum(e, axis=0))
 
     tile_row = tile_ptr + row * stride_tile
-    tl.store(tile_row + offs_v, e.to(tile_ptr.dtype.element_ty), mask=in_v & (store_tile != 0))
+    stored = tl.where(store_tile != 0, num_cols, 0)
+    tl.store(tile_row + offs_v, e.to(tile_ptr.dtype.element_ty), mask=offs_v < stored)
     if rescale:
         _rescale_row(acc_ptr + row * stride_acc, acc_cols, factor, BLOCK_D)
         _rescale_row(tile_row - kept_cols, kept_cols, factor, BLOCK_D)
@@ -106,7 +153,7 @@ def _fold_blocks_kernel(
     BLOCK_D: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """As `_fold_kernel` after the fused GEMM: merges the (max, sum) of a row's column blocks.
+    """As `_fold_kernel`, after the fused GEMM: merges the (max, sum) of a row's column blocks.
 
     Grid (rows,). The GEMM wrote block b of E under exp(z - used_b), used_b = its own maximum where
     that beats the old m by `raise_by`, else the old m; only rows that raised are touched again.
@@ -115,169 +162,168 @@ def _fold_blocks_kernel(
     offs_b = tl.arange(0, BLOCKS)
     in_b = offs_b < num_blocks
     max_row = block_max_ptr + row * stride_block
-    block_max = tl.load(max_row + offs_b, mask=in_b, other=_NEG_INF)
+    block_max = tl.load(max_row + offs_b, mask=in_b, other=_LOWEST)
     block_sum = tl.load(block_sum_ptr + row * stride_block + offs_b, mask=in_b, other=0.0)
 
     old_max = tl.load(max_ptr + row)
     tile_max = tl.max(block_max, axis=0)
-    new_max, reference, factor, rescale = _raise_reference(old_max, tile_max, raise_by)
-    tile_sum = tl.sum(block_sum * tl.exp(block_max - reference), axis=0)
+    new_max, factor, rescale = _raise_reference(old_max, tile_max, raise_by)
+    tile_sum = tl.sum(block_sum * tl.exp(block_max - new_max), axis=0)
     tl.store(max_ptr + row, new_max)
     tl.store(sum_ptr + row, tl.load(sum_ptr + row) * factor + tile_sum)
 
     tile_row = tile_ptr + row * stride_tile
-    if (tile_max > old_max + raise_by) & (store_tile != 0):
+    if (new_max > old_max) & (store_tile != 0):
         for block in range(0, num_blocks):
             seen = tl.load(max_row + block)
             used = tl.where(seen > old_max + raise_by, seen, old_max)
             start = block * BLOCK_V
             width = tl.minimum(num_cols - start, BLOCK_V)
-            _rescale_row(tile_row + start, width, tl.exp(used - reference), BLOCK_V)
+            _rescale_row(tile_row + start, width, tl.exp(used - new_max), BLOCK_V)
     if rescale:
         _rescale_row(acc_ptr + row * stride_acc, acc_cols, factor, BLOCK_D)
         _rescale_row(tile_row - kept_cols, kept_cols, factor, BLOCK_D)
 
 
 @triton.jit
-def _finish_rows_kernel(
-    max_ptr,
-    sum_ptr,
-    target_logit_ptr,
-    nll_ptr,
-    log_rest_ptr,
-    log_odds_ptr,
-    N,
-    BLOCK_N: tl.constexpr,
-):
-    """Grid (ceil(N / BLOCK_N),): nll, log-sum-exp without the target, log-odds against the target."""
+def _finish_rows_kernel(statistics_ptr, nll_ptr, N, BLOCK_N: tl.constexpr):
+    """Grid (ceil(N / BLOCK_N),): nll = softplus(d)."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = offs_n < N
-    max_n = tl.load(max_ptr + offs_n, mask=in_n, other=0.0)
-    sum_n = tl.load(sum_ptr + offs_n, mask=in_n, other=1.0)
-    target_logit = tl.load(target_logit_ptr + offs_n, mask=in_n, other=0.0)
-    log_rest = max_n + tl.log(sum_n)
-    log_odds = log_rest - target_logit
-    # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is exact to
+    target_logit = tl.load(statistics_ptr + offs_n, mask=in_n, other=0.0)
+    max_n = tl.load(statistics_ptr + N + offs_n, mask=in_n, other=0.0)
+    sum_n = tl.load(statistics_ptr + 2 * N + offs_n, mask=in_n, other=1.0)
+    log_odds = _log_odds(target_logit, max_n, sum_n)
+    # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is right to
     # the last bits for every x in (0, 1], and Triton has no log1p that the interpreter can run.
     small = tl.exp(-tl.abs(log_odds))
     one_plus = 1.0 + small
     gap = one_plus - 1.0
     log1p = tl.where(gap == 0.0, small, small * (tl.log(one_plus) / tl.where(gap == 0.0, 1.0, gap)))
     tl.store(nll_ptr + offs_n, tl.maximum(log_odds, 0.0) + log1p, mask=in_n)
-    tl.store(log_rest_ptr + offs_n, log_rest, mask=in_n)
-    tl.store(log_odds_ptr + offs_n, log_odds, mask=in_n)
 
 
 @triton.jit
-def _finish_hidden_kernel(
-    acc_ptr,
-    weight_ptr,
-    target_ptr,
-    sum_ptr,
-    log_odds_ptr,
-    D,
-    stride_acc,
-    stride_weight,
-    BLOCK_D: tl.constexpr,
-):
-    """Grid (rows, ceil(D / BLOCK_D)), in place: acc = acc * q / s - q * W[target], q = 1 - p_y."""
+def _finish_expected_kernel(acc_ptr, sum_ptr, D, stride_acc, BLOCK_D: tl.constexpr):
+    """Grid (rows, ceil(D / BLOCK_D)), in place: acc = acc / s."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = offs_d < D
-    q = _sigmoid(tl.load(log_odds_ptr + row))
     total = tl.load(sum_ptr + row)
-    per_sum = tl.where(total > 0.0, q / total, 0.0)
     acc_row = acc_ptr + row * stride_acc + offs_d
-    target_row = weight_ptr + tl.load(target_ptr + row) * stride_weight + offs_d
     acc = tl.load(acc_row, mask=in_d, other=0.0)
-    head = tl.load(target_row, mask=in_d, other=0.0).to(tl.float32)
-    tl.store(acc_row, acc * per_sum - q * head, mask=in_d)
-
-
-@triton.jit
-def _sigmoid(value):
-    """1 / (1 + exp(-d)) with full relative accuracy down to the smallest q."""
-    small = tl.exp(-tl.abs(value))
-    return tl.where(value >= 0.0, 1.0, small) / (1.0 + small)
+    tl.store(acc_row, tl.where(total > 0.0, acc / total, 0.0), mask=in_d)
 
 
 @triton.jit
 def _finish_kept_kernel(
-    kept_ptr,
-    target_ptr,
-    sum_ptr,
-    V,
-    stride_kept,
-    normalise: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    kept_ptr, target_ptr, sum_ptr, V, stride_kept, NORMALISE: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Grid (rows,): kept E becomes s * (p - onehot) / q, by writing -s (or -1) at the target.
 
-    normalise (fp16, where s can exceed 65504): the row is divided by s as well.
+    NORMALISE (fp16, where s can exceed 65504): the row is divided by s as well.
     """
     row = tl.program_id(0).to(tl.int64)
     kept_row = kept_ptr + row * stride_kept
     total = tl.load(sum_ptr + row)
-    if normalise:
-        _rescale_row(kept_row, V, tl.where(total > 0.0, 1.0 / total, 0.0), BLOCK_V)
-        total = 1.0
-        # The row was written in vectors by many threads, the target entry belongs to one of them.
-        tl.debug_barrier()
-    tl.store(kept_row + tl.load(target_ptr + row), (-total).to(kept_ptr.dtype.element_ty))
+    target = tl.load(target_ptr + row)
+    if NORMALISE:
+        scale = tl.where(total > 0.0, 1.0 / total, 0.0)
+        for start in range(0, V, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            e = tl.load(kept_row + offs_v, mask=offs_v < V, other=0.0).to(tl.float32) * scale
+            e = tl.where(offs_v == target, -1.0, e)
+            tl.store(kept_row + offs_v, e.to(kept_ptr.dtype.element_ty), mask=offs_v < V)
+    else:
+        tl.store(kept_row + target, (-total).to(kept_ptr.dtype.element_ty), mask=target >= 0)
 
 
 @triton.jit
 def _probabilities_kernel(
     z_ptr,
     target_ptr,
-    log_rest_ptr,
+    statistics_ptr,
     tile_ptr,
+    N,
+    first_row,
     first_col,
     num_cols,
     stride_z,
     stride_tile,
     BLOCK_V: tl.constexpr,
 ):
-    """Grid (rows,): with the log-sum-exp known, E = exp(z - r), and -1 at the target."""
+    """Grid (rows,), with the statistics known: E = exp(z - m) / s, and -1 at the target.
+
+    Rows are `first_row` and following of target_N and of statistics [3, N]. q * E is p - onehot.
+    """
     row = tl.program_id(0).to(tl.int64)
     offs_v = tl.arange(0, BLOCK_V)
     in_v = offs_v < num_cols
-    target = tl.load(target_ptr + row) - first_col
+    target = tl.load(target_ptr + first_row + row) - first_col
+    max_n = tl.load(statistics_ptr + N + first_row + row)
+    sum_n = tl.load(statistics_ptr + 2 * N + first_row + row)
     z = tl.load(z_ptr + row * stride_z + offs_v, mask=in_v, other=_NEG_INF)
-    e = tl.where(offs_v == target, -1.0, tl.exp(z - tl.load(log_rest_ptr + row)))
+    # max_n is a maximum up to the raise, but not of the target's column: that one could overflow.
+    z = tl.where(offs_v == target, _NEG_INF, z)
+    e = tl.exp(z - max_n) * tl.where(sum_n > 0.0, 1.0 / sum_n, 0.0)
+    e = tl.where(offs_v == target, -1.0, e)
     tl.store(tile_ptr + row * stride_tile + offs_v, e.to(tile_ptr.dtype.element_ty), mask=in_v)
 
 
 @triton.jit
 def _scale_rows_kernel(
     value_ptr,
-    gradient_ptr,
-    log_odds_ptr,
-    sum_ptr,
+    dnll_ptr,
+    statistics_ptr,
     out_ptr,
+    N,
     D,
     stride_value,
+    stride_dnll,
     stride_out,
-    HAS_ODDS: tl.constexpr,
-    HAS_SUM: tl.constexpr,
+    PER_SUM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (rows, ceil(D / BLOCK_D)): out = value * g [* q] [/ s], in fp32, rounded once."""
+    """Grid (rows, ceil(D / BLOCK_D)): out = value * dnll * q [/ s], in fp32, rounded once."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = offs_d < D
-    scale = tl.load(gradient_ptr + row).to(tl.float32)
-    if HAS_ODDS:
-        scale *= _sigmoid(tl.load(log_odds_ptr + row))
-    if HAS_SUM:
-        total = tl.load(sum_ptr + row)
-        scale = tl.where(total > 0.0, scale / total, 0.0)
+    q, per_sum = _row_scale(statistics_ptr, row, N)
+    scale = tl.load(dnll_ptr + row * stride_dnll) * q
+    if PER_SUM:
+        scale *= per_sum
     value = tl.load(value_ptr + row * stride_value + offs_d, mask=in_d, other=0.0).to(tl.float32)
-    tl.store(
-        out_ptr + row * stride_out + offs_d,
-        (value * scale).to(out_ptr.dtype.element_ty),
-        mask=in_d,
-    )
+    out = (value * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * stride_out + offs_d, out, mask=in_d)
+
+
+@triton.jit
+def _dhidden_kernel(
+    expected_ptr,
+    weight_ptr,
+    target_ptr,
+    dnll_ptr,
+    statistics_ptr,
+    out_ptr,
+    N,
+    D,
+    stride_expected,
+    stride_weight,
+    stride_dnll,
+    stride_out,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (rows, ceil(D / BLOCK_D)): out = dnll * q * (expected - weight[target]), rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_d = offs_d < D
+    target = tl.load(target_ptr + row)
+    q, _ = _row_scale(statistics_ptr, row, N)
+    expected = tl.load(expected_ptr + row * stride_expected + offs_d, mask=in_d, other=0.0)
+    head_row = weight_ptr + target * stride_weight + offs_d
+    head = tl.load(head_row, mask=offs_d < tl.where(target >= 0, D, 0), other=0.0).to(tl.float32)
+    out = tl.load(dnll_ptr + row * stride_dnll) * q * (expected - head)
+    tl.store(out_ptr + row * stride_out + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_d)
 
 
 def _power_of_two(width: int, low: int, high: int) -> int:
@@ -289,30 +335,56 @@ def _warps(block: int) -> int:
     return _power_of_two(block // 1024, 1, 16)
 
 
+def _rows_by_hidden(tensor: Tensor) -> tuple[tuple[int, int], int]:
+    """(grid, BLOCK_D) of the kernels that walk an [rows, D] tensor."""
+    block = _power_of_two(tensor.shape[1], 128, 1024)
+    return (tensor.shape[0], triton.cdiv(tensor.shape[1], block)), block
+
+
+def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> None:
+    """out[n] = hidden[n] . weight[targets[n]] in fp32, in one fixed order; 0 for target -1."""
+    _target_logits_kernel[(hidden.shape[0],)](
+        hidden,
+        weight,
+        targets,
+        out,
+        hidden.shape[1],
+        hidden.stride(0),
+        weight.stride(0),
+        BLOCK_D=_power_of_two(hidden.shape[1], 128, 1024),
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
 def fold(
     z: Tensor,
     targets: Tensor,
     tile: Tensor,
     acc: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    max_N: Tensor,
+    sum_N: Tensor,
     *,
     first_col: int,
     block: int,
     raise_by: float,
     store_tile: bool,
+    acc_cols: int,
     kept_cols: int,
 ) -> None:
-    """Fold logits z [rows, cols] fp32 into `state` = (max, sum, target_logit), each [rows] fp32.
+    """Fold logits z [rows, cols] fp32, columns `first_col` on, into max_N, sum_N [rows] fp32.
 
     tile, acc: where E goes and what is corrected when a maximum rises; any tensors of the right
-    dtype and stride when `store_tile` is false. block: power of two >= cols, the same for every tile.
+    dtype, alignment and stride when `store_tile` is false. block: power of two >= cols, the same
+    for every tile of a call.
     """
     _fold_kernel[(z.shape[0],)](
         z,
         targets,
         tile,
         acc,
-        *state,
+        max_N,
+        sum_N,
         first_col,
         z.shape[1],
         z.stride(0),
@@ -320,7 +392,7 @@ def fold(
         acc.stride(0),
         raise_by,
         int(store_tile),
-        acc.shape[1] if store_tile else 0,
+        acc_cols,
         kept_cols,
         BLOCK_V=block,
         BLOCK_D=1024,
@@ -334,13 +406,14 @@ def fold_blocks(
     block_sum: Tensor,
     tile: Tensor,
     acc: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    max_N: Tensor,
+    sum_N: Tensor,
     *,
-    num_blocks: int,
     num_cols: int,
     block_cols: int,
     raise_by: float,
     store_tile: bool,
+    acc_cols: int,
     kept_cols: int,
 ) -> None:
     """`fold` for the fused GEMM, from its (max, sum) per row and column block [rows, blocks] fp32."""
@@ -349,16 +422,16 @@ def fold_blocks(
         block_sum,
         tile,
         acc,
-        state[0],
-        state[1],
-        num_blocks,
+        max_N,
+        sum_N,
+        triton.cdiv(num_cols, block_cols),
         num_cols,
         block_max.stride(0),
         tile.stride(0),
         acc.stride(0),
         raise_by,
         int(store_tile),
-        acc.shape[1] if store_tile else 0,
+        acc_cols,
         kept_cols,
         BLOCK_V=block_cols,
         BLOCK_D=1024,
@@ -368,63 +441,53 @@ def fold_blocks(
     )
 
 
-def finish_rows(
-    state: tuple[Tensor, Tensor, Tensor], nll: Tensor, log_rest: Tensor, log_odds: Tensor
-) -> None:
-    """From the folded state to nll, r = m + log s and d = r - z_y; all [rows] fp32."""
+def finish_rows(statistics: Tensor, nll: Tensor) -> None:
+    """nll [N] from statistics [3, N] = (z_y, m, s), all fp32."""
     num_rows = nll.shape[0]
     _finish_rows_kernel[(triton.cdiv(num_rows, 128),)](
-        *state,
-        nll,
-        log_rest,
-        log_odds,
-        num_rows,
-        BLOCK_N=128,
-        num_warps=4,
-        enable_fp_fusion=False,
+        statistics, nll, num_rows, BLOCK_N=128, num_warps=4, enable_fp_fusion=False
     )
 
 
-def finish_hidden(acc: Tensor, weight: Tensor, targets: Tensor, sum_N: Tensor, log_odds: Tensor) -> None:
-    """acc = E @ W [rows, D] fp32 becomes the unscaled gradient (p - onehot) @ W, in place."""
-    block = _power_of_two(acc.shape[1], 128, 1024)
-    _finish_hidden_kernel[(acc.shape[0], triton.cdiv(acc.shape[1], block))](
-        acc,
-        weight,
-        targets,
-        sum_N,
-        log_odds,
-        acc.shape[1],
-        acc.stride(0),
-        weight.stride(0),
-        BLOCK_D=block,
-        num_warps=4,
-    )
+def finish_expected(acc: Tensor, sum_N: Tensor) -> None:
+    """acc = E @ weight [rows, D] fp32 becomes the mean head row among the other classes, in place."""
+    grid, block = _rows_by_hidden(acc)
+    _finish_expected_kernel[grid](acc, sum_N, acc.shape[1], acc.stride(0), BLOCK_D=block, num_warps=4)
 
 
-def finish_kept(kept: Tensor, targets: Tensor, sum_N: Tensor, *, normalise: bool) -> None:
-    """Kept E [rows, V] receives its target entries: -s, or -1 with the row divided by s."""
+def finish_kept(kept: Tensor, targets: Tensor, sum_N: Tensor) -> None:
+    """Kept E [rows, V] receives its target entries: -s; in fp16 -1, with the row divided by s."""
+    normalise = kept.dtype is torch.float16
     _finish_kept_kernel[(kept.shape[0],)](
         kept,
         targets,
         sum_N,
         kept.shape[1],
         kept.stride(0),
-        normalise=normalise,
-        BLOCK_V=4096 if normalise else 16,
+        NORMALISE=normalise,
+        BLOCK_V=4096,
         num_warps=8 if normalise else 1,
     )
 
 
 def probabilities(
-    z: Tensor, targets: Tensor, log_rest: Tensor, tile: Tensor, *, first_col: int, block: int
+    z: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    tile: Tensor,
+    *,
+    first_row: int,
+    first_col: int,
+    block: int,
 ) -> None:
-    """tile = exp(z - r) with -1 at the target: q * tile is p - onehot. z [rows, cols] fp32."""
+    """tile = exp(z - m) / s with -1 at the target, for rows `first_row` on. z [rows, cols] fp32."""
     _probabilities_kernel[(z.shape[0],)](
         z,
         targets,
-        log_rest,
+        statistics,
         tile,
+        statistics.shape[1],
+        first_row,
         first_col,
         z.shape[1],
         z.stride(0),
@@ -434,27 +497,48 @@ def probabilities(
     )
 
 
-def scale_rows(
-    value: Tensor,
-    gradient: Tensor,
-    out: Tensor,
-    *,
-    log_odds: Tensor | None = None,
-    sum_N: Tensor | None = None,
-) -> None:
-    """out[n] = value[n] * gradient[n] [* sigmoid(log_odds[n])] [/ sum[n]], one rounding at the end."""
-    block = _power_of_two(value.shape[1], 128, 1024)
-    _scale_rows_kernel[(value.shape[0], triton.cdiv(value.shape[1], block))](
+def scale_rows(value: Tensor, dnll: Tensor, statistics: Tensor, out: Tensor, *, per_sum: bool) -> None:
+    """out[n] = value[n] * dnll[n] * q[n] [/ s[n]] for [N, D] tensors, one rounding at the end."""
+    grid, block = _rows_by_hidden(value)
+    _scale_rows_kernel[grid](
         value,
-        gradient,
-        log_odds,
-        sum_N,
+        dnll,
+        statistics,
         out,
+        value.shape[0],
         value.shape[1],
         value.stride(0),
+        dnll.stride(0),
         out.stride(0),
-        HAS_ODDS=log_odds is not None,
-        HAS_SUM=sum_N is not None,
+        PER_SUM=per_sum,
+        BLOCK_D=block,
+        num_warps=4,
+    )
+
+
+def dhidden(
+    expected: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dnll: Tensor,
+    statistics: Tensor,
+    out: Tensor,
+) -> None:
+    """out[n] = dnll[n] * q[n] * (expected[n] - weight[targets[n]]), [N, D], one rounding at the end."""
+    grid, block = _rows_by_hidden(expected)
+    _dhidden_kernel[grid](
+        expected,
+        weight,
+        targets,
+        dnll,
+        statistics,
+        out,
+        expected.shape[0],
+        expected.shape[1],
+        expected.stride(0),
+        weight.stride(0),
+        dnll.stride(0),
+        out.stride(0),
         BLOCK_D=block,
         num_warps=4,
     )
