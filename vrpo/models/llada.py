@@ -74,6 +74,19 @@ def checkpoint_renamings() -> list[WeightRenaming]:
     return [WeightRenaming(source, target) for source, target in CHECKPOINT_NAMES]
 
 
+def _accept_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """load_state_dict pre-hook: takes original names too.
+
+    transformers.Trainer resumes with a plain load_state_dict(strict=False), past from_pretrained's renaming;
+    without this every weight would silently stay as it was.
+    """
+    for name in [n for n in state_dict if n.startswith(prefix + "model.transformer.")]:
+        ours = name.removeprefix(prefix)
+        for source, target in CHECKPOINT_NAMES:
+            ours = ours.replace(source, target)
+        state_dict[prefix + ours] = state_dict.pop(name)
+
+
 class LLaDAConfig(LlamaConfig):
     """Configuration of a LLaDA model; takes and writes the original checkpoint's key names.
 
@@ -196,6 +209,7 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
                 "with a causal mask"
             )
         super().__init__(config)
+        self.register_load_state_dict_pre_hook(_accept_checkpoint_names)
 
     def forward(
         self,
