@@ -1,6 +1,8 @@
 """Fused ELBO operations for masked-diffusion language models."""
 
 from vrpo_kernels.backend import choose, describe
+from vrpo_kernels.cross_entropy import cross_entropy
+from vrpo_kernels.elbo import elbo_from_hidden, elbo_from_logits
 from vrpo_kernels.linear_cross_entropy import (
     Plan,
     linear_cross_entropy,
@@ -18,7 +20,10 @@ __all__ = [
     "PackedTokens",
     "Plan",
     "choose",
+    "cross_entropy",
     "describe",
+    "elbo_from_hidden",
+    "elbo_from_logits",
     "gather_rows",
     "linear_cross_entropy",
     "linear_cross_entropy_replay",

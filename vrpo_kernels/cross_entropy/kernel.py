@@ -1,0 +1,173 @@
+"""The Triton cross-entropy: one read of the selected rows forward, one read and one write backward.
+
+Same contract as `cpu.py`. One program owns one row; sums are fp32 and their order depends on V alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_NEG_INF = tl.constexpr(float("-inf"))
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the maximum of no logits at all
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr,
+    target_ptr,
+    row_ptr,
+    nll_ptr,
+    statistics_ptr,
+    N,
+    V,
+    stride_logits,
+    HAS_ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Grid (N,): online (max, sum of exp) over the classes but the target; nll = softplus(log-odds).
+
+    FLOP: about 6 per logit. Bytes: the selected rows once.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    row = n
+    if HAS_ROWS:
+        row = tl.load(row_ptr + n)
+    target = tl.load(target_ptr + n)
+    logits_row = logits_ptr + row * stride_logits
+    # One running maximum per lane of the block: no reduction across threads until the end.
+    lane_max = tl.full((BLOCK_V,), _LOWEST, dtype=tl.float32)
+    lane_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    for start in range(0, V, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z = tl.load(logits_row + offs_v, mask=offs_v < V, other=_NEG_INF).to(tl.float32)
+        z = tl.where(offs_v == target, _NEG_INF, z)
+        new_max = tl.maximum(lane_max, z)
+        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(z - new_max)
+        lane_max = new_max
+    max_n = tl.max(lane_max, axis=0)
+    sum_n = tl.sum(lane_sum * tl.exp(lane_max - max_n), axis=0)
+    log_odds = (max_n - tl.load(logits_row + target).to(tl.float32)) + tl.log(sum_n)
+    # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is right to
+    # the last bits for every x in (0, 1], and Triton has no log1p that the interpreter can run.
+    small = tl.exp(-tl.abs(log_odds))
+    one_plus = 1.0 + small
+    gap = one_plus - 1.0
+    log1p = tl.where(gap == 0.0, small, small * (tl.log(one_plus) / tl.where(gap == 0.0, 1.0, gap)))
+    tl.store(nll_ptr + n, tl.maximum(log_odds, 0.0) + log1p)
+    tl.store(statistics_ptr + n, max_n)
+    tl.store(statistics_ptr + N + n, sum_n)
+
+
+@triton.jit
+def _backward_kernel(
+    dnll_ptr,
+    logits_ptr,
+    target_ptr,
+    owner_ptr,
+    statistics_ptr,
+    out_ptr,
+    N,
+    V,
+    stride_dnll,
+    stride_logits,
+    stride_out,
+    HAS_OWNER: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Grid (M,): dlogits = dnll * (p - onehot) in rows that own an n, zeros (and no read) in the others.
+
+    out may be the logits themselves. FLOP: about 4 per logit. Bytes: one read (selected), one write.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    n = row
+    if HAS_OWNER:
+        n = tl.load(owner_ptr + row)
+    out_row = out_ptr + row * stride_out
+    if n < 0:
+        for start in range(0, V, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            zeros = tl.zeros((BLOCK_V,), dtype=out_ptr.dtype.element_ty)
+            tl.store(out_row + offs_v, zeros, mask=offs_v < V)
+    else:
+        logits_row = logits_ptr + row * stride_logits
+        target = tl.load(target_ptr + n)
+        target_logit = tl.load(logits_row + target).to(tl.float32)
+        # In place, another warp may overwrite the target's logit: all have read it from here on.
+        tl.debug_barrier()
+        max_n = tl.load(statistics_ptr + n)
+        sum_n = tl.load(statistics_ptr + N + n)
+        log_odds = (max_n - target_logit) + tl.log(sum_n)
+        small = tl.exp(-tl.abs(log_odds))
+        scale = tl.load(dnll_ptr + n * stride_dnll)
+        scale *= tl.where(log_odds >= 0.0, 1.0, small) / (1.0 + small)
+        per_sum = tl.where(sum_n > 0.0, scale / sum_n, 0.0)
+        for start in range(0, V, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            z = tl.load(logits_row + offs_v, mask=offs_v < V, other=_NEG_INF).to(tl.float32)
+            # Not exp(z) of the target's column: it is no part of the maximum and could overflow.
+            z = tl.where(offs_v == target, _NEG_INF, z)
+            gradient = tl.where(offs_v == target, -scale, per_sum * tl.exp(z - max_n))
+            tl.store(out_row + offs_v, gradient.to(out_ptr.dtype.element_ty), mask=offs_v < V)
+
+
+def _block(num_classes: int) -> int:
+    return max(128, min(4096, triton.next_power_of_2(num_classes)))
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 512))
+
+
+def forward(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(nll_N, statistics (2, N)); see `cpu.forward`."""
+    num_rows, num_classes = target_N.shape[0], logits_MV.shape[1]
+    nll_N = logits_MV.new_empty(num_rows, dtype=torch.float32)
+    statistics = logits_MV.new_empty((2, num_rows), dtype=torch.float32)
+    if num_rows:
+        block = _block(num_classes)
+        _forward_kernel[(num_rows,)](
+            logits_MV,
+            target_N.contiguous(),
+            None if row_N is None else row_N.contiguous(),
+            nll_N,
+            statistics,
+            num_rows,
+            num_classes,
+            logits_MV.stride(0),
+            HAS_ROWS=row_N is not None,
+            BLOCK_V=block,
+            num_warps=_warps(block),
+        )
+    return nll_N, statistics
+
+
+def backward(
+    dnll_N: Tensor,
+    logits_MV: Tensor,
+    target_N: Tensor,
+    owner_M: Tensor | None,
+    statistics: Tensor,
+    out_MV: Tensor,
+) -> None:
+    """Writes dlogits into out_MV, which may be logits_MV; see `cpu.backward`."""
+    num_rows, num_classes = logits_MV.shape
+    if not num_rows:
+        return
+    block = _block(num_classes)
+    _backward_kernel[(num_rows,)](
+        dnll_N,
+        logits_MV,
+        target_N.contiguous(),
+        owner_M,
+        statistics,
+        out_MV,
+        target_N.shape[0],
+        num_classes,
+        dnll_N.stride(0),
+        logits_MV.stride(0),
+        out_MV.stride(0),
+        HAS_OWNER=owner_M is not None,
+        BLOCK_V=block,
+        num_warps=_warps(block),
+    )
