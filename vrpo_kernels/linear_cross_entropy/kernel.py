@@ -1,4 +1,4 @@
-"""The Triton backend of linear_cross_entropy: the row-linear algorithm over tiles. See `op.py` for the contract.
+"""The Triton backend of linear_cross_entropy: the row-linear algorithm over tiles. Contract: `op.py`.
 
     forward, per row chunk and vocabulary tile:   z = x @ W_t^T;  E = exp(z - m), target column 0, folded into
                                                   (m, s) online;  acc += E @ W_t
@@ -7,8 +7,9 @@
     sweep, statistics known:                      P = exp(z - m) / s, target entry -1;
                                                   dx = dnll * q * (P @ W);  dW_t = P_t^T @ (dnll * q * x)
 
-All products have 16-bit factors and fp32 sums; a slice of dW is summed over all rows in fp32 and rounded once. No
-host synchronisation, no data-dependent shapes, no atomics. Tile shapes never depend on which gradients are wanted.
+All products have 16-bit factors and fp32 sums; a slice of dW is summed over all rows in fp32 and rounded
+once. No host synchronisation, no data-dependent shapes, no atomics. Tile shapes never depend on which
+gradients are wanted.
 """
 
 import functools

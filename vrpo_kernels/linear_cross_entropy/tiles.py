@@ -68,8 +68,5 @@ _FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 4096, 64, 64, 16, 8, 2, False)
 
 def tiles_for(capability: tuple[int, int], itemsize: int, gemm: str = "cublas") -> Tiles:
     """Tiles for a compute capability and the size of the input dtype in bytes; a pure function."""
-    if itemsize == 4:
-        base = _FP32
-    else:
-        base = _HOPPER if capability[0] >= 9 else _AMPERE
-    return replace(base, gemm=gemm)
+    half = _HOPPER if capability[0] >= 9 else _AMPERE
+    return replace(_FP32 if itemsize == 4 else half, gemm=gemm)

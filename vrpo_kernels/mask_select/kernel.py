@@ -1,0 +1,177 @@
+"""The Triton mask draw: Philox words, an exact rank window by bisection, positions written in order.
+
+One program owns one segment. Nothing is sorted: the r-th smallest word is found bit by bit, 32 counts, from
+words in registers (the first BLOCK positions) or drawn again (longer segments).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+_U32_END = tl.constexpr(2**32)
+
+
+@triton.jit
+def _words(seed, c1, c2, c3, start, BLOCK: tl.constexpr):
+    """int64 words of positions start .. start + BLOCK - 1; position p owns lane p & 3 of counter p >> 2."""
+    c0 = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = tl.zeros((BLOCK // 4,), dtype=tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        seed, c0, zero + c1.to(tl.uint32), zero + c2.to(tl.uint32), zero + c3.to(tl.uint32)
+    )
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [.., a, b] is lane 2 a + b
+    return tl.reshape(words, (BLOCK,)).to(tl.int64)
+
+
+@triton.jit
+def _two_counts(words, in_l, low, high):
+    """How many valid words lie below `low`, and below `high` in the upper 32 bits of one sum."""
+    below = (words < low).to(tl.int64) + ((words < high).to(tl.int64) << 32)
+    return tl.sum(tl.where(in_l, below, 0), axis=0)
+
+
+@triton.jit
+def _write_masked(position_ptr, masked, offs_l, written, limit):
+    """Append the positions of `masked` at `written`; returns the new end. Never past `limit`."""
+    masked = masked.to(tl.int64)
+    at = written + tl.cumsum(masked, axis=0) - 1
+    tl.store(position_ptr + at, offs_l, mask=(masked != 0) & (at < limit))
+    return written + tl.sum(masked, axis=0)
+
+
+@triton.jit(do_not_specialize=["seed", "num_rows"])
+def _select_by_rank_kernel(
+    length_ptr,
+    counter_ptr,
+    first_ptr,
+    count_ptr,
+    offset_ptr,
+    position_ptr,
+    seed,
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    """Grid (S,): masked iff (rank - first) mod L < count, rank of (word, position) among the L positions.
+
+    rank < x  <=>  word < T or (word = T and fewer than x - #(words < T) equal words come before),
+    where T is the x-th smallest word (from 0). Both ends of the window are found in one bisection.
+    Integer operations: about 100 per position up to BLOCK positions, 33 times that beyond.
+    """
+    segment = tl.program_id(0).to(tl.int64)
+    length = tl.load(length_ptr + segment)
+    c1 = tl.load(counter_ptr + 3 * segment)
+    c2 = tl.load(counter_ptr + 3 * segment + 1)
+    c3 = tl.load(counter_ptr + 3 * segment + 2)
+    first = tl.load(first_ptr + segment) % length
+    last = first + tl.load(count_ptr + segment)
+    wraps = last > length
+    last = tl.where(wraps, last - length, last)
+
+    near = _words(seed, c1, c2, c3, tl.zeros((), dtype=tl.int64), BLOCK)
+    offs = tl.arange(0, BLOCK).to(tl.int64)
+    low = tl.zeros((), dtype=tl.int64)
+    high = tl.zeros((), dtype=tl.int64)
+    below_low = tl.zeros((), dtype=tl.int64)
+    below_high = tl.zeros((), dtype=tl.int64)
+    bit = tl.full((), 2147483648, dtype=tl.int64)
+    for _ in range(32):
+        both = _two_counts(near, offs < length, low + bit, high + bit)
+        for start in range(BLOCK, length, BLOCK):
+            far = _words(seed, c1, c2, c3, start, BLOCK)
+            both += _two_counts(far, offs + start < length, low + bit, high + bit)
+        count_low = both % _U32_END
+        count_high = both // _U32_END
+        below_low = tl.where(count_low <= first, count_low, below_low)
+        low = tl.where(count_low <= first, low + bit, low)
+        below_high = tl.where(count_high <= last, count_high, below_high)
+        high = tl.where(count_high <= last, high + bit, high)
+        bit = bit // 2
+
+    equal_before = tl.zeros((), dtype=tl.int64)
+    written = tl.load(offset_ptr + segment)
+    for start in range(0, length, BLOCK):
+        words = near
+        if start > 0:
+            words = _words(seed, c1, c2, c3, start, BLOCK)
+        in_l = offs + start < length
+        equal = (words == low).to(tl.int64) + ((words == high).to(tl.int64) << 32)
+        equal = tl.where(in_l, equal, 0)
+        before = equal_before + tl.cumsum(equal, axis=0) - equal
+        under_low = (words < low) | ((words == low) & (before % _U32_END < first - below_low))
+        under_high = (words < high) | ((words == high) & (before // _U32_END < last - below_high))
+        outside = under_low.to(tl.int32)
+        inside = under_high.to(tl.int32)
+        masked = tl.where(wraps, tl.maximum(1 - outside, inside), (1 - outside) * inside)
+        masked = tl.where(in_l, masked, 0)
+        written = _write_masked(position_ptr, masked, offs + start, written, num_rows)
+        equal_before += tl.sum(equal, axis=0)
+
+
+@triton.jit(do_not_specialize=["seed", "num_rows"])
+def _select_by_word_kernel(
+    length_ptr,
+    counter_ptr,
+    first_ptr,
+    count_ptr,
+    offset_ptr,
+    position_ptr,
+    seed,
+    num_rows,
+    WRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (S,): masked iff (word - first) mod 2^32 < count; writes positions, or their number per segment."""
+    segment = tl.program_id(0).to(tl.int64)
+    length = tl.load(length_ptr + segment)
+    c1 = tl.load(counter_ptr + 3 * segment)
+    c2 = tl.load(counter_ptr + 3 * segment + 1)
+    c3 = tl.load(counter_ptr + 3 * segment + 2)
+    first = tl.load(first_ptr + segment)
+    count = tl.load(count_ptr + segment)
+    offs = tl.arange(0, BLOCK).to(tl.int64)
+    written = tl.zeros((), dtype=tl.int64)
+    if WRITE:
+        written = tl.load(offset_ptr + segment)
+    for start in range(0, length, BLOCK):
+        words = _words(seed, c1, c2, c3, start, BLOCK)
+        masked = ((words - first + _U32_END) % _U32_END < count) & (offs + start < length)
+        if WRITE:
+            written = _write_masked(position_ptr, masked, offs + start, written, num_rows)
+        else:
+            written += tl.sum(masked.to(tl.int64), axis=0)
+    if not WRITE:
+        tl.store(offset_ptr + segment, written)
+
+
+def mask_select(
+    length_S: Tensor,
+    counter_S3: Tensor,
+    first_S: Tensor,
+    count_S: Tensor,
+    seed: int,
+    by_rank: bool,
+    num_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.mask_select`. Synchronises only to size the output, that is without num_rows."""
+    num_segments = length_S.shape[0]
+    offsets_S1 = torch.zeros(num_segments + 1, dtype=torch.int64, device=length_S.device)
+    if num_segments == 0:
+        return length_S.new_empty(0), offsets_S1
+    inputs = tuple(tensor.contiguous() for tensor in (length_S, counter_S3, first_S, count_S))
+    shape = {"BLOCK": _BLOCK, "num_warps": 8}
+    if by_rank:
+        masked_S = inputs[3]
+    else:
+        masked_S = torch.empty_like(inputs[0])
+        _select_by_word_kernel[(num_segments,)](*inputs, masked_S, None, seed, 0, WRITE=False, **shape)
+    torch.cumsum(masked_S, 0, out=offsets_S1[1:])
+    total = int(offsets_S1[-1]) if num_rows is None else num_rows
+    position_N = length_S.new_empty(total)
+    where = (offsets_S1, position_N, seed, total)
+    if by_rank:
+        _select_by_rank_kernel[(num_segments,)](*inputs, *where, **shape)
+    else:
+        _select_by_word_kernel[(num_segments,)](*inputs, *where, WRITE=True, **shape)
+    return position_N, offsets_S1
