@@ -26,7 +26,7 @@ def extension() -> dict:
             CppExtension(
                 "vrpo_kernels._C",
                 sorted(glob.glob("csrc/*.cpp")),
-                extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fopenmp-simd"],
+                extra_compile_args=["-O3", "-std=c++20", "-fopenmp", "-fopenmp-simd", "-Wno-psabi"],
                 extra_link_args=["-fopenmp"],
                 optional=True,
             )

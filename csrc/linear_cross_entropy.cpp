@@ -1,0 +1,501 @@
+// linear_cross_entropy on a CPU. The contract of every function is in vrpo_kernels/linear_cross_entropy/op.py.
+//
+// The vocabulary is walked in tiles of kTile classes. A tile of logits is Z^T = W_tile x^T, [classes, rows]: the
+// lanes of a vector are rows, so maxima and sums need no horizontal step, and the same memory, now E = exp(z - m),
+// is an operand of the next matmuls as it stands. The target's column is kept out of every sum (E = 0): with
+// d = m + log s - z_y, nll = softplus(d) and 1 - p_y = sigmoid(d) keep their accuracy when p_y is close to 1.
+// Every mode calls the same matmuls and the same fold on the same shapes, so nll has the same bits in all of them.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "common.h"
+
+namespace vrpo {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kTile = 512;  // classes per tile; TILE in cpu.py
+constexpr int64_t kRows = 1024;  // rows per chunk: a tile of logits is at most 2 MiB
+constexpr int64_t kSubtotal = 32;  // classes summed in one run before they join the tile's sum
+// The shift m follows the maximum lazily: it moves only when a tile exceeds it by more than this, because each
+// move rescales a row of the accumulator. e^16 * V stays far inside fp32.
+constexpr float kSlack = 16.0f;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Fresh memory costs a page fault per 4 KiB; huge pages make that 2 MiB.
+Tensor empty_large(at::IntArrayRef shape, at::TensorOptions options) {
+  Tensor out = at::empty(shape, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const auto end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+// Reductions change with the alignment of their operands in some BLAS libraries. Everything they read is therefore
+// aligned alike, so that a head mapped from a file gives the bits of the same head in allocated memory.
+bool is_plain(const Tensor& t) {
+  return t.scalar_type() == at::kFloat && t.is_contiguous() &&
+      reinterpret_cast<uintptr_t>(t.data_ptr()) % 64 == 0;
+}
+
+Tensor to_plain(const Tensor& t) {
+  return is_plain(t) ? t : at::empty(t.sizes(), t.options().dtype(at::kFloat)).copy_(t);
+}
+
+// fp32 tiles of the head: views where that is exact and aligned, else one reused buffer.
+class HeadTiles {
+ public:
+  explicit HeadTiles(const Tensor& weight) : weight_(weight), plain_(is_plain(weight)) {
+    if (!plain_) buffer_ = at::empty({kTile, weight.size(1)}, weight.options().dtype(at::kFloat));
+  }
+  int64_t count() const { return (weight_.size(0) + kTile - 1) / kTile; }
+  int64_t begin(int64_t tile) const { return tile * kTile; }
+  int64_t size(int64_t tile) const { return std::min(kTile, weight_.size(0) - tile * kTile); }
+  Tensor load(int64_t tile) {
+    Tensor view = weight_.narrow(0, begin(tile), size(tile));
+    return plain_ ? view : buffer_.narrow(0, 0, size(tile)).copy_(view);
+  }
+
+ private:
+  Tensor weight_, buffer_;
+  bool plain_;
+};
+
+// Rows ordered by target, so that each tile finds its own without a search.
+class TargetIndex {
+ public:
+  TargetIndex(const Tensor& targets, int64_t num_classes) : targets_(targets.contiguous()) {
+    const int64_t* y = targets_.const_data_ptr<int64_t>();
+    rows_.resize(targets_.numel());
+    std::iota(rows_.begin(), rows_.end(), int64_t{0});
+    for (int64_t n : rows_) {
+      TORCH_CHECK_VALUE(y[n] >= -1 && y[n] < num_classes, "targets must lie in [0, ", num_classes, "), got ", y[n],
+                        " in row ", n);
+    }
+    std::stable_sort(rows_.begin(), rows_.end(), [y](int64_t a, int64_t b) { return y[a] < y[b]; });
+  }
+  // body(row, class) for each row whose target lies in [begin, end), rows of one class in ascending order.
+  template <typename Body>
+  void for_each(int64_t begin, int64_t end, const Body& body) const {
+    const int64_t* y = targets_.const_data_ptr<int64_t>();
+    auto first = std::lower_bound(rows_.begin(), rows_.end(), begin,
+                                  [y](int64_t row, int64_t value) { return y[row] < value; });
+    for (; first != rows_.end() && y[*first] < end; ++first) body(*first, y[*first]);
+  }
+  int64_t operator[](int64_t row) const { return targets_.const_data_ptr<int64_t>()[row]; }
+
+ private:
+  Tensor targets_;
+  std::vector<int64_t> rows_;
+};
+
+// 1 - p(target) from the statistics, in double because it is N numbers and they meet large logits.
+double log_odds(float target_logit, float shift, float total) {
+  return (static_cast<double>(shift) - target_logit) + std::log(static_cast<double>(total));
+}
+double softplus(double d) { return std::max(d, 0.0) + std::log1p(std::exp(-std::abs(d))); }
+double sigmoid(double d) { return d >= 0 ? 1 / (1 + std::exp(-d)) : std::exp(d) / (1 + std::exp(d)); }
+
+struct Statistics {
+  const float *target_logit, *shift, *total;
+  explicit Statistics(const Tensor& t)
+      : target_logit(t.const_data_ptr<float>()), shift(target_logit + t.size(1)), total(shift + t.size(1)) {}
+  double other(int64_t n) const { return sigmoid(log_odds(target_logit[n], shift[n], total[n])); }
+};
+
+// One tile, lanes [first, last): moves the shift, turns z into e = exp(z - m), adds to the sums.
+// factor[n] = what earlier sums and accumulators of row n are to be multiplied with.
+VRPO_CLONES void fold(float* z, int64_t stride, int64_t classes, int64_t first, int64_t last, float* shift,
+                      float* total, float* factor) {
+  for (int64_t n = first; n < last; n += kLanes) {
+    Floats maximum = splat(kMinusInfinity);
+    for (int64_t v = 0; v < classes; ++v) {
+      const Floats value = load(z + v * stride + n);
+      maximum = value > maximum ? value : maximum;
+    }
+    const Floats old_shift = load(shift + n);
+    const Floats new_shift = maximum > old_shift + kSlack ? maximum : old_shift;
+    const Floats scale = new_shift == old_shift ? splat(1.0f) : exp(old_shift - new_shift);
+    // All logits so far -inf (only the target seen): subtract 0 instead of -inf.
+    const Floats subtract = new_shift == kMinusInfinity ? Floats{} : new_shift;
+    Floats tile_sum{};
+    for (int64_t v0 = 0; v0 < classes; v0 += kSubtotal) {
+      Floats subtotal{};
+      for (int64_t v = v0; v < std::min(v0 + kSubtotal, classes); ++v) {
+        const Floats e = exp(load(z + v * stride + n) - subtract);
+        store(z + v * stride + n, e);
+        subtotal += e;
+      }
+      tile_sum += subtotal;
+    }
+    store(total + n, load(total + n) * scale + tile_sum);
+    store(shift + n, new_shift);
+    store(factor + n, scale);
+  }
+}
+
+// One tile with known statistics: z -> exp(z - m) * coefficient.
+VRPO_CLONES void weigh(float* z, int64_t stride, int64_t classes, int64_t first, int64_t last, const float* shift,
+                       const float* coefficient) {
+  for (int64_t n = first; n < last; n += kLanes) {
+    const Floats subtract = load(shift + n), multiply = load(coefficient + n);
+    for (int64_t v = 0; v < classes; ++v) {
+      float* at = z + v * stride + n;
+      store(at, exp(load(at) - subtract) * multiply);
+    }
+  }
+}
+
+VRPO_CLONES float dot(const float* a, const float* b, int64_t size) {
+  Floats sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) sum += load(a + i) * load(b + i);
+  float total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  for (; i < size; ++i) total += a[i] * b[i];
+  return total;
+}
+
+VRPO_CLONES void scale_row(float* to, const float* from, float factor, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = factor * from[i];
+}
+
+VRPO_CLONES void add_row(float* to, const float* from, float factor, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] += factor * from[i];
+}
+
+template <typename Body>
+void parallel_lanes(int64_t lanes, const Body& body) {
+  at::parallel_for(0, lanes / kLanes, 1,
+                   [&](int64_t begin, int64_t end) { body(begin * kLanes, end * kLanes); });
+}
+
+// Rows of a matrix as fp32, whatever its dtype and strides; one buffer per thread that reads.
+class RowReader {
+ public:
+  explicit RowReader(const Tensor& matrix)
+      : matrix_(matrix), direct_(matrix.scalar_type() == at::kFloat && matrix.stride(1) == 1) {
+    if (!direct_) buffer_.resize(matrix.size(1));
+  }
+  const float* operator()(int64_t row) {
+    const int64_t offset = row * matrix_.stride(0);
+    switch (matrix_.scalar_type()) {
+      case at::kFloat:
+        return direct_ ? matrix_.const_data_ptr<float>() + offset : convert<float>(offset);
+      case at::kBFloat16:
+        return convert<at::BFloat16>(offset);
+      case at::kHalf:
+        return convert<at::Half>(offset);
+      default:
+        TORCH_CHECK_VALUE(false, "hidden and weight must be float32, bfloat16 or float16, got ",
+                          matrix_.scalar_type());
+    }
+  }
+
+ private:
+  template <typename T>
+  const float* convert(int64_t offset) {
+    const T* from = matrix_.const_data_ptr<T>() + offset;
+    const int64_t stride = matrix_.stride(1);
+    for (size_t i = 0; i < buffer_.size(); ++i) buffer_[i] = static_cast<float>(from[i * stride]);
+    return buffer_.data();
+  }
+  const Tensor& matrix_;
+  bool direct_;
+  std::vector<float> buffer_;
+};
+
+void fill_target_logits(const Tensor& hidden, const Tensor& weight, const TargetIndex& targets, float* out) {
+  at::parallel_for(0, hidden.size(0), 16, [&](int64_t begin, int64_t end) {
+    RowReader hidden_row(hidden), weight_row(weight);
+    for (int64_t n = begin; n < end; ++n) {
+      out[n] = targets[n] < 0 ? 0.0f : dot(hidden_row(n), weight_row(targets[n]), hidden.size(1));
+    }
+  });
+}
+
+// Chunks of at most kRows rows, of equal size up to whole vectors.
+int64_t chunk_rows(int64_t num_rows) {
+  const int64_t chunks = std::max<int64_t>(1, (num_rows + kRows - 1) / kRows);
+  return std::max(kLanes, round_up((num_rows + chunks - 1) / chunks, kLanes));
+}
+
+struct NoDispatch {  // plain CPU kernels inside: neither autograd nor autocast looks at the matmuls
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, c10::string_view /*gemm*/, bool want_dhidden,
+    bool keep_tiles) {
+  NoDispatch guard;
+  const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
+  const auto fp32 = hidden.options().dtype(at::kFloat);
+  const TargetIndex index(targets, V);
+  HeadTiles tiles(weight);
+  const int64_t padded = round_up(N, kLanes), chunk = chunk_rows(N);
+
+  Tensor nll = at::empty({N}, fp32), statistics = at::empty({3, N}, fp32);
+  Tensor expected = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
+  Tensor kept = keep_tiles ? empty_large({V, padded}, fp32) : at::empty({0, 0}, fp32);
+  Tensor kept_shift = at::empty({keep_tiles ? tiles.count() : 0, keep_tiles ? padded : 0}, fp32);
+  Tensor scratch = keep_tiles ? Tensor() : at::empty({std::min(V, kTile), chunk}, fp32);
+
+  float* target_logit = statistics.data_ptr<float>();
+  fill_target_logits(hidden, weight, index, target_logit);
+  std::vector<float> shift(chunk), total(chunk), factor(chunk);
+
+  for (int64_t n0 = 0; n0 < N; n0 += chunk) {
+    const int64_t rows = std::min(chunk, N - n0), lanes = round_up(rows, kLanes);
+    const Tensor x = to_plain(hidden.narrow(0, n0, rows));
+    Tensor acc = want_dhidden ? expected.narrow(0, n0, rows) : Tensor();
+    std::fill(shift.begin(), shift.end(), kMinusInfinity);
+    std::fill(total.begin(), total.end(), 0.0f);
+    for (int64_t t = 0; t < tiles.count(); ++t) {
+      const int64_t v0 = tiles.begin(t), classes = tiles.size(t);
+      const Tensor w = tiles.load(t);
+      Tensor z = keep_tiles ? kept.narrow(0, v0, classes).narrow(1, n0, rows)
+                            : scratch.narrow(0, 0, classes).narrow(1, 0, rows);
+      at::mm_out(z, w, x.t());
+      float* data = z.data_ptr<float>();
+      const int64_t stride = z.stride(0);
+      index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
+        if (n >= n0 && n < n0 + rows) data[(v - v0) * stride + n - n0] = kMinusInfinity;
+      });
+      parallel_lanes(lanes, [&](int64_t first, int64_t last) {
+        fold(data, stride, classes, first, last, shift.data(), total.data(), factor.data());
+      });
+      if (keep_tiles) {
+        std::copy_n(shift.data(), lanes, kept_shift.data_ptr<float>() + t * padded + n0);
+      }
+      if (!want_dhidden) continue;
+      if (t == 0) {
+        at::mm_out(acc, z.t(), w);
+        continue;
+      }
+      at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          float* row = acc.data_ptr<float>() + n * D;
+          if (factor[n] != 1.0f) scale_row(row, row, factor[n], D);
+        }
+      });
+      at::addmm_out(acc, acc, z.t(), w);
+    }
+    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const float m = total[n] == 0 ? 0.0f : shift[n];  // V = 1: there is no other class
+        target_logit[N + n0 + n] = m;
+        target_logit[2 * N + n0 + n] = total[n];
+        nll.data_ptr<float>()[n0 + n] =
+            static_cast<float>(softplus(log_odds(target_logit[n0 + n], m, total[n])));
+        if (want_dhidden) {
+          float* row = acc.data_ptr<float>() + n * D;
+          scale_row(row, row, total[n] == 0 ? 0.0f : 1 / total[n], D);
+        }
+      }
+    });
+  }
+  return {nll, statistics, expected, kept, kept_shift};
+}
+
+Tensor target_logits(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  NoDispatch guard;
+  Tensor out = at::empty({hidden.size(0)}, hidden.options().dtype(at::kFloat));
+  fill_target_logits(hidden, weight, TargetIndex(targets, weight.size(0)), out.data_ptr<float>());
+  return out;
+}
+
+Tensor dhidden(const Tensor& dnll, const Tensor& expected, const Tensor& statistics, const Tensor& weight,
+               const Tensor& targets) {
+  NoDispatch guard;
+  const int64_t N = expected.size(0), D = weight.size(1);
+  const TargetIndex index(targets, weight.size(0));
+  const Statistics known(statistics);
+  const Tensor g = dnll.contiguous();
+  Tensor out = at::empty({N, D}, weight.options());
+  const bool direct = out.scalar_type() == at::kFloat;
+  constexpr int64_t kBlock = 64;  // rows computed in fp32 before they are rounded together
+  at::parallel_for(0, (N + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+    NoDispatch inner;
+    RowReader weight_row(weight);
+    Tensor buffer = direct ? out : at::empty({kBlock, D}, expected.options());
+    for (int64_t n0 = begin * kBlock; n0 < std::min(end * kBlock, N); n0 += kBlock) {
+      const int64_t rows = std::min(kBlock, N - n0);
+      float* to = buffer.data_ptr<float>() + (direct ? n0 * D : 0);
+      for (int64_t n = n0; n < n0 + rows; ++n, to += D) {
+        const float factor = static_cast<float>(g.const_data_ptr<float>()[n] * known.other(n));
+        scale_row(to, expected.const_data_ptr<float>() + n * D, factor, D);
+        if (index[n] >= 0) add_row(to, weight_row(index[n]), -factor, D);
+      }
+      if (!direct) out.narrow(0, n0, rows).copy_(buffer.narrow(0, 0, rows));
+    }
+  });
+  return out;
+}
+
+// Rows of dweight for one tile: the output itself in fp32, else a buffer that is rounded into it once.
+class HeadGradient {
+ public:
+  explicit HeadGradient(const Tensor& weight)
+      : out_(empty_large(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous))) {
+    if (out_.scalar_type() != at::kFloat) {
+      buffer_ = at::empty({kTile, weight.size(1)}, weight.options().dtype(at::kFloat));
+    }
+  }
+  Tensor tile(int64_t begin, int64_t size) {
+    return buffer_.defined() ? buffer_.narrow(0, 0, size) : out_.narrow(0, begin, size);
+  }
+  void finish(int64_t begin, int64_t size) {
+    if (buffer_.defined()) out_.narrow(0, begin, size).copy_(buffer_.narrow(0, 0, size));
+  }
+  Tensor out() const { return out_; }
+
+ private:
+  Tensor out_, buffer_;
+};
+
+Tensor dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+               const Tensor& statistics, const Tensor& kept, const Tensor& kept_shift, c10::string_view /*gemm*/) {
+  NoDispatch guard;
+  const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
+  const TargetIndex index(targets, V);
+  const Statistics known(statistics);
+  const Tensor g = dnll.contiguous();
+  const float* upstream = g.const_data_ptr<float>();
+  HeadGradient gradient(weight);
+
+  // Each tile was kept as exp(z - m_t); the row's factor g q / s exp(m_t - m) goes on x, which is smaller.
+  Tensor scaled = at::empty({N, D}, hidden.options().dtype(at::kFloat));
+  std::vector<float> others(N), last_shift(N);
+  for (int64_t n = 0; n < N; ++n) others[n] = static_cast<float>(known.other(n));
+  for (int64_t v0 = 0, t = 0; v0 < V; v0 += kTile, ++t) {
+    const int64_t classes = std::min(kTile, V - v0);
+    const float* shift = kept_shift.const_data_ptr<float>() + t * kept_shift.size(1);
+    at::parallel_for(0, N, 64, [&](int64_t begin, int64_t end) {
+      RowReader hidden_row(hidden);
+      for (int64_t n = begin; n < end; ++n) {
+        if (t > 0 && shift[n] == last_shift[n]) continue;
+        last_shift[n] = shift[n];
+        // Only the target was seen in this tile: E is 0 there and its shift is -inf.
+        const float scale = known.total[n] == 0 || shift[n] == kMinusInfinity
+            ? 0.0f
+            : upstream[n] * others[n] / known.total[n] * std::exp(shift[n] - known.shift[n]);
+        scale_row(scaled.data_ptr<float>() + n * D, hidden_row(n), scale, D);
+      }
+    });
+    Tensor tile = gradient.tile(v0, classes);
+    at::mm_out(tile, kept.narrow(0, v0, classes).narrow(1, 0, N), scaled);
+    RowReader hidden_row(hidden);
+    index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
+      add_row(tile.data_ptr<float>() + (v - v0) * D, hidden_row(n), -upstream[n] * others[n], D);
+    });
+    gradient.finish(v0, classes);
+  }
+  return gradient.out();
+}
+
+std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
+                                 const Tensor& targets, const Tensor& statistics, c10::string_view /*gemm*/, bool want_dhidden,
+                                 bool want_dweight) {
+  NoDispatch guard;
+  const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
+  const auto fp32 = hidden.options().dtype(at::kFloat);
+  const TargetIndex index(targets, V);
+  const Statistics known(statistics);
+  const Tensor g = dnll.contiguous();
+  HeadTiles tiles(weight);
+  const int64_t padded = round_up(N, kLanes), chunk = chunk_rows(N);
+
+  // dlogits = exp(z - m) * coefficient, and -g q at the target: what both matmuls need, one-hot included.
+  std::vector<float> shift(padded, 0.0f), coefficient(padded, 0.0f), at_target(padded, 0.0f);
+  for (int64_t n = 0; n < N; ++n) {
+    const double factor = g.const_data_ptr<float>()[n] * known.other(n);
+    shift[n] = known.shift[n];
+    coefficient[n] = known.total[n] == 0 ? 0.0f : static_cast<float>(factor / known.total[n]);
+    at_target[n] = static_cast<float>(-factor);
+  }
+  const Tensor x = to_plain(hidden);
+  Tensor dx = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
+  Tensor scratch = at::empty({std::min(V, kTile), chunk}, fp32);
+  Tensor dw = at::empty({0, 0}, weight.options());
+  std::vector<HeadGradient> gradient;
+  if (want_dweight) gradient.emplace_back(weight);
+
+  for (int64_t t = 0; t < tiles.count(); ++t) {
+    const int64_t v0 = tiles.begin(t), classes = tiles.size(t);
+    const Tensor w = tiles.load(t);
+    Tensor dw_tile = want_dweight ? gradient[0].tile(v0, classes) : Tensor();
+    if (want_dweight && N == 0) dw_tile.zero_();
+    for (int64_t n0 = 0; n0 < N; n0 += chunk) {
+      const int64_t rows = std::min(chunk, N - n0), lanes = round_up(rows, kLanes);
+      const Tensor x_chunk = x.narrow(0, n0, rows);
+      Tensor z = scratch.narrow(0, 0, classes).narrow(1, 0, rows);
+      at::mm_out(z, w, x_chunk.t());
+      float* data = z.data_ptr<float>();
+      parallel_lanes(lanes, [&](int64_t first, int64_t last) {
+        weigh(data, chunk, classes, first, last, shift.data() + n0, coefficient.data() + n0);
+      });
+      index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
+        if (n >= n0 && n < n0 + rows) data[(v - v0) * chunk + n - n0] = at_target[n];
+      });
+      if (want_dhidden) {
+        Tensor dx_chunk = dx.narrow(0, n0, rows);
+        t == 0 ? at::mm_out(dx_chunk, z.t(), w) : at::addmm_out(dx_chunk, dx_chunk, z.t(), w);
+      }
+      if (want_dweight) {
+        n0 == 0 ? at::mm_out(dw_tile, z, x_chunk) : at::addmm_out(dw_tile, dw_tile, z, x_chunk);
+      }
+    }
+    if (want_dweight) gradient[0].finish(v0, classes);
+  }
+  return {dx.to(hidden.scalar_type()), want_dweight ? gradient[0].out() : dw};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(vrpo, m) {
+  m.def(
+      "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, str gemm, bool want_dhidden, "
+      "bool keep_tiles) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_cross_entropy_target_logits(Tensor hidden, Tensor weight, Tensor targets) -> Tensor");
+  m.def(
+      "linear_cross_entropy_dhidden(Tensor dnll, Tensor expected, Tensor statistics, Tensor weight, "
+      "Tensor targets) -> Tensor");
+  m.def(
+      "linear_cross_entropy_dweight(Tensor dnll, Tensor hidden, Tensor weight, Tensor targets, Tensor statistics, "
+      "Tensor kept, Tensor kept_shift, str gemm) -> Tensor");
+  m.def(
+      "linear_cross_entropy_sweep(Tensor dnll, Tensor hidden, Tensor weight, Tensor targets, Tensor statistics, "
+      "str gemm, bool want_dhidden, bool want_dweight) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(vrpo, CPU, m) {
+  m.impl("linear_cross_entropy_forward", &forward);
+  m.impl("linear_cross_entropy_target_logits", &target_logits);
+  m.impl("linear_cross_entropy_dhidden", &dhidden);
+  m.impl("linear_cross_entropy_dweight", &dweight);
+  m.impl("linear_cross_entropy_sweep", &sweep);
+}
+
+}  // namespace vrpo
