@@ -1,0 +1,8 @@
+"""`python -m vrpo`, the same as the `vrpo` command."""
+
+import sys
+
+from vrpo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""`vrpo score`: ELBOs of the responses in a file, and rewards and margins against a reference."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vrpo import data, preference
+from vrpo.arguments import ScoreArguments
+from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.checkpoint import load_policy
+from vrpo.elbo import elbo
+from vrpo.masking import EVALUATION_EPOCH, check_design
+from vrpo.models import load_tokenizer, special_tokens
+from vrpo.step import Estimator, split_by_tokens
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model, perhaps a reference, and how their ELBOs are estimated.
+
+    beta: reward = beta * (ELBO - reference ELBO), per nat.
+    max_tokens_per_pack: tokens of one forward pass.
+    """
+
+    model: nn.Module
+    reference: nn.Module | None
+    estimator: Estimator
+    beta: float
+    max_tokens_per_pack: int
+    device: torch.device | str
+
+    @torch.no_grad()
+    def score(self, batch: ResponseBatch) -> Iterator[dict[str, float]]:
+        """One mapping per example, in order; the fields are those of `score_file`.
+
+        The masks are those of an evaluation: a pure function of (seed, example id, side, sample), the
+        same for model and reference.
+        """
+        sides = ("chosen", "rejected") if batch.num_sides == 2 else ("completion",)
+        for part in split_by_tokens(batch, self.estimator.num_samples, self.max_tokens_per_pack):
+            packed = self.estimator.pack(part, EVALUATION_EPOCH, self.device)
+            columns = {"example_id": part.example_R[:: part.num_sides]}
+            elbo_RK = _elbo(self.model, packed)
+            for side, name in enumerate(sides):
+                columns[f"tokens_{name}"] = part.response_length_R[side :: part.num_sides]
+                columns[f"elbo_{name}"] = elbo_RK.mean(dim=1)[side :: part.num_sides]
+            if self.reference is not None:
+                reference_RK = _elbo(self.reference, packed)
+                reward_R = self.beta * preference.log_ratio(elbo_RK, reference_RK)
+                for side, name in enumerate(sides):
+                    columns[f"ref_elbo_{name}"] = reference_RK.mean(dim=1)[side :: part.num_sides]
+                    columns[f"reward_{name}"] = reward_R[side :: part.num_sides]
+                if len(sides) == 2:
+                    columns["margin"] = preference.preference_score(elbo_RK, reference_RK, self.beta)
+                    columns["margin_std"] = preference.score_std(
+                        elbo_RK, reference_RK, self.beta, packed.replicate_K
+                    )
+            values = [column.tolist() for column in columns.values()]
+            for row in zip(*values, strict=True):
+                yield dict(zip(columns, row, strict=True))
+
+
+def _elbo(model: nn.Module, packed: PackedBatch) -> Tensor:
+    return elbo(model(**packed.model_inputs()).nll, packed)
+
+
+def score_dataset(scorer: Scorer, dataset: Dataset) -> list[dict[str, float]]:
+    """Scores of a prepared dataset (see `data.prepare_pairs`, `data.prepare_completions`), in its order."""
+    is_pairs = "chosen_ids" in dataset.column_names
+    collate = data.PairCollator() if is_pairs else data.CompletionCollator()
+    rows = []
+    with tqdm(total=len(dataset), desc="Scoring", unit="row") as bar:
+        for start in range(0, len(dataset), _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, len(dataset))
+            batch = collate([dataset[i] for i in range(start, stop)])["responses"]
+            for row in scorer.score(batch):
+                rows.append(row)
+                bar.update()
+    return rows
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the rows.
+
+    elbo/{side} in nats per response and elbo/{side}_per_token (total over total); of pairs, how often the
+    model finds the chosen response more probable (elbo/accuracies); with a reference rewards/{side} and,
+    of pairs, rewards/{margins, accuracies}. A tie counts as wrong. *_error: standard error over the rows.
+    """
+    sides = [name.removeprefix("elbo_") for name in rows[0] if name.startswith("elbo_")]
+    column = {name: torch.tensor([row[name] for row in rows]).double() for name in rows[0]}
+    means: dict[str, Tensor] = {}
+    totals: dict[str, float] = {"rows": len(rows)}
+    for side in sides:
+        means[f"elbo/{side}"] = column[f"elbo_{side}"]
+        total = column[f"elbo_{side}"].sum() / column[f"tokens_{side}"].sum()
+        totals[f"elbo/{side}_per_token"] = total.item()
+        if f"reward_{side}" in column:
+            means[f"rewards/{side}"] = column[f"reward_{side}"]
+    if len(sides) == 2:
+        means["elbo/accuracies"] = (column["elbo_chosen"] > column["elbo_rejected"]).double()
+        if "margin" in column:
+            means["rewards/margins"] = column["margin"]
+            means["rewards/accuracies"] = (column["margin"] > 0).double()
+    for name, values in means.items():
+        totals[name] = values.mean().item()
+        if len(rows) > 1:
+            totals[f"{name}_error"] = (values.std() / len(rows) ** 0.5).item()
+    return totals
+
+
+def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
+    """Score `args.dataset_name` and write `args.output_file`, one JSON object per line:
+
+        example_id; of each side (chosen and rejected, or completion) tokens_* and elbo_* (nats, summed over
+        the response); with a reference ref_elbo_*, reward_*, and of pairs margin and margin_std, its standard
+        error estimated from the samples (NaN where the mask design has no independent replicates).
+
+    Returns: `summarise` of it with packed tokens per second, and the report on the data.
+    """
+    check_design(args.mask_design, args.num_samples, 1)
+    if not args.beta > 0:
+        raise ValueError(f"beta must be positive, got {args.beta}")
+    output = Path(args.output_file)
+    _check_writable(output)
+    rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
+    model, reference = (
+        None
+        if path is None
+        else load_policy(
+            path,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            revision=args.model_revision if path is args.model_name_or_path else "main",
+        )
+        .to(device)
+        .eval()
+        for path in (args.model_name_or_path, args.ref_model_name_or_path)
+    )
+    is_pairs = bool({"chosen", "chosen_ids"} & set(rows.column_names))
+    prepare = data.prepare_pairs if is_pairs else data.prepare_completions
+    mask_token_id = args.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = special_tokens(model.config, tokenizer).mask
+    dataset, report = prepare(
+        rows,
+        tokenizer,
+        max_length=args.max_length,
+        vocab_size=model.config.vocab_size,
+        mask_token_id=mask_token_id,
+    )
+    data.check_token_budget(dataset, args.num_samples, args.max_tokens_per_pack)
+    estimator = Estimator(
+        mask_token_id=mask_token_id,
+        num_samples=args.num_samples,
+        mask_design=args.mask_design,
+        masks_per_level=1,
+        seed=args.seed,
+    )
+    scorer = Scorer(model, reference, estimator, args.beta, args.max_tokens_per_pack, device)
+    started = time.perf_counter()
+    scored = score_dataset(scorer, dataset)
+    seconds = time.perf_counter() - started
+    with output.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in scored)
+    packed = args.num_samples * (2 * report.prompt_tokens if is_pairs else report.prompt_tokens)
+    packed += args.num_samples * report.response_tokens
+    return summarise(scored) | {"tokens_per_second": packed / seconds}, report
+
+
+def _check_writable(path: Path) -> None:
+    """Make the folder and open the file, so that an unwritable place is known before the work."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ValueError(f"output_file {str(path)!r} cannot be written: {error.strerror}") from error
