@@ -138,6 +138,7 @@ def forward(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> tuple[
             HAS_ROWS=row_N is not None,
             BLOCK_V=block,
             num_warps=_warps(block),
+            enable_fp_fusion=False,
         )
     return nll_N, statistics
 
@@ -170,4 +171,5 @@ def backward(
         HAS_OWNER=owner_M is not None,
         BLOCK_V=block,
         num_warps=_warps(block),
+        enable_fp_fusion=False,
     )

@@ -3,7 +3,7 @@
 State of row n, fp32: max_N (the reference m) and sum_N (s = sum of exp(z - m) over the classes seen so
 far *without the target*). A fold is the same machine code whether or not gradients are wanted:
 `store_tile`, `acc_cols` and `kept_cols` are run-time values that switch stores off, so the nll cannot
-differ between the modes. The launchers of everything the nll depends on turn FMA contraction off.
+differ between the modes. The launchers turn FMA contraction off: roundings are those written here.
 """
 
 import torch
@@ -452,7 +452,15 @@ def finish_rows(statistics: Tensor, nll: Tensor) -> None:
 def finish_expected(acc: Tensor, sum_N: Tensor) -> None:
     """acc = E @ weight [rows, D] fp32 becomes the mean head row among the other classes, in place."""
     grid, block = _rows_by_hidden(acc)
-    _finish_expected_kernel[grid](acc, sum_N, acc.shape[1], acc.stride(0), BLOCK_D=block, num_warps=4)
+    _finish_expected_kernel[grid](
+        acc,
+        sum_N,
+        acc.shape[1],
+        acc.stride(0),
+        BLOCK_D=block,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
 
 
 def finish_kept(kept: Tensor, targets: Tensor, sum_N: Tensor) -> None:
@@ -467,6 +475,7 @@ def finish_kept(kept: Tensor, targets: Tensor, sum_N: Tensor) -> None:
         NORMALISE=normalise,
         BLOCK_V=4096,
         num_warps=8 if normalise else 1,
+        enable_fp_fusion=False,
     )
 
 
@@ -494,6 +503,7 @@ def probabilities(
         tile.stride(0),
         BLOCK_V=block,
         num_warps=_warps(block),
+        enable_fp_fusion=False,
     )
 
 
@@ -513,6 +523,7 @@ def scale_rows(value: Tensor, dnll: Tensor, statistics: Tensor, out: Tensor, *, 
         PER_SUM=per_sum,
         BLOCK_D=block,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 
@@ -541,4 +552,5 @@ def dhidden(
         out.stride(0),
         BLOCK_D=block,
         num_warps=4,
+        enable_fp_fusion=False,
     )

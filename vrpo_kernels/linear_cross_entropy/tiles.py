@@ -54,7 +54,7 @@ class Tiles:
 # Default "cublas": Triton's best K = 4096 GEMM reaches 95-97% of cuBLAS (kernels.md, section 13), and its
 # epilogue is not overlapped (about 5%), against the 6% of the separate fold. Nearly a tie, decided for
 # the form with the fewest unknowns.
-_HOPPER = Tiles("cublas", 1024, 8192, 4096, 4096, 4096, 128, 256, 64, 8, 3, True)
+_HOPPER = Tiles("cublas", 1024, 8192, 4096, 4096, 4096, 128, 256, 64, 8, 4, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
 # accumulators leaves no registers for a cp.async pipeline; 4 stages of 16 KiB.

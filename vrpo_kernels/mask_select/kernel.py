@@ -122,7 +122,7 @@ def _select_by_word_kernel(
     WRITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (S,): masked iff (word - first) mod 2^32 < count; writes positions, or their number per segment."""
+    """Grid (S,): masked iff (word - first) mod 2^32 < count; writes positions, or their number."""
     segment = tl.program_id(0).to(tl.int64)
     length = tl.load(length_ptr + segment)
     c1 = tl.load(counter_ptr + 3 * segment)
@@ -160,7 +160,7 @@ def mask_select(
     if num_segments == 0:
         return length_S.new_empty(0), offsets_S1
     inputs = tuple(tensor.contiguous() for tensor in (length_S, counter_S3, first_S, count_S))
-    shape = {"BLOCK": _BLOCK, "num_warps": 8}
+    shape = {"BLOCK": _BLOCK, "num_warps": 8, "enable_fp_fusion": False}
     if by_rank:
         masked_S = inputs[3]
     else:
