@@ -7,14 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "common.h"
 #include "philox.h"
-
-// One compiled copy per instruction set, chosen at load time: a wheel runs on any x86-64 machine.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define VRPO_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VRPO_CLONES
-#endif
 
 namespace vrpo {
 namespace {
