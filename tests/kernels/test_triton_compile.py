@@ -1,0 +1,212 @@
+"""Every Triton kernel, compiled ahead of time for Ampere and Hopper without a GPU, held to stated expectations.
+
+What is held: registers per thread, no spills (stack bytes), shared memory, and the instructions that make the
+difference: tensor cores (mma on sm_80, wgmma on sm_90), asynchronous copies (cp.async, TMA), 16-byte accesses.
+The limits are what Triton 3.6 (ptxas 12.8) and 3.9 (13.4) gave, whichever was worse, plus 10%.
+"""
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the package `triton` is not installed", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vrpo_kernels.cross_entropy import kernel as cross_entropy
+from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
+from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
+from vrpo_kernels.mask_select import kernel as mask_select
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+VECTORS = ("ld.global.v4", "st.global.v4")
+
+POINTER_TYPES = {
+    **dict.fromkeys(("hidden_ptr", "weight_ptr", "tile_ptr", "kept_ptr", "logits_ptr"), "*bf16"),
+    **dict.fromkeys(("value_ptr", "out_ptr"), "*bf16"),
+    **dict.fromkeys(("target_ptr", "row_ptr", "owner_ptr", "length_ptr", "counter_ptr"), "*i64"),
+    **dict.fromkeys(("first_ptr", "count_ptr", "offset_ptr", "position_ptr"), "*i64"),
+}
+# Sizes and strides that are multiples of 16 for every head we know (D = 4096, V = 126464).
+ALIGNED = {"V", "D", "first_col", "num_cols", "num_rows"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at the shape its launcher uses for D = 4096, V = 126464 in bf16."""
+
+    kernel: object
+    constants: dict
+    options: dict
+    registers: int
+    contains: tuple[str, ...] = ()
+    types: dict = field(default_factory=dict)
+    arches: tuple[int, ...] = (80, 90)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.strip("_")
+
+
+def _gemm_constants(arch: int) -> dict:
+    tiles = tiles_for((arch // 10, 0), 2, "fused")
+    return {"BLOCK_N": tiles.block_rows, "BLOCK_V": tiles.block_cols, "BLOCK_D": tiles.block_hidden}
+
+
+def _gemm_options(arch: int) -> dict:
+    tiles = tiles_for((arch // 10, 0), 2, "fused")
+    return {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+FOLD = tiles_for((9, 0), 2).cols
+SWEEP = tiles_for((9, 0), 2).sweep_cols
+HOPPER_BLOCK = _gemm_constants(90)
+CASES = [
+    Case(kernel_fold._fold_kernel, {"BLOCK_V": FOLD, "BLOCK_D": 1024}, {"num_warps": 8}, 70, VECTORS),
+    Case(
+        kernel_fold._fold_blocks_kernel,
+        {"BLOCK_V": 256, "BLOCK_D": 1024, "BLOCKS": 32},
+        {"num_warps": 2},
+        56,
+    ),
+    Case(kernel_fold._target_logits_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 40, VECTORS[:1]),
+    Case(kernel_fold._finish_rows_kernel, {"BLOCK_N": 128}, {"num_warps": 4}, 24),
+    Case(
+        kernel_fold._finish_expected_kernel,
+        {"BLOCK_D": 1024},
+        {"num_warps": 4},
+        32,
+        VECTORS,
+    ),
+    Case(
+        kernel_fold._finish_kept_kernel,
+        {"NORMALISE": True, "BLOCK_V": 4096},
+        {"num_warps": 8},
+        48,
+        VECTORS,
+        {"kept_ptr": "*fp16"},
+    ),
+    Case(kernel_fold._probabilities_kernel, {"BLOCK_V": SWEEP}, {"num_warps": 4}, 80, VECTORS),
+    Case(kernel_fold._dhidden_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
+    Case(kernel_fold._scale_rows_kernel, {"PER_SUM": True, "BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
+    Case(
+        kernel_gemm._logits_fold_pointer_kernel,
+        _gemm_constants(80),
+        _gemm_options(80),
+        170,
+        ("mma.sync", "cp.async.cg", "st.global.v4"),
+        arches=(80,),
+    ),
+    Case(
+        kernel_gemm._logits_fold_descriptor_kernel,
+        {**HOPPER_BLOCK, "NUM_PROGRAMS": 132},
+        _gemm_options(90),
+        255,
+        ("wgmma.mma_async", "wgmma.wait_group", "cp.async.bulk.tensor", "st.global.v4"),
+        {
+            "hidden_desc": f"tensordesc<bf16[{HOPPER_BLOCK['BLOCK_N']},{HOPPER_BLOCK['BLOCK_D']}]>",
+            "weight_desc": f"tensordesc<bf16[{HOPPER_BLOCK['BLOCK_V']},{HOPPER_BLOCK['BLOCK_D']}]>",
+        },
+        arches=(90,),
+    ),
+    Case(
+        cross_entropy._forward_kernel,
+        {"HAS_ROWS": True, "BLOCK_V": 4096},
+        {"num_warps": 8},
+        72,
+        VECTORS[:1],
+    ),
+    Case(
+        cross_entropy._backward_kernel,
+        {"HAS_OWNER": True, "BLOCK_V": 4096},
+        {"num_warps": 8},
+        52,
+        (*VECTORS, "bar.sync"),
+    ),
+    Case(mask_select._select_by_rank_kernel, {"BLOCK": mask_select._BLOCK}, {"num_warps": 8}, 240),
+    Case(
+        mask_select._select_by_word_kernel,
+        {"WRITE": True, "BLOCK": mask_select._BLOCK},
+        {"num_warps": 8},
+        144,
+    ),
+]
+
+
+def _type(case: Case, name: str) -> str:
+    if name in case.types:
+        return case.types[name]
+    if name in POINTER_TYPES:
+        return POINTER_TYPES[name]
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return {"raise_by": "fp32", "seed": "i64"}.get(name, "i32")
+
+
+def _compile(case: Case, arch: int):
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constants else _type(case, name) for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name.endswith("_ptr") or name in ALIGNED or name.startswith("stride_")
+    }
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
+    options = {**case.options, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [pytest.param(case, arch, id=f"{case.name}-sm{arch}") for case in CASES for arch in case.arches],
+)
+def test_kernel__compiles_without_spills_within_stated_resources(case: Case, arch: int):
+    compiled = _compile(case, arch)
+    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    assert stack == 0, f"{stack} bytes of registers spilled"
+    assert registers <= case.registers
+    assert compiled.metadata.shared <= SHARED_LIMIT[arch]
+    missing = [word for word in case.contains if word not in compiled.asm["ptx"]]
+    assert not missing, f"not in the PTX: {missing}"
+
+
+def test_cases__cover_every_kernel_that_is_launched():
+    modules = (kernel_fold, kernel_gemm, cross_entropy, mask_select)
+    kernels = {
+        value.__name__
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction)
+    }
+    assert kernels == {case.kernel.__name__ for case in CASES}
+
+
+@pytest.mark.parametrize("kernel", [kernel_fold._fold_kernel, kernel_fold._fold_blocks_kernel])
+def test_fold__is_one_binary_with_and_without_gradients(kernel):
+    # A value such as store_tile = 1 would otherwise be compiled in, and sums could be ordered differently.
+    run_time = {param.name for param in kernel.params if param.do_not_specialize}
+    assert {"store_tile", "acc_cols", "kept_cols"} <= run_time
+
+
+def test_fused_gemm__pipelines_its_tensor_core_loop():
+    case = next(case for case in CASES if case.kernel is kernel_gemm._logits_fold_descriptor_kernel)
+    ptx = _compile(case, 90).asm["ptx"]
+    assert "wgmma.wait_group.sync.aligned \t1" in ptx or re.search(r"wgmma\.wait_group\S*\s+1;", ptx)
