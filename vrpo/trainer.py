@@ -182,20 +182,15 @@ class DiffusionTrainer(Trainer):
             parts = split(at_least=int(self.accelerator.gather(count).max()))
         return parts
 
-    def _losses(
-        self, model: nn.Module, parts: list[ResponseBatch], mode: str
-    ) -> Iterator[tuple[Tensor, ResponseBatch]]:
-        """Loss sum of each micro-batch, in order; records the metrics on the way."""
+    def _losses(self, model: nn.Module, parts: list[ResponseBatch]) -> Iterator[tuple[Tensor, Metrics, int]]:
+        """(loss of each example, metrics, tokens) of each micro-batch, in order."""
         epoch = self._draw_epoch(model)
         for part in parts:
             with self.compute_loss_context_manager():
                 loss_B, metrics, num_tokens = self._micro_batch_loss(model, part, epoch)
             if not torch.isfinite(loss_B.detach()).all():
                 self._raise_not_finite(loss_B, part)
-            self._record(mode, metrics, part.num_examples)
-            if mode == "train":
-                self._num_tokens += num_tokens
-            yield loss_B.sum(), part
+            yield loss_B, metrics, num_tokens
 
     def _raise_not_finite(self, loss_B: Tensor, part: ResponseBatch) -> None:
         bad = ~torch.isfinite(loss_B.detach()).cpu()
@@ -224,11 +219,13 @@ class DiffusionTrainer(Trainer):
             )
         parts = self._micro_batches(batch)
         total = torch.zeros((), device=self.args.device)
-        losses = self._losses(model, parts, "train")
+        losses = self._losses(model, parts)
         for index in range(len(parts)):
             with self._gradient_sync(model, is_last=index == len(parts) - 1):
-                loss_sum, _ = next(losses)
-                loss = loss_sum * (self.args.world_size / num_items_in_batch)
+                loss_B, metrics, num_tokens = next(losses)
+                self._record("train", metrics)
+                self._num_tokens += num_tokens
+                loss = loss_B.sum() * (self.args.world_size / num_items_in_batch)
                 kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 self.accelerator.backward(loss, **kwargs)
             total += loss.detach()
@@ -249,16 +246,21 @@ class DiffusionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the batch's examples, in one graph."""
-        batch = inputs["responses"]
-        mode = "train" if model.training else "eval"
-        total = sum(loss for loss, _ in self._losses(model, self._micro_batches(batch), mode))
-        loss = total / batch.num_examples
-        return (loss, {}) if return_outputs else loss
+        loss_B = torch.cat(
+            [loss_B for loss_B, _, _ in self._losses(model, self._micro_batches(inputs["responses"]))]
+        )
+        return (loss_B.mean(), {"loss": loss_B}) if return_outputs else loss_B.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        parts: dict[str, list[Tensor]] = defaultdict(list)
         with torch.no_grad():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            for loss_B, metrics, _ in self._losses(model, self._micro_batches(inputs["responses"])):
+                for key, value_B in {"loss": loss_B, **metrics}.items():
+                    parts[key].append(value_B)
+        values = {key: torch.cat(part) for key, part in parts.items()}
+        # Ranks fill up their last batch with examples seen before; this gathers and drops them again.
+        self._record("eval", self.accelerator.gather_for_metrics(values))
+        return values["loss"].mean(), None, None
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         self._sums["eval"].clear()
@@ -267,20 +269,21 @@ class DiffusionTrainer(Trainer):
         output.metrics.update({f"{prefix}_{key}": value for key, value in self._take("eval").items()})
         return output
 
-    def _record(self, mode: str, metrics: Metrics, num_examples: int) -> None:
+    def _record(self, mode: str, metrics: Metrics) -> None:
         sums = self._sums[mode]
         for key, value_B in metrics.items():
             sums[key] = sums[key] + value_B.detach().double().sum()
-        sums["num_examples"] = sums["num_examples"] + num_examples
+        sums["num_examples"] = sums["num_examples"] + len(value_B)
 
     def _take(self, mode: str) -> dict[str, float]:
-        """Means over all examples and processes since the last call."""
+        """Means over all examples of all processes since the last call."""
         sums = self._sums[mode]
         if not sums:
             return {}
         keys = sorted(sums)
         total = torch.stack([torch.as_tensor(sums[key], device=self.args.device).double() for key in keys])
-        total = self.accelerator.reduce(total, reduction="sum")
+        if mode == "train":  # evaluation metrics are gathered already
+            total = self.accelerator.reduce(total, reduction="sum")
         mean = dict(zip(keys, total.tolist(), strict=True))
         sums.clear()
         num_examples = mean.pop("num_examples")
