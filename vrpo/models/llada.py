@@ -189,8 +189,8 @@ class MaskedDiffusionOutput(ModelOutput):
 
     Fields:
         nll: (N,) fp32, nats; -log p(target) of each masked row (training).
-        logits: (B, L, V) in the model's dtype (sampler, users). Position i predicts token i: no
-            shift.
+        logits: (N, V) of the rows asked for, or (B, L, V), in the model's dtype. Position i predicts
+            token i: no shift.
     """
 
     nll: Tensor | None = None
@@ -226,7 +226,7 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         backend: str = "auto",
         **kwargs: Any,
     ) -> MaskedDiffusionOutput:
-        """NLL of masked rows of a pack, or logits of padded sequences.
+        """NLL or logits of chosen rows of a pack, or logits of padded sequences.
 
             nll_n = -log softmax(head hidden_{rows[n]})[targets[n]]
 
@@ -240,20 +240,20 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             inputs_embeds: instead of input_ids.
             cu_seq_lens_q, cu_seq_lens_k: (S + 1,) int32, the pack's segment boundaries, equal.
             max_length_q, max_length_k: the longest segment, tokens, equal.
-            rows: (N,) int64, unique: which of the B * L (or T) positions are scored.
-            targets: (N,) int64 in [0, V): the clean token of each row.
+            rows: (N,) int64, unique: which of the B * L (or T) positions meet the head; None = all.
+            targets: (N,) int64 in [0, V): the clean token of each row; None = return logits.
             backend: of `vrpo_kernels.linear_cross_entropy`.
-        Returns: `MaskedDiffusionOutput` with `nll` if `rows` is given, else with `logits`.
-        Errors: ValueError for labels (transformers' loss shifts), rows without targets, a pack on
-            an attention that would leak across segments, an adapter on the head that `rows` would
-            bypass.
+        Returns: `MaskedDiffusionOutput` with `nll` if `targets` is given, else with `logits`.
+        Errors: ValueError for labels (transformers' loss shifts), targets without rows, a pack on
+            an attention that would leak across segments, an adapter on the head that the fused loss
+            would bypass.
         """
         if kwargs.get("labels") is not None:
             raise ValueError("labels are not supported: pass rows and targets, read .nll")
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             raise ValueError("use_cache must be False: a bidirectional model has no key-value cache")
-        if (rows is None) != (targets is None):
-            raise ValueError("rows and targets belong together: give both or neither")
+        if rows is None and targets is not None:
+            raise ValueError("targets need rows: which positions they belong to")
         body_kwargs = {key: kwargs[key] for key in ("output_hidden_states",) if key in kwargs}
         segments = self._segments(attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         if segments is not None:
@@ -272,6 +272,8 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         if rows is None:
             return MaskedDiffusionOutput(logits=self.lm_head(hidden_BLD))
         hidden_ND = gather_rows(hidden_BLD.flatten(0, 1), rows)
+        if targets is None:
+            return MaskedDiffusionOutput(logits=self.lm_head(hidden_ND))
         head_VD = _head_weight(self.lm_head)
         return MaskedDiffusionOutput(nll=linear_cross_entropy(hidden_ND, head_VD, targets, backend=backend))
 
