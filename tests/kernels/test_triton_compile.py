@@ -1,7 +1,8 @@
-"""Every Triton kernel, compiled ahead of time for Ampere and Hopper without a GPU, held to stated expectations.
+"""Every Triton kernel, compiled ahead of time for Ampere and Hopper without a GPU, held to expectations.
 
-What is held: registers per thread, no spills (stack bytes), shared memory, and the instructions that make the
-difference: tensor cores (mma on sm_80, wgmma on sm_90), asynchronous copies (cp.async, TMA), 16-byte accesses.
+What is held: registers per thread, no spills (stack bytes), shared memory, and the instructions that make
+the difference: tensor cores (mma on sm_80, wgmma on sm_90), asynchronous copies (cp.async, TMA), 16-byte
+accesses.
 The limits are what Triton 3.6 (ptxas 12.8) and 3.9 (13.4) gave, whichever was worse, plus 10%.
 """
 

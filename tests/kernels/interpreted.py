@@ -1,0 +1,221 @@
+"""Values of the Triton kernels in Triton's CPU interpreter; `test_triton_interpreter.py` runs it in a child.
+
+float32 and float16 only: the interpreter multiplies bfloat16 wrongly and truncates where it should round.
+Sizes are tiny (2-3 ms per program), and so are the tiles, so that every loop over tiles, chunks and slices
+turns.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vrpo_kernels import testing
+from vrpo_kernels.cross_entropy import cross_entropy
+from vrpo_kernels.cross_entropy import kernel as cross_entropy_kernel
+from vrpo_kernels.cross_entropy import reference as cross_entropy_reference
+from vrpo_kernels.linear_cross_entropy import (
+    kernel,
+    linear_cross_entropy,
+    linear_cross_entropy_replay,
+    linear_cross_entropy_statistics,
+)
+from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
+from vrpo_kernels.mask_select import kernel as mask_select_kernel
+from vrpo_kernels.mask_select import reference as mask_select_reference
+
+# log(0) and 0 / 0 are computed where a vocabulary of one class has no other class, and then not used.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+]
+KEEP, RECOMPUTE = 2**30, 0
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 64 columns, CTA tiles of 32 x 32 x 16, blocks of 64 positions."""
+
+    def tiles(hidden, gemm):
+        return replace(
+            tiles_for((9, 0), 2, gemm),
+            rows=128,
+            cols=64,
+            sweep_rows=128,
+            sweep_cols=64,
+            slice_cols=100,
+            block_rows=32,
+            block_cols=32,
+            block_hidden=16,
+        )
+
+    monkeypatch.setattr(kernel, "_tiles", tiles)
+    monkeypatch.setattr(mask_select_kernel, "_BLOCK", 64)
+    monkeypatch.setattr(cross_entropy_kernel, "_block", lambda num_classes: 64)
+
+
+def _inputs(N, V, D, dtype, scale=1.0):
+    generator = torch.Generator().manual_seed(N + V + D)
+    hidden = torch.randn(N, D, generator=generator).mul_(scale).to(dtype)
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    targets = torch.randint(V, (N,), generator=generator)
+    return hidden, weight, targets, testing.wide_range_upstream(N, generator)
+
+
+def _op(gemm="cublas", kept_tile_bytes=KEEP):
+    def op(hidden, weight, targets):
+        return linear_cross_entropy(
+            hidden, weight, targets, backend="triton", gemm=gemm, kept_tile_bytes=kept_tile_bytes
+        )
+
+    return op
+
+
+SIZES = [
+    pytest.param("cublas", 17, 201, 24, torch.float32, id="cublas-N17-V201-D24-fp32"),
+    pytest.param("cublas", 17, 201, 24, torch.float16, id="cublas-N17-V201-D24-fp16"),
+    pytest.param("cublas", 1, 64, 8, torch.float32, id="cublas-N1-V64-D8-fp32"),
+    pytest.param("cublas", 130, 70, 8, torch.float32, id="cublas-N130-V70-D8-fp32"),
+    pytest.param("fused", 17, 201, 24, torch.float16, id="fused-descriptors-N17-V201-D24-fp16"),
+    pytest.param("fused", 33, 130, 13, torch.float16, id="fused-pointers-N33-V130-D13-fp16"),
+]
+
+
+@pytest.mark.parametrize(("gemm", "N", "V", "D", "dtype"), SIZES)
+@pytest.mark.parametrize("kept_tile_bytes", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
+def test_linear_cross_entropy__within_the_policy(gemm, N, V, D, dtype, kept_tile_bytes):
+    inputs = _inputs(N, V, D, dtype)
+    with testing.poisoned_empty():
+        testing.assert_linear_cross_entropy(_op(gemm, kept_tile_bytes), *inputs)
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_linear_cross_entropy__frozen_head_within_the_policy(gemm):
+    inputs = _inputs(17, 201, 24, torch.float16)
+    testing.assert_linear_cross_entropy(_op(gemm), *inputs, head_frozen=True)
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_linear_cross_entropy__same_bits_in_every_mode(gemm):
+    hidden, weight, targets, _ = _inputs(17, 201, 24, torch.float16, scale=3.0)
+    plain = _op(gemm)(hidden, weight, targets)
+    for need_hidden, need_weight in ((True, False), (False, True), (True, True)):
+        leaves = hidden.clone().requires_grad_(need_hidden), weight.clone().requires_grad_(need_weight)
+        for kept_tile_bytes in (KEEP, RECOMPUTE):
+            nll = _op(gemm, kept_tile_bytes)(*leaves, targets)
+            testing.assert_bitwise_equal(nll.detach(), plain, "nll")
+
+
+@pytest.mark.parametrize(
+    ("gemm", "dtype"), [("cublas", torch.float32), ("cublas", torch.float16), ("fused", torch.float16)]
+)
+def test_linear_cross_entropy__corrects_what_was_written_under_a_lower_maximum(gemm, dtype):
+    # Logits of row n climb by 12 nats per tile for odd n and fall for even n.
+    hidden, weight, targets, upstream = _inputs(6, 256, 8, dtype, scale=0.1)
+    weight[:, 0] = (torch.arange(256) // 64) * 12.0
+    hidden[:, 0] = torch.tensor([-1.0, 1.0]).repeat(3)
+    testing.assert_linear_cross_entropy(_op(gemm), hidden, weight, targets, upstream)
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_linear_cross_entropy__extreme_logits_stay_within_the_policy(gemm):
+    hidden, weight, targets, upstream = _inputs(9, 130, 8, torch.float16)
+    weight[:, 0] = torch.randint(-1, 2, (130,), generator=torch.Generator().manual_seed(0)) * 100.0
+    hidden[:, 0] = 100.0
+    testing.assert_linear_cross_entropy(_op(gemm), hidden, weight, targets, upstream)
+
+
+def test_linear_cross_entropy__one_class_costs_nothing():
+    hidden, weight, targets, upstream = _inputs(3, 1, 8, torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    nll = _op()(hidden, weight, targets)
+    nll.backward(upstream)
+    for value in (nll, hidden.grad, weight.grad):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_linear_cross_entropy__no_rows():
+    hidden, weight, targets, _ = _inputs(0, 10, 8, torch.float32)
+    weight.requires_grad_()
+    nll = _op()(hidden, weight, targets)
+    nll.sum().backward()
+    assert nll.shape == (0,)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm):
+    hidden, weight, targets, upstream = _inputs(17, 201, 24, torch.float16)
+    settings = {"backend": "triton", "gemm": gemm}
+    nll, statistics = linear_cross_entropy_statistics(hidden, weight, targets, **settings)
+
+    def op(hidden, weight, targets):
+        value, drift = linear_cross_entropy_replay(hidden, weight, targets, nll, statistics, **settings)
+        assert drift.item() == 0.0
+        return value
+
+    testing.assert_linear_cross_entropy(op, hidden, weight, targets, upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in_place"])
+def test_cross_entropy__within_the_policy(dtype, in_place):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(9, 201, generator=generator).mul_(8).to(dtype)
+    rows = torch.tensor([7, 0, 3, 8])
+    targets = torch.randint(201, (4,), generator=generator)
+    upstream = testing.wide_range_upstream(4, generator)
+    source = logits.clone().requires_grad_()
+    computed = source * 1  # in place needs logits that are no leaf
+    nll = cross_entropy(computed, targets, rows, in_place=in_place, backend="triton")
+    nll.backward(upstream)
+
+    def differentiate(values, upstream):
+        return cross_entropy_reference.gradient(upstream, values[rows], targets)
+
+    truth = cross_entropy_reference.cross_entropy(logits[rows].double(), targets)
+    baseline = cross_entropy_reference.cross_entropy(logits[rows].float(), targets)
+    gradient = differentiate(logits.double(), upstream.double())
+    rounded = differentiate(logits.float(), upstream).to(dtype)
+    testing.assert_ratios(
+        {
+            "nll": testing.fp32_error_ratio(nll.detach(), truth, baseline),
+            "dlogits": testing.matrix_error_ratio(source.grad[rows], gradient, rounded),
+        }
+    )
+    others = torch.tensor([1, 2, 4, 5, 6])
+    assert torch.equal(source.grad[others], torch.zeros_like(source.grad[others]))
+
+
+SEGMENTS = {
+    "length_S": torch.tensor([1, 5, 64, 65, 200, 130]),
+    "first_S": torch.tensor([0, 3, 70, 2**32, 150, 0]),
+}
+
+
+@pytest.mark.parametrize("seed", [12345, 2**64 - 1])
+@pytest.mark.parametrize(
+    ("by_rank", "count_S"),
+    [
+        pytest.param(True, [1, 4, 64, 0, 120, 13], id="by_rank"),
+        pytest.param(False, [2**32, 0, 2**31, 2**32 - 1, 2**30, 7], id="by_word"),
+    ],
+)
+def test_mask_select__bit_identical_to_the_reference(seed, by_rank, count_S):
+    counter_S3 = torch.randint(0, 2**32, (6, 3), generator=torch.Generator().manual_seed(seed % 2**32))
+    draw = (SEGMENTS["length_S"], counter_S3, SEGMENTS["first_S"], torch.tensor(count_S), seed, by_rank)
+    found, expected = mask_select_kernel.mask_select(*draw), mask_select_reference.mask_select(*draw)
+    testing.assert_bitwise_equal(found[0], expected[0], "position_N")
+    testing.assert_bitwise_equal(found[1], expected[1], "offsets_S1")
+
+
+def test_mask_select__equal_words_are_ordered_by_position(monkeypatch):
+    # With this seed and counter, positions 394 and 785 draw the same word, of ranks 1305 and 1306.
+    monkeypatch.setattr(mask_select_kernel, "_BLOCK", 1024)
+    length_S, counter_S3 = torch.tensor([2000, 2000]), torch.tensor([[162, 0, 0], [162, 0, 0]])
+    draw = (length_S, counter_S3, torch.tensor([0, 1306]), torch.tensor([1306, 694]), 7, True)
+    position_N, offsets_S1 = mask_select_kernel.mask_select(*draw)
+    expected = mask_select_reference.mask_select(*draw)
+    testing.assert_bitwise_equal(position_N, expected[0], "position_N")
+    assert 394 in position_N[: offsets_S1[1]] and 785 in position_N[offsets_S1[1] :]

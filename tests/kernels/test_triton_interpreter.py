@@ -1,0 +1,26 @@
+"""Runs `interpreted.py` in a child process: TRITON_INTERPRET must be set before Triton is first imported."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package `triton` is not installed"
+)
+def test_triton_kernels__have_the_right_values_in_the_interpreter():
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest"]
+    child = subprocess.run(
+        [*command, str(here / "interpreted.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=here.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
