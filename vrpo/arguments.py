@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vrpo.config import VRPOConfig
+from vrpo.generate import SamplerConfig
 
 
 def _field(default: Any, text: str) -> Any:
@@ -77,4 +78,35 @@ class ScoreArguments:
     max_tokens_per_pack: int = _field(VRPOConfig.max_tokens_per_pack, "Tokens of one forward pass.")
     mask_token_id: int | None = _field(None, "Id of the mask token. Unset: the model's.")
     seed: int = _field(VRPOConfig.seed, "Seed of the masks; the same seed gives the same figures.")
+    device: str | None = _field(None, "cuda, cpu, ...; unset: a GPU where there is one.")
+
+
+@dataclass
+class GenerateArguments:
+    """Which prompts to answer, with which model, and how to decode."""
+
+    model_name_or_path: str = field(metadata={"help": "Model: a folder or a hub name."})
+    prompt: str | None = _field(None, "One prompt; the answer is printed. Instead of dataset_name.")
+    chat: bool = _field(False, "Take `prompt` for a user's message and put it into the chat template.")
+    dataset_name: str | None = _field(
+        None, "File, folder or hub name with a column `prompt`, text or messages. Needs output_file."
+    )
+    output_file: str | None = _field(None, "JSONL file to write: row, sample, prompt, response.")
+    dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
+    dataset_split: str = _field("train", "Split to answer; of a single file only a slice matters.")
+    num_return_sequences: int = _field(1, "Answers per prompt; more than one needs a temperature.")
+    max_new_tokens: int = _field(SamplerConfig.max_new_tokens, "Tokens of every response.")
+    block_length: int | None = _field(None, "Tokens per block, from left to right. Unset: one block.")
+    steps: int | None = _field(None, "Model calls per response. Unset: one token per call.")
+    temperature: float = _field(SamplerConfig.temperature, "0 takes the most likely token.")
+    remasking: str = _field(SamplerConfig.remasking, "Which predictions to keep: low_confidence or random.")
+    cfg_scale: float = _field(SamplerConfig.cfg_scale, "Classifier-free guidance; 0 is off.")
+    logits_eos_inf: bool = _field(False, "Never produce EOS; LLaDA's setting for some tasks.")
+    confidence_eos_eot_inf: bool = _field(False, "Decide EOS and EoT last; LLaDA's setting for others.")
+    model_revision: str = _field("main", "Branch, tag or commit of the model.")
+    dtype: str = _field("auto", "Dtype of the weights: auto, float32, bfloat16 or float16.")
+    attn_implementation: str = _field("vrpo", "As in training.")
+    mask_token_id: int | None = _field(None, "Id of the mask token. Unset: the model's.")
+    max_tokens_per_pack: int = _field(16384, "Tokens of one forward pass.")
+    seed: int = _field(VRPOConfig.seed, "Seed of the draws; the same seed gives the same answers.")
     device: str | None = _field(None, "cuda, cpu, ...; unset: a GPU where there is one.")

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from vrpo import data, environment
-from vrpo.arguments import ModelArguments, ScoreArguments, ScriptArguments
+from vrpo.answer import answer
+from vrpo.arguments import GenerateArguments, ModelArguments, ScoreArguments, ScriptArguments
 from vrpo.checkpoint import load_policy, require_peft
 from vrpo.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
 from vrpo.models import load_tokenizer
@@ -171,6 +172,14 @@ def _score(args: ScoreArguments) -> None:
     sys.stdout.write(f"saved the score of each row in {args.output_file}\n")
 
 
+def _generate(args: GenerateArguments) -> None:
+    answers = answer(args)
+    if args.prompt is not None:
+        sys.stdout.write("\n\n".join(item["response"] for item in answers) + "\n")
+    if args.output_file is not None:
+        sys.stdout.write(f"saved {len(answers)} answers in {args.output_file}\n")
+
+
 def _env() -> None:
     sys.stdout.write(environment.report())
 
@@ -217,6 +226,13 @@ COMMANDS: dict[str, Command] = dict(
             "vrpo score --model_name_or_path out --dataset_name pairs.jsonl --output_file scores.jsonl",
             _score,
             {"Score": ScoreArguments},
+        ),
+        _command(
+            "generate",
+            "answer one prompt, or the prompts of a file",
+            "vrpo generate --model_name_or_path out --prompt 'What is 2 + 3?'",
+            _generate,
+            {"Generate": GenerateArguments},
         ),
         _command("env", "print versions, devices and backends for bug reports", "vrpo env", _env, {}),
     )

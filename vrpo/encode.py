@@ -91,6 +91,23 @@ def encode_rows(
     return encoded
 
 
+def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of prompts alone, as `encode_rows` has them: text as it is, messages through the template.
+
+    Errors: ValueError naming an empty prompt.
+    """
+    ids = []
+    for row, prompt in enumerate(prompts):
+        if not prompt or not _content(prompt):
+            raise ValueError(f"prompt is empty (row {row})")
+        if isinstance(prompt, str):
+            ids.append(tokenizer(prompt)["input_ids"])
+        else:
+            text = _chat(tokenizer, prompt, opening=True)
+            ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids
+
+
 def _attempt(
     row: dict[str, Any], sides: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> _Rendered | RowProblem:

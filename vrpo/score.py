@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 from vrpo import data, preference
 from vrpo.arguments import ScoreArguments
 from vrpo.batch import PackedBatch, ResponseBatch
-from vrpo.checkpoint import load_policy
+from vrpo.checkpoint import check_writable, default_device, load_policy
 from vrpo.elbo import elbo
 from vrpo.masking import EVALUATION_EPOCH, check_design
 from vrpo.models import load_tokenizer, special_tokens
@@ -130,10 +129,9 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
     check_design(args.mask_design, args.num_samples, 1)
     if not args.beta > 0:
         raise ValueError(f"beta must be positive, got {args.beta}")
-    output = Path(args.output_file)
-    _check_writable(output)
+    output = check_writable(args.output_file)
     rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(args.device)
     tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
     model, reference = (
         None
@@ -177,12 +175,3 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
     packed = args.num_samples * (2 * report.prompt_tokens if is_pairs else report.prompt_tokens)
     packed += args.num_samples * report.response_tokens
     return summarise(scored) | {"tokens_per_second": packed / seconds}, report
-
-
-def _check_writable(path: Path) -> None:
-    """Make the folder and open the file, so that an unwritable place is known before the work."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise ValueError(f"output_file {str(path)!r} cannot be written: {error.strerror}") from error

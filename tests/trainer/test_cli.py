@@ -383,3 +383,64 @@ def test_main__peft_missing_is_told(files, model_path, tmp_path, capsys, monkeyp
     monkeypatch.setattr("vrpo.checkpoint.is_peft_available", lambda: False)
     flags = train_flags(files, model_path, tmp_path, "--use_peft")
     assert "pip install 'vrpo[peft]'" in error_of(capsys, flags)
+
+
+# --- generate
+
+
+def generate_flags(model_path, *more):
+    return ["generate", f"--model_name_or_path={model_path}", "--max_new_tokens=8", "--device=cpu", *more]
+
+
+def test_generate__answers_every_row_as_often_as_asked(files, model_path, tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    flags = generate_flags(
+        model_path,
+        f"--dataset_name={files / 'pairs.jsonl'}",
+        f"--output_file={output}",
+        "--num_return_sequences=2",
+        "--temperature=1",
+        "--steps=2",
+    )
+    assert main(flags) == 0
+    first = output.read_text()
+    answers = [json.loads(line) for line in first.splitlines()]
+    assert [(item["row"], item["sample"]) for item in answers] == [(r, s) for r in range(12) for s in (0, 1)]
+    assert answers[2]["prompt"] == "What is 1 plus 4?"
+    assert all("<|mdm_mask|>" not in item["response"] for item in answers)
+    assert f"saved 24 answers in {output}" in capsys.readouterr().out
+    assert main(flags) == 0
+    assert output.read_text() == first
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+def test_generate__prints_the_answer_to_one_prompt(model_path, capsys, monkeypatch, chat):
+    seen = []
+
+    def prompts_only(model, prompts, sampler, **options):
+        seen.extend(prompts)
+        return torch.tensor([model_tokenizer("3.")["input_ids"] + [model_tokenizer.eos_token_id] * 6])
+
+    model_tokenizer = load_tokenizer(model_path)
+    monkeypatch.setattr("vrpo.answer.generate", prompts_only)
+    assert main(generate_flags(model_path, "--prompt=What is 1 plus 2?", f"--chat={chat}")) == 0
+    assert capsys.readouterr().out == "3.\n"
+    header = "<|start_header_id|>"
+    assert model_tokenizer.decode(seen[0]).count(header) == (2 if chat else 0)
+
+
+BAD_GENERATE = {
+    "no prompt": ([], "either prompt or dataset_name"),
+    "empty prompt": (["--prompt= "], "prompt is empty (row 0)"),
+    "no output": (["--dataset_name=a.jsonl"], "needs output_file"),
+    "chat with data": (["--dataset_name=a.jsonl", "--chat"], "chat belongs to prompt"),
+    "equal answers": (["--prompt=a", "--num_return_sequences=2"], "raise temperature"),
+    "no answers": (["--prompt=a", "--num_return_sequences=0"], "at least 1"),
+    "block": (["--prompt=a", "--block_length=3"], "block_length must divide"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GENERATE)
+def test_generate__bad_requests_are_refused(model_path, capsys, case):
+    flags, message = BAD_GENERATE[case]
+    assert message in error_of(capsys, generate_flags(model_path, *flags))
