@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY = $(VENV)/bin/python
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint gpu clean
 
 $(VENV)/.vrpo-installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ test: $(VENV)/.vrpo-installed
 
 lint: $(VENV)/.vrpo-installed
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+# A bare CUDA machine is enough: system Python, no network, nothing installed (see benchmarks/gpu.py).
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf build *.egg-info vrpo_kernels/*.so
