@@ -170,6 +170,8 @@ def _prepare(
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Encode, check, truncate; the arguments are explained at `prepare_pairs`."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"the dataset must be a datasets.Dataset, got {type(dataset).__name__}")
     limits = Limits(max_length, max_prompt_length, vocab_size, mask_token_id)
     tokenised = _check_columns(dataset.column_names, sides)
     if not len(dataset):

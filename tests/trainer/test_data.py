@@ -310,6 +310,13 @@ def test_prepare_completions__missing_columns_are_named(tokenizer):
         prepare_completions(pairs({"text": "a"}), tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["stream", "list"])
+def test_prepare_pairs__other_containers_are_refused(tokenizer, pair_rows, kind):
+    rows = pair_rows.to_iterable_dataset() if kind == "stream" else pair_rows[:]
+    with pytest.raises(ValueError, match="must be a datasets.Dataset, got"):
+        prepare_pairs(rows, tokenizer)
+
+
 def test_prepare_pairs__no_rows_raises(tokenizer):
     empty = Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []})
     with pytest.raises(ValueError, match="no rows"):
