@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vrpo_kernels.philox import philox4x32
+from vrpo_kernels import philox4x32
 
 # Philox purposes (top bits of counter word 1); 0 and 1 belong to the mask draw.
 _TOKEN_PURPOSE = 2

@@ -14,8 +14,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
 from vrpo.models.attention import ATTENTION_NAMES, Segments
-from vrpo_kernels import linear_cross_entropy
-from vrpo_kernels.rows import gather_rows
+from vrpo_kernels import gather_rows, linear_cross_entropy
 
 # Original configuration key -> transformers' key.
 _CONFIG_NAMES = {
