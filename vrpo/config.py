@@ -41,8 +41,9 @@ class DiffusionConfig(TrainingArguments):
     max_length: int = field(
         default=4096,
         metadata=_help(
-            "Longest prompt + response in tokens. Longer ones lose the beginning of the prompt and the end of "
-            "the response; each is guaranteed half and may use what the other leaves. 4096 is LLaDA's context."
+            "Longest prompt + response in tokens. Longer ones lose the beginning of the prompt and the end "
+            "of the response; each is guaranteed half and may use what the other leaves. 4096 is LLaDA's "
+            "context."
         ),
     )
     max_prompt_length: int | None = field(

@@ -313,7 +313,7 @@ def test_prepare_completions__missing_columns_are_named(tokenizer):
 @pytest.mark.parametrize("kind", ["stream", "list"])
 def test_prepare_pairs__other_containers_are_refused(tokenizer, pair_rows, kind):
     rows = pair_rows.to_iterable_dataset() if kind == "stream" else pair_rows[:]
-    with pytest.raises(ValueError, match="must be a datasets.Dataset, got"):
+    with pytest.raises(ValueError, match=r"must be a datasets\.Dataset, got"):
         prepare_pairs(rows, tokenizer)
 
 
