@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from vrpo.levels import WORD, Levels, Uniform
-from vrpo.row_weights import RowWeights
+from vrpo.row_weights import (
+    RowWeights,
+    balanced,
+    leave_one_couple_out,
+    token_ratio,
+    token_ratio_jackknife,
+)
 
 T_FLOOR = 1e-3
 """Smallest masking probability of the t-form. Without one its variance is infinite (method: E[1/t])."""
@@ -296,7 +302,7 @@ def arcsine(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
 
 
 def gauss_legendre(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
-    """Fixed levels: K Gauss-Legendre nodes t_k on [0, 1], round(t_k L) >= 1 tokens masked, quadrature weights.
+    """Fixed levels: K Gauss-Legendre nodes t_k, round(t_k L) >= 1 tokens masked, quadrature weights.
 
     Biased: the integral over levels is replaced by a rule of degree 2 K - 1, the node by a whole number of
     tokens. Its samples estimate different things, hence a single replicate. Source: GDPO (SDMC).
@@ -335,4 +341,9 @@ DESIGNS: dict[str, Design] = {
     "folded": Design(folded),
     "arcsine": Design(arcsine),
     "tiled-couples": Design(tiled_couples),
+    "folded-loo": Design(folded, leave_one_couple_out),
+    "folded-balanced": Design(folded, balanced),
+    "tiled-balanced": Design(tiled_couples, balanced),
+    "folded-ratio": Design(folded, token_ratio, unbiased=False),
+    "folded-jackknife": Design(folded, token_ratio_jackknife, unbiased=False),
 }

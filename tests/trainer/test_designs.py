@@ -1,0 +1,212 @@
+"""Mask designs and row weights against full enumeration: expectation, variance, calibration."""
+
+import pytest
+import torch
+from enumeration import estimates, every_draw, exact_elbo, random_table
+
+from vrpo import designs, masking
+from vrpo.batch import ResponseBatch
+from vrpo.designs import DESIGNS
+from vrpo.row_weights import dense
+
+# The weights of a draw are float32; everything else here is float64.
+FP32_WEIGHTS = 1e-6
+
+# (design, L, K): small enough to enumerate, with odd K, K > L and L = 1 among them.
+CASES = [
+    ("paper", 3, 2),
+    ("paper", 4, 1),
+    ("paper", 2, 3),
+    ("stratified", 3, 3),
+    ("stratified", 4, 2),
+    ("stratified", 2, 3),
+    ("cyclic", 3, 2),
+    ("cyclic", 2, 4),
+    ("tiled", 3, 3),
+    ("tiled", 4, 4),
+    ("tiled", 2, 5),
+    ("inverse-root", 3, 2),
+    ("time-free", 3, 2),
+    ("coupled", 3, 3),
+    ("coupled", 4, 2),
+    ("folded", 3, 4),
+    ("folded", 4, 4),
+    ("folded", 3, 5),
+    ("folded", 1, 4),
+    ("arcsine", 3, 4),
+    ("arcsine", 3, 3),
+    ("tiled-couples", 3, 4),
+    ("tiled-couples", 4, 6),
+    ("tiled-couples", 3, 5),
+    ("tiled-couples", 2, 10),
+    ("folded-loo", 3, 4),
+    ("folded-loo", 4, 4),
+    ("folded-balanced", 3, 4),
+    ("folded-balanced", 4, 4),
+    ("folded-balanced", 3, 5),
+    ("folded-balanced", 1, 3),
+    ("tiled-balanced", 4, 6),
+    ("tiled-balanced", 3, 5),
+]
+IDS = [f"{design}-L{length}-K{num_samples}" for design, length, num_samples in CASES]
+
+
+@pytest.fixture(autouse=True)
+def coarse_grid(monkeypatch):
+    """Importance designs draw from 2**31 points; 24 of them can be enumerated."""
+    monkeypatch.setattr(designs, "_GRID", 24)
+
+
+@pytest.mark.parametrize(("design", "length", "num_samples"), CASES, ids=IDS)
+def test_design__expectation_is_the_exact_elbo_and_gradient(design, length, num_samples):
+    assert DESIGNS[design].unbiased
+    table = random_table(length)
+    drawn, _ = every_draw(design, length, num_samples)
+    mean = estimates(drawn, length, table).mean(0)
+    assert torch.allclose(mean, exact_elbo(table), rtol=FP32_WEIGHTS, atol=FP32_WEIGHTS)
+
+
+def test_cases__cover_every_unbiased_design():
+    assert {design for design, _, _ in CASES} == {name for name, d in DESIGNS.items() if d.unbiased}
+
+
+# What the others estimate instead: their relative bias on the steep table of the test below.
+RELATIVE_BIAS = {"gauss-legendre": -0.0559, "folded-ratio": 0.0212, "folded-jackknife": -0.0270}
+BIASED = [(design, 4, 4) for design in RELATIVE_BIAS]
+
+
+def smooth_table(length, slope):
+    """log p = -(i + 1) (1 + slope * size of the mask): its expectation moves with the level by `slope`."""
+    bits = torch.arange(2**length)
+    size = sum((bits >> i) & 1 for i in range(length)).double()
+    token = torch.arange(1, length + 1).double()
+    return (-token * (1 + slope * size[:, None]))[:, :, None]
+
+
+@pytest.mark.parametrize(("design", "length", "num_samples"), BIASED, ids=[case[0] for case in BIASED])
+def test_design__the_biased_ones_are_exact_for_tokens_that_do_not_depend_on_the_mask(
+    design, length, num_samples
+):
+    assert not DESIGNS[design].unbiased
+    drawn, _ = every_draw(design, length, num_samples)
+    flat, sloped = smooth_table(length, 0.0), smooth_table(length, 0.3)
+    bias_flat = estimates(drawn, length, flat).mean(0) - exact_elbo(flat)
+    bias_sloped = estimates(drawn, length, sloped).mean(0) - exact_elbo(sloped)
+    assert bias_flat.abs() < FP32_WEIGHTS * 10
+    relative = float(bias_sloped / exact_elbo(sloped))
+    assert relative == pytest.approx(RELATIVE_BIAS[design], abs=1e-4)
+
+
+def mean_weight_by_level(design, length, num_samples):
+    """E[omega_ki | M_k] / b_k over all outcomes, for every sample k and level: the calibration of a design."""
+    drawn, length_R = every_draw(design, length, num_samples)
+    base = DESIGNS[design].levels
+    plain = next(name for name, d in DESIGNS.items() if d.levels is base and d.row_weights is None)
+    base_N = every_draw(plain, length, num_samples)[0].weight_N.double()
+    segment_N = torch.arange(len(drawn.offsets_S1) - 1).repeat_interleave(drawn.offsets_S1.diff())
+    cell_N = (segment_N % num_samples) * (length + 1) + drawn.offsets_S1.diff()[segment_N]
+    size = num_samples * (length + 1)
+    weight = torch.zeros(size, dtype=torch.float64).index_add_(0, cell_N, drawn.weight_N.double())
+    wanted = torch.zeros(size, dtype=torch.float64).index_add_(0, cell_N, base_N)
+    return (weight / wanted)[wanted > 0]
+
+
+@pytest.mark.parametrize("design", [name for name, d in DESIGNS.items() if d.row_weights])
+def test_row_weights__calibration_tells_exact_from_nearly_unbiased(design):
+    """E[omega_ki | M_k] = b_k for every level if and only if the design claims to be unbiased."""
+    ratio = mean_weight_by_level(design, 4, 4)
+    deviation = float((ratio - 1).abs().max())
+    if DESIGNS[design].unbiased:
+        assert deviation < FP32_WEIGHTS
+    else:
+        assert deviation > 0.05
+
+
+def same_length_batch(length, num_responses):
+    return ResponseBatch(
+        tokens_U=torch.zeros(num_responses * (length + 1), dtype=torch.int64),
+        prompt_length_R=torch.ones(num_responses, dtype=torch.int64),
+        response_length_R=torch.full((num_responses,), length),
+        example_R=torch.arange(num_responses),
+        side_R=torch.zeros(num_responses, dtype=torch.int64),
+        num_sides=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("design", "length", "num_samples"),
+    [
+        case
+        for case in CASES + BIASED
+        if case[1] > 1 and not case[0].startswith(("arcsine", "inverse", "time"))
+    ],
+    ids=lambda value: str(value),
+)
+def test_draw__has_the_mean_and_the_variance_that_enumeration_gives(design, length, num_samples):
+    num_draws = 8_000
+    table = random_table(length)
+    drawn, _ = every_draw(design, length, num_samples)
+    every = estimates(drawn, length, table)
+    mean, variance = every.mean(0), every.var(0, correction=0)
+    batch = same_length_batch(length, num_draws)
+    sampled = estimates(
+        masking.draw(batch, design=design, num_samples=num_samples, seed=1, epoch=0), length, table
+    )
+    error = (variance / num_draws).sqrt()
+    assert ((sampled.mean(0) - mean).abs() < 5 * error + FP32_WEIGHTS).all()
+    fourth = (every - mean).pow(4).mean(0)
+    error_of_variance = ((fourth - variance**2) / num_draws).sqrt()
+    assert ((sampled.var(0) - variance).abs() < 5 * error_of_variance + FP32_WEIGHTS).all()
+
+
+@pytest.mark.parametrize("design", sorted(DESIGNS))
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 8, 17])
+def test_draw__works_for_odd_k_for_k_above_l_and_for_lengths_from_one_to_thousands(design, num_samples):
+    lengths = torch.tensor([1, 2, 7, 2500])
+    batch = ResponseBatch(
+        tokens_U=torch.zeros(int((lengths + 1).sum()), dtype=torch.int64),
+        prompt_length_R=torch.ones(4, dtype=torch.int64),
+        response_length_R=lengths,
+        example_R=torch.arange(4),
+        side_R=torch.zeros(4, dtype=torch.int64),
+        num_sides=1,
+    )
+    drawn = masking.draw(batch, design=design, num_samples=num_samples, seed=1, epoch=0)
+    assert drawn.num_samples == num_samples == len(drawn.replicate_K)
+    assert len(drawn.offsets_S1) == 4 * num_samples + 1
+    assert torch.isfinite(drawn.weight_N).all()
+    # A constant log p of -1 has the ELBO -L. Designs that keep the level totals say so without noise.
+    minus_elbo_R = dense(drawn, lengths, drawn.weight_N).sum((1, 2)) / num_samples
+    if design not in ("t", "inverse-root", "time-free", "arcsine", "coupled", "gauss-legendre"):
+        assert (minus_elbo_R[3] / 2500 - 1).abs() < 1e-2
+
+
+@pytest.mark.parametrize("design", sorted(DESIGNS))
+def test_draw__does_not_depend_on_the_other_responses(design):
+    """Row weights are solved per response, so a batch and its halves must agree bit for bit."""
+    batch = same_length_batch(9, 4)
+    whole = masking.draw(batch, design=design, num_samples=5, seed=1, epoch=0)
+    halves = [
+        masking.draw(batch.examples(a, a + 2), design=design, num_samples=5, seed=1, epoch=0) for a in (0, 2)
+    ]
+    assert torch.equal(whole.position_N, torch.cat([half.position_N for half in halves]))
+    assert torch.allclose(whole.weight_N, torch.cat([half.weight_N for half in halves]), rtol=1e-6)
+
+
+def test_share_levels__gives_both_sides_the_same_fraction():
+    lengths = torch.tensor([100, 50, 100, 50])
+    batch = ResponseBatch(
+        tokens_U=torch.zeros(304, dtype=torch.int64),
+        prompt_length_R=torch.ones(4, dtype=torch.int64),
+        response_length_R=lengths,
+        example_R=torch.tensor([0, 0, 1, 1]),
+        side_R=torch.tensor([0, 1, 0, 1]),
+        num_sides=2,
+    )
+    drawn = masking.draw(batch, design="paper", num_samples=6, share_levels=True, seed=1, epoch=0)
+    count_BSK = drawn.offsets_S1.diff().view(2, 2, 6)
+    assert torch.equal((count_BSK[:, 0] - 1) // 2, count_BSK[:, 1] - 1)
+    apart = masking.draw(batch, design="paper", num_samples=6, seed=1, epoch=0).offsets_S1.diff()
+    assert not torch.equal(apart.view(2, 2, 6)[:, 0], count_BSK[:, 0]) or not torch.equal(
+        apart.view(2, 2, 6)[:, 1], count_BSK[:, 1]
+    )
