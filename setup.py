@@ -21,6 +21,15 @@ def extension() -> dict:
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    class OptionalBuild(BuildExtension):
+        """torch looks for the compiler before setuptools' `optional` can catch that there is none."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                print(f"vrpo: the C++ backend is not built: {error}", file=sys.stderr)
+
     return {
         "ext_modules": [
             CppExtension(
@@ -31,7 +40,7 @@ def extension() -> dict:
                 optional=True,
             )
         ],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": OptionalBuild},
     }
 
 
