@@ -158,7 +158,8 @@ def _compile(case: Case, arch: int):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name.endswith("_ptr") or name in ALIGNED or name.startswith("stride_")
+        if (name.endswith("_ptr") or name in ALIGNED or name.startswith("stride_"))
+        and not case.kernel.params[i].do_not_specialize
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
     options = {**case.options, "enable_fp_fusion": False}
@@ -204,7 +205,7 @@ def test_cases__cover_every_kernel_that_is_launched():
 def test_fold__is_one_binary_with_and_without_gradients(kernel):
     # A value such as store_tile = 1 would otherwise be compiled in, and sums could be ordered differently.
     run_time = {param.name for param in kernel.params if param.do_not_specialize}
-    assert {"store_tile", "acc_cols", "kept_cols"} <= run_time
+    assert {"store_tile", "acc_ptr", "acc_cols", "stride_acc", "kept_cols"} <= run_time
 
 
 def test_fused_gemm__pipelines_its_tensor_core_loop():

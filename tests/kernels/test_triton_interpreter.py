@@ -1,5 +1,6 @@
 """Runs `interpreted.py` in a child process: TRITON_INTERPRET must be set before Triton is first imported."""
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -7,6 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+
+
+def _reason_to_skip() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package `triton` is not installed"
+    versions = [importlib.metadata.version(name).split(".") for name in ("triton", "numpy")]
+    triton, numpy = (tuple(int(part) for part in version[:2]) for version in versions)
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of Triton 3.6 cannot run loops with NumPy >= 2.4 (TypeError in range)"
+    return ""
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 State of row n, fp32: max_N (the reference m) and sum_N (s = sum of exp(z - m) over the classes seen so
 far *without the target*). A fold is the same machine code whether or not gradients are wanted:
-`store_tile`, `acc_cols` and `kept_cols` are run-time values that switch stores off, so the nll cannot
-differ between the modes. The launchers turn FMA contraction off: roundings are those written here.
+`store_tile`, `acc_cols` and `kept_cols` are run-time values that switch stores off, and nothing that
+differs between the modes is specialised on, so the nll cannot differ either. The launchers turn FMA
+contraction off: roundings are those written here.
 """
 
 import torch
@@ -84,7 +85,7 @@ def _target_logits_kernel(
     tl.store(out_ptr + row, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["store_tile", "acc_cols", "kept_cols"])
+@triton.jit(do_not_specialize=["store_tile", "acc_ptr", "acc_cols", "stride_acc", "kept_cols"])
 def _fold_kernel(
     z_ptr,
     target_ptr,
@@ -132,7 +133,7 @@ def _fold_kernel(
         _rescale_row(tile_row - kept_cols, kept_cols, factor, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["store_tile", "acc_cols", "kept_cols"])
+@triton.jit(do_not_specialize=["store_tile", "acc_ptr", "acc_cols", "stride_acc", "kept_cols"])
 def _fold_blocks_kernel(
     block_max_ptr,
     block_sum_ptr,
