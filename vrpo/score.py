@@ -91,29 +91,33 @@ def score_dataset(scorer: Scorer, dataset: Dataset) -> list[dict[str, float]]:
 def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     """Means over the rows.
 
-    elbo/{side} in nats per response and elbo/{side}_per_token (total over total); of pairs, how often the
-    model finds the chosen response more probable (elbo/accuracies); with a reference rewards/{side} and,
-    of pairs, rewards/{margins, accuracies}. A tie counts as wrong. *_error: standard error over the rows.
+    elbo/{side} in nats per response, elbo/{side}_per_token (total over total) and, of pairs,
+    elbo/accuracies, how often the model finds the chosen response more probable; with a reference the same
+    of it (ref_elbo/...), rewards/{side} and, of pairs, rewards/{margins, accuracies}. A tie counts as wrong.
+    *_error: standard error over the rows.
     """
     sides = [name.removeprefix("elbo_") for name in rows[0] if name.startswith("elbo_")]
     column = {name: torch.tensor([row[name] for row in rows]).double() for name in rows[0]}
     means: dict[str, Tensor] = {}
     totals: dict[str, float] = {"rows": len(rows)}
-    for side in sides:
-        means[f"elbo/{side}"] = column[f"elbo_{side}"]
-        total = column[f"elbo_{side}"].sum() / column[f"tokens_{side}"].sum()
-        totals[f"elbo/{side}_per_token"] = total.item()
-        if f"reward_{side}" in column:
-            means[f"rewards/{side}"] = column[f"reward_{side}"]
-    if len(sides) == 2:
-        means["elbo/accuracies"] = (column["elbo_chosen"] > column["elbo_rejected"]).double()
-        if "margin" in column:
-            means["rewards/margins"] = column["margin"]
-            means["rewards/accuracies"] = (column["margin"] > 0).double()
-    for name, values in means.items():
-        totals[name] = values.mean().item()
+    for kind in ("elbo", "ref_elbo"):
+        if f"{kind}_{sides[0]}" not in column:
+            continue
+        for side in sides:
+            elbo_B = means[f"{kind}/{side}"] = column[f"{kind}_{side}"]
+            totals[f"{kind}/{side}_per_token"] = (elbo_B.sum() / column[f"tokens_{side}"].sum()).item()
+        if len(sides) == 2:
+            right = column[f"{kind}_chosen"] > column[f"{kind}_rejected"]
+            means[f"{kind}/accuracies"] = right.double()
+    if f"reward_{sides[0]}" in column:
+        means |= {f"rewards/{side}": column[f"reward_{side}"] for side in sides}
+    if "margin" in column:
+        means["rewards/margins"] = column["margin"]
+        means["rewards/accuracies"] = (column["margin"] > 0).double()
+    for name, value_B in means.items():
+        totals[name] = value_B.mean().item()
         if len(rows) > 1:
-            totals[f"{name}_error"] = (values.std() / len(rows) ** 0.5).item()
+            totals[f"{name}_error"] = (value_B.std() / len(rows) ** 0.5).item()
     return totals
 
 
@@ -124,7 +128,10 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
         the response); with a reference ref_elbo_*, reward_*, and of pairs margin and margin_std, its standard
         error estimated from the samples (NaN where the mask design has no independent replicates).
 
-    Returns: `summarise` of it with packed tokens per second, and the report on the data.
+    `summarise` of the rows and the packed tokens per second go into a second file, .summary.json instead of
+    the suffix of the first.
+
+    Returns: that summary, and the report on the data.
     """
     check_design(args.mask_design, args.num_samples, 1)
     if not args.beta > 0:
@@ -174,4 +181,6 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
         file.writelines(json.dumps(row) + "\n" for row in scored)
     packed = args.num_samples * (2 * report.prompt_tokens if is_pairs else report.prompt_tokens)
     packed += args.num_samples * report.response_tokens
-    return summarise(scored) | {"tokens_per_second": packed / seconds}, report
+    summary = summarise(scored) | {"tokens_per_second": packed / seconds}
+    output.with_suffix(".summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary, report

@@ -289,6 +289,14 @@ def test_score__model_as_its_own_reference_has_margin_zero(files, model_path, tm
     for row in rows:
         assert row["margin"] == row["reward_chosen"] == row["reward_rejected"] == 0.0
         assert row["elbo_chosen"] == row["ref_elbo_chosen"] < 0
+    summary = json.loads((tmp_path / "deep" / "scores.summary.json").read_text())
+    assert summary["rewards/margins"] == summary["rewards/accuracies"] == 0
+    assert summary["elbo/chosen"] == pytest.approx(sum(row["elbo_chosen"] for row in rows) / 12)
+    right = [row["elbo_chosen"] > row["elbo_rejected"] for row in rows]
+    assert summary["elbo/accuracies"] == pytest.approx(sum(right) / 12)
+    assert summary["elbo/accuracies"] == summary["ref_elbo/accuracies"]
+    tokens = sum(row["tokens_chosen"] for row in rows)
+    assert summary["elbo/chosen_per_token"] == pytest.approx(12 * summary["elbo/chosen"] / tokens)
     text = capsys.readouterr().out
     assert "rewards/margins" in text
     assert str(scores) in text
