@@ -29,10 +29,15 @@ VRPO_INLINE Floats load(const c10::BFloat16* from) {
   return (Floats)(__builtin_convertvector(bits, Words) << 16);
 }
 
+// Exponent and mantissa move to their fp32 places; 2^112 is the difference of the exponents' biases.
 VRPO_INLINE Floats load(const c10::Half* from) {
-  float values[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(from[i]);
-  return load(values);
+  Halves half;
+  std::memcpy(&half, from, sizeof(half));
+  const Words bits = __builtin_convertvector(half, Words);
+  const Words finite = (Words)((Floats)((bits & 0x7fffu) << 13) * 0x1p112f);
+  const Words special = (bits & 0x03ffu) << 13 | 0x7f800000u;  // infinity and NaN
+  const Words magnitude = (bits & 0x7c00u) == 0x7c00u ? special : finite;
+  return (Floats)(magnitude | (bits & 0x8000u) << 16);
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
@@ -45,7 +50,15 @@ VRPO_INLINE void store(c10::BFloat16* to, Floats value) {
 }
 
 VRPO_INLINE void store(c10::Half* to, Floats value) {
-  for (int64_t i = 0; i < kLanes; ++i) to[i] = value[i];
+  const Words bits = (Words)value, sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const Words normal = (magnitude + 0x0fffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Below 2^-14 the unit is 2^-24, which is that of fp32 numbers next to 0.5: the addition rounds.
+  const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
+  Words half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? Words{} + 0x7e00u : half;
+  const Halves out = __builtin_convertvector(half | sign, Halves);
+  std::memcpy(to, &out, sizeof(out));
 }
 
 // The last, incomplete vector of a range, filled up with -inf (whose exponential is 0).

@@ -161,7 +161,7 @@ def assert_bitwise_equal(candidate: Tensor, expected: Tensor, name: str = "tenso
         )
     a, b = (t.detach().contiguous().reshape(-1) for t in (candidate, expected))
     if a.dtype is not torch.bool:
-        a, b = (t.view(torch.uint8).reshape(t.numel(), -1) for t in (a, b))
+        a, b = (t.view(torch.uint8).reshape(t.numel(), t.element_size()) for t in (a, b))
         differs = (a != b).any(dim=1)
     else:
         differs = a != b
