@@ -416,6 +416,28 @@ def test_prepare_pairs__gsm8k_text_is_preserved(tokenizer):
             assert text == source["prompt"] + source[side] + tokenizer.eos_token
 
 
+TEMPLATES = {
+    "llada-8b-instruct": "3<|eot_id|>",
+    "llada2.0-mini": "3<|role_end|>",
+    "sdar-1dot7b-chat": "<think>\n\n</think>\n\n3<|im_end|>\n",
+    "dream-v0-instruct-7b": "3<|im_end|>\n",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="the checkpoints' files are not beside the checkout")
+def test_encode_rows__templates_of_real_checkpoints(tokenizer, name):
+    config = json.loads((GSM8K.parent / name / "tokenizer_config.json").read_text())
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = config["chat_template"]
+    turns = ["<|im_start|>", "<|im_end|>", "<|role_end|>", "<role>", "</role>"]
+    changed.add_tokens(turns, special_tokens=True)
+    row = {"prompt": [user("1 + 2?")], "completion": [assistant("3")]}
+    [encoded] = encode_rows([row], ["completion"], changed)
+    assert changed.decode(encoded.response_ids[0]) == TEMPLATES[name]
+    assert not encoded.merged
+
+
 # --- collators
 
 
