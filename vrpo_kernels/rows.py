@@ -2,22 +2,32 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, hidden_TD: Tensor, row_N: Tensor) -> Tensor:
-        ctx.save_for_backward(row_N)
-        ctx.num_rows = hidden_TD.shape[0]
-        return hidden_TD.index_select(0, row_N)
+@torch.library.custom_op("vrpo_kernels::gather_rows", mutates_args=())
+def _gather_rows(hidden_TD: Tensor, row_N: Tensor) -> Tensor:
+    return hidden_TD.index_select(0, row_N)
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, dhidden_ND: Tensor) -> tuple[Tensor, None]:
-        (row_N,) = ctx.saved_tensors
-        # Rows are unique, so each row of dhidden has one owner: a copy, no atomics, no additions.
-        dhidden_TD = dhidden_ND.new_zeros((ctx.num_rows, *dhidden_ND.shape[1:]))
-        return dhidden_TD.index_copy(0, row_N, dhidden_ND), None
+
+@_gather_rows.register_fake
+def _(hidden_TD, row_N):
+    return hidden_TD.new_empty(row_N.shape[0], hidden_TD.shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    hidden_TD, row_N = inputs
+    ctx.save_for_backward(row_N)
+    ctx.num_rows = hidden_TD.shape[0]
+
+
+def _backward(ctx, dhidden_ND):
+    (row_N,) = ctx.saved_tensors
+    # Rows are unique, so each row of dhidden has one owner: a copy, no atomics, no additions.
+    dhidden_TD = dhidden_ND.new_zeros(ctx.num_rows, dhidden_ND.shape[1])
+    return dhidden_TD.index_copy(0, row_N, dhidden_ND), None
+
+
+_gather_rows.register_autograd(_backward, setup_context=_setup_context)
 
 
 def gather_rows(hidden_TD: Tensor, row_N: Tensor) -> Tensor:
@@ -38,4 +48,4 @@ def gather_rows(hidden_TD: Tensor, row_N: Tensor) -> Tensor:
         raise ValueError(f"row_N must be a 1-D int64 tensor, got shape {tuple(row_N.shape)}, {row_N.dtype}")
     if row_N.device != hidden_TD.device:
         raise ValueError(f"row_N is on {row_N.device}, hidden_TD on {hidden_TD.device}")
-    return _GatherRows.apply(hidden_TD, row_N)
+    return _gather_rows(hidden_TD, row_N)
