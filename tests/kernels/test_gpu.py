@@ -72,7 +72,7 @@ def no_host_sync():
 @pytest.mark.parametrize("peak", [0.0, 25.0], ids=["flat", "peaked"])
 @pytest.mark.parametrize(
     ("N", "V", "D"),
-    [(1, 2, 8), (17, 513, 48), (130, 4099, 133), (1500, 20000, 256)],
+    [(2, 3, 8), (17, 513, 48), (130, 4099, 133), (1500, 20000, 256)],
     ids=lambda value: str(value),
 )
 @pytest.mark.parametrize(("gemm", "dtype"), FORMS, ids=_name)
