@@ -6,12 +6,15 @@ from torch import Tensor
 
 
 def _log_odds(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits without the target's, their logsumexp, and the log-odds of "not the target"."""
+    """exp(z - m) of every class but the target, its sum, and the log-odds of "not the target"."""
     others_NV = logits_NV.scatter(1, target_N[:, None], float("-inf"))
-    # The clamp gives the vocabulary of one class, where no other class exists, its nll of 0.
-    lowest = torch.finfo(logits_NV.dtype).min
-    log_rest_N = others_NV.logsumexp(dim=1).clamp(min=lowest)
-    return others_NV, log_rest_N, log_rest_N - logits_NV.gather(1, target_N[:, None])[:, 0]
+    # The clamps give rows without another class (V = 1, or all others -inf) an nll and a gradient of 0.
+    numbers = torch.finfo(logits_NV.dtype)
+    maximum_N1 = others_NV.detach().amax(dim=1, keepdim=True).clamp(min=numbers.min)
+    share_NV = (others_NV - maximum_N1).exp()
+    total_N = share_NV.sum(dim=1).clamp(min=numbers.tiny)
+    log_odds_N1 = maximum_N1 - logits_NV.gather(1, target_N[:, None])
+    return share_NV, total_N, log_odds_N1[:, 0] + total_N.log()
 
 
 def cross_entropy(logits_NV: Tensor, target_N: Tensor) -> Tensor:
@@ -27,7 +30,6 @@ def cross_entropy(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 def gradient(dnll_N: Tensor, logits_NV: Tensor, target_N: Tensor) -> Tensor:
     """dlogits_nv = dnll_n * (softmax(z_n)_v - [v = target_n]), (N, V)."""
-    others_NV, log_rest_N, log_odds_N = _log_odds(logits_NV, target_N)
+    share_NV, total_N, log_odds_N = _log_odds(logits_NV, target_N)
     scale_N = dnll_N * torch.sigmoid(log_odds_N)  # sigmoid(log-odds) = 1 - p(target), no cancellation
-    dlogits_NV = scale_N[:, None] * (others_NV - log_rest_N[:, None]).exp()
-    return dlogits_NV.scatter(1, target_N[:, None], -scale_N[:, None])
+    return ((scale_N / total_N)[:, None] * share_NV).scatter(1, target_N[:, None], -scale_N[:, None])
