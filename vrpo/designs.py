@@ -185,7 +185,8 @@ def _couples(
         first_RK=first_RK,
         count_RK=count_RK,
         weight_RK=weight_RK,
-        replicate_K=tuple(replicate_K.tolist()),
+        # Tiled couples share a permutation, and unequal shares of B are no estimates of the same thing.
+        replicate_K=(0,) * num_samples if tiled else tuple(replicate_K.tolist()),
     )
 
 
@@ -201,13 +202,6 @@ def _folded(uniform: Uniform, length_R: Tensor, bounds: tuple[int, ...], grid: i
         point_R = low * (length_R + 1) + uniform.integers(c, (high - low) * (length_R + 1))
         levels.append(point_R.div(2 * grid, rounding_mode="floor"))
     return torch.stack(levels, dim=1)
-
-
-def _equal_couples(uniform: Uniform, length_R: Tensor, num_samples: int, tiled: bool) -> Levels:
-    num_couples = num_samples // 2
-    small_RC = _folded(uniform, length_R, tuple(range(num_couples + 1)), num_couples)
-    share_RC = torch.full(small_RC.shape, 1 / num_couples, dtype=torch.float64)
-    return _couples(uniform, length_R, num_samples, small_RC, share_RC, tiled=tiled)
 
 
 def coupled(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
@@ -229,18 +223,33 @@ def folded(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
     """
     if num_samples == 1:
         return paper(uniform, length_R, 1)
-    return _equal_couples(uniform, length_R, num_samples, tiled=False)
+    num_couples = num_samples // 2
+    small_RC = _folded(uniform, length_R, tuple(range(num_couples + 1)), num_couples)
+    share_RC = torch.full(small_RC.shape, 1 / num_couples, dtype=torch.float64)
+    return _couples(uniform, length_R, num_samples, small_RC, share_RC)
 
 
-def tiled_couples(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
-    """`folded`, with the small sides of up to four couples laid one after the other on one permutation.
+def _spaced_bounds(num_couples: int) -> tuple[tuple[int, ...], int]:
+    """Strata of [0, 1) in steps of 1 / grid, bounded by about (c / C)**1.5, none of them empty."""
+    grid = max(2**12, 16 * num_couples)
+    bounds = [max(c, round(grid * (c / num_couples) ** 1.5)) for c in range(num_couples + 1)]
+    return tuple(bounds), grid
 
-    The folded levels of four couples sum to about L, so no token is masked on the small side, where weights
-    are large, of two couples while others are on none.
+
+def spaced(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
+    """Couples in strata that are narrow at small levels, tiled.
+
+    Stratum c is [c^1.5, (c+1)^1.5) / C^1.5 of [0, L/2], its couple stands for the stratum's width, and the
+    level is uniform inside. So the rows of small levels, which weigh L/l, weigh less and come more often,
+    while every sample keeps a fixed total: no level noise is added. The small sides of up to four couples
+    lie one after the other on one permutation, so that few tokens meet a large weight twice.
     """
     if num_samples == 1:
         return paper(uniform, length_R, 1)
-    return _equal_couples(uniform, length_R, num_samples, tiled=True)
+    bounds, grid = _spaced_bounds(num_samples // 2)
+    small_RC = _folded(uniform, length_R, bounds, grid)
+    width_C = torch.tensor(bounds, dtype=torch.float64).diff() / grid
+    return _couples(uniform, length_R, num_samples, small_RC, width_C.expand(small_RC.shape), tiled=True)
 
 
 def _inverse_cdf(chance_RV: Tensor, point_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,10 +349,11 @@ DESIGNS: dict[str, Design] = {
     "coupled": Design(coupled),
     "folded": Design(folded),
     "arcsine": Design(arcsine),
-    "tiled-couples": Design(tiled_couples),
+    "spaced": Design(spaced),
     "folded-loo": Design(folded, leave_one_couple_out),
     "folded-balanced": Design(folded, balanced),
-    "tiled-balanced": Design(tiled_couples, balanced),
     "folded-ratio": Design(folded, token_ratio, unbiased=False),
     "folded-jackknife": Design(folded, token_ratio_jackknife, unbiased=False),
+    "balanced": Design(spaced, balanced),
+    "ratio": Design(spaced, token_ratio, unbiased=False),
 }

@@ -26,7 +26,8 @@ class Levels:
     first_RK, count_RK: by_rank: the masked tokens are those whose rank r in the permutation satisfies
         (r - first) mod L < count; otherwise a token with word w is masked iff (w - first) mod 2**32 < count.
     weight_RK: float64, the ELBO weight of every masked row of the sample.
-    replicate_K: as in MaskDraw.
+    replicate_K: as in MaskDraw. Independent replicates in different strata are allowed: their spread then
+        overstates the variance of the mean, by the spread between strata.
     """
 
     stream_RK: Tensor

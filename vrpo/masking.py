@@ -82,7 +82,12 @@ def draw(
     reweight = DESIGNS[design].row_weights
     if reweight is None or num_samples == 1:
         return drawn
-    return replace(drawn, weight_N=reweight(drawn, batch.response_length_R))
+    # The new weights of a sample depend on the masks of the others: no two are independent any more.
+    return replace(
+        drawn,
+        weight_N=reweight(drawn, batch.response_length_R),
+        replicate_K=(0,) * num_samples,
+    )
 
 
 def select(levels: Levels, batch: ResponseBatch, *, num_samples: int, seed: int, epoch: int) -> MaskDraw:

@@ -14,7 +14,7 @@ functions of (k, pattern of i, pattern counts) are exact as soon as every sample
 
     sum over i in M_k of omega_ki = b_k * |M_k|        for every k,
 
-because then E[omega_ki | M_k, counts] = b_k. This holds for any design drawn by rank, coupled or tiled, any K.
+because then E[omega_ki | M_k, counts] = b_k. It holds for any design drawn by rank, coupled or tiled, any K.
 `balanced` keeps the totals; `leave_one_couple_out` is exact for another reason; `token_ratio` breaks the rule
 on purpose. Tensors here are dense, padded to the longest response: masked_RKL is 1 where sample k of
 response r masks position l.
@@ -122,7 +122,7 @@ def leave_one_couple_out(draw: MaskDraw, length_R: Tensor, *, shrinkage: float =
 
 
 def _ratio(weight_RKL: Tensor, length_R: Tensor, ratio_lambda: float) -> Tensor:
-    """omega = w [1 / (W_i + lambda) + lambda H / sum_j W_j], W_i = sum_k w_ki, H = sum_j 1 / (W_j + lambda)."""
+    """omega = w [1/(W_i + lambda) + lambda H / sum_j W_j], W_i = sum_k w_ki, H = sum_j 1/(W_j + lambda)."""
     total_RL = weight_RKL.sum(1)
     inside_RL = (torch.arange(weight_RKL.shape[2]) < length_R[:, None]).double()
     inverse_RL = inside_RL / (total_RL + ratio_lambda)
