@@ -1,0 +1,1 @@
+"""Programs that use vrpo for something real, each started with `python -m examples.<name>`."""
