@@ -419,6 +419,11 @@ def test_forward__refuses_what_would_be_wrong(extra, message):
         tiny_model()(input_ids=random_segments([4])[0][None], **extra)
 
 
+def test_generate_method__left_to_right_decoding_is_refused():
+    with pytest.raises(TypeError, match=r"use vrpo\.generate"):
+        tiny_model().generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+
+
 # Adapters.
 
 

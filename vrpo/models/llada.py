@@ -210,6 +210,10 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         super().__init__(config)
         self.register_load_state_dict_pre_hook(_accept_checkpoint_names)
 
+    def generate(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: the inherited left-to-right decoding would run and be wrong."""
+        raise TypeError("LLaDA does not decode left to right: use vrpo.generate.generate")
+
     def forward(
         self,
         input_ids: Tensor | None = None,
