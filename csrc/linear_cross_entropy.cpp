@@ -33,6 +33,7 @@ using at::Tensor;
 
 constexpr int64_t kTile = 512;  // classes per tile; TILE in cpu.py
 constexpr int64_t kRows = 1024;  // rows per chunk: a tile of logits is at most 2 MiB
+constexpr int64_t kAbsent = std::numeric_limits<int64_t>::min();  // ABSENT in op.py: the target is in another shard
 constexpr int64_t kSubtotal = 32;  // classes summed in one run before they join the tile's sum
 // The shift m follows the maximum lazily: it moves only when a tile exceeds it by more than this, because each
 // move rescales a row of the accumulator. e^16 * V stays far inside fp32.
@@ -90,7 +91,7 @@ class TargetIndex {
     rows_.resize(targets_.numel());
     std::iota(rows_.begin(), rows_.end(), int64_t{0});
     for (int64_t n : rows_) {
-      TORCH_CHECK_VALUE(y[n] >= -1 && y[n] < num_classes, "targets must lie in [0, ", num_classes, "), got ", y[n],
+      TORCH_CHECK_VALUE((y[n] >= 0 && y[n] < num_classes) || y[n] == kAbsent, "targets must lie in [0, ", num_classes, "), got ", y[n],
                         " in row ", n);
     }
     std::stable_sort(rows_.begin(), rows_.end(), [y](int64_t a, int64_t b) { return y[a] < y[b]; });
@@ -316,6 +317,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       }
     });
   }
+  if (keep_tiles && padded > N) {  // lanes beyond N hold leftovers
+    kept.narrow(1, N, padded - N).zero_();
+    kept_shift.narrow(1, N, padded - N).zero_();
+  }
   return {nll, statistics, expected, kept, kept_shift};
 }
 
@@ -427,7 +432,8 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
   HeadTiles tiles(weight);
   const int64_t padded = round_up(N, kLanes), chunk = chunk_rows(N);
 
-  // dlogits = exp(z - m) * coefficient, and -g q at the target: what both matmuls need, one-hot included.
+  // dlogits = exp(z - m) * coefficient, and -g q at the target. The head's matmul takes all of it; for hidden the
+  // target's part is added at the end, which rounds less.
   std::vector<float> shift(padded, 0.0f), coefficient(padded, 0.0f), at_target(padded, 0.0f);
   for (int64_t n = 0; n < N; ++n) {
     const double factor = g.const_data_ptr<float>()[n] * known.other(n);
@@ -456,18 +462,30 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
       parallel_lanes(lanes, [&](int64_t first, int64_t last) {
         weigh(data, chunk, classes, first, last, shift.data() + n0, coefficient.data() + n0);
       });
-      index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
-        if (n >= n0 && n < n0 + rows) data[(v - v0) * chunk + n - n0] = at_target[n];
-      });
+      const auto set_targets = [&](const float* value) {
+        index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
+          if (n >= n0 && n < n0 + rows) data[(v - v0) * chunk + n - n0] = value == nullptr ? 0.0f : value[n];
+        });
+      };
       if (want_dhidden) {
+        set_targets(nullptr);
         Tensor dx_chunk = dx.narrow(0, n0, rows);
         t == 0 ? at::mm_out(dx_chunk, z.t(), w) : at::addmm_out(dx_chunk, dx_chunk, z.t(), w);
       }
       if (want_dweight) {
+        set_targets(at_target.data());
         n0 == 0 ? at::mm_out(dw_tile, z, x_chunk) : at::addmm_out(dw_tile, dw_tile, z, x_chunk);
       }
     }
     if (want_dweight) gradient[0].finish(v0, classes);
+  }
+  if (want_dhidden) {
+    at::parallel_for(0, N, 16, [&](int64_t begin, int64_t end) {
+      RowReader weight_row(weight);
+      for (int64_t n = begin; n < end; ++n) {
+        if (index[n] >= 0) add_row(dx.data_ptr<float>() + n * D, weight_row(index[n]), at_target[n], D);
+      }
+    });
   }
   return {dx.to(hidden.scalar_type()), want_dweight ? gradient[0].out() : dw};
 }

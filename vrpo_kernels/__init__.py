@@ -9,6 +9,7 @@ from vrpo_kernels.linear_cross_entropy import (
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
     plan_linear_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
 )
 from vrpo_kernels.mask_select import mask_select
 from vrpo_kernels.pack_masked import PackedTokens, pack_masked, token_weight_sums
@@ -34,4 +35,5 @@ __all__ = [
     "plan_linear_cross_entropy",
     "segment_sum",
     "token_weight_sums",
+    "vocab_parallel_linear_cross_entropy",
 ]

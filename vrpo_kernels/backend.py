@@ -3,7 +3,7 @@
 The only place that probes for optional parts (the C++ extension, Triton). Nothing here touches tensors' data.
 """
 
-import functools
+import dataclasses
 import importlib
 import importlib.util
 from dataclasses import dataclass
@@ -21,32 +21,18 @@ class Availability:
     Attributes:
         triton: reason the Triton package is missing, or None.
         cpu: reason the C++ extension `vrpo_kernels._C` is missing, or None.
-        interpreted: True if Triton runs its kernels in its CPU interpreter.
+        interpreted: True if Triton runs its kernels in its CPU interpreter; None to ask Triton when needed.
     """
 
     triton: str | None
     cpu: str | None
-    interpreted: bool
-
-
-@functools.cache
-def availability() -> Availability:
-    """Probe once per process which backends exist, loading the C++ extension if it is there."""
-    return Availability(triton=_probe_triton(), cpu=_probe_extension(), interpreted=_interpreted())
+    interpreted: bool | None = None
 
 
 def _probe_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package `triton` is not installed"
     return None
-
-
-def _interpreted() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def _probe_extension() -> str | None:
@@ -60,6 +46,26 @@ def _probe_extension() -> str | None:
     except (ImportError, OSError) as error:  # built against another torch or Python
         return f"the C++ extension vrpo_kernels._C does not load: {error}"
     return None
+
+
+# Settled at import, so that torch.compile can trace `choose`. Loading the extension registers its ops under
+# torch.ops.vrpo and does nothing else; Triton is not imported.
+_AVAILABLE = Availability(triton=_probe_triton(), cpu=_probe_extension())
+
+
+def _is_interpreted(available: Availability) -> bool:
+    if available.interpreted is not None:
+        return available.interpreted
+    if available.triton is not None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def availability() -> Availability:
+    """Which backends exist in this process."""
+    return dataclasses.replace(_AVAILABLE, interpreted=_is_interpreted(_AVAILABLE))
 
 
 def reasons_against(
@@ -84,7 +90,7 @@ def reasons_against(
     if backend == "cpu" and device != "cpu":
         reasons.append(f"it needs tensors on the CPU, not on {device}")
     if backend == "triton" and device != "cuda":
-        if not (device == "cpu" and available.interpreted):
+        if not (device == "cpu" and _is_interpreted(available)):
             reasons.append(f"it needs tensors on a CUDA device (or Triton's interpreter), not on {device}")
         elif dtype is torch.bfloat16:
             reasons.append("Triton's interpreter multiplies bfloat16 wrongly")
@@ -117,7 +123,7 @@ def choose(
     """
     if requested not in ("auto", *BACKENDS):
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {requested!r}")
-    facts = availability() if available is None else available
+    facts = _AVAILABLE if available is None else available
     wanted = requested
     if requested == "auto":
         if dtype is torch.float64:

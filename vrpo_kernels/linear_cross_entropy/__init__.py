@@ -7,6 +7,7 @@ from vrpo_kernels.linear_cross_entropy.op import (
     linear_cross_entropy_statistics,
     plan_linear_cross_entropy,
 )
+from vrpo_kernels.linear_cross_entropy.vocab_parallel import vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "Plan",
@@ -14,4 +15,5 @@ __all__ = [
     "linear_cross_entropy_replay",
     "linear_cross_entropy_statistics",
     "plan_linear_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

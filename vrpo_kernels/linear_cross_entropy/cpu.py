@@ -9,7 +9,7 @@ from torch import Tensor
 
 TILE = 512  # vocabulary rows per tile; kLinearCrossEntropyTile in csrc must be the same
 LANES = 16  # kept tiles are padded to whole vectors of rows
-GEMMS = ("fp32", "onednn", "bf16")
+GEMMS = ("fp32",)
 """Matrix multiplications the C++ backend can use: torch's own fp32 one (MKL on x86), oneDNN's fp32
 micro-kernels, oneDNN's bfloat16 micro-kernels with fp32 sums (for bfloat16 inputs only)."""
 

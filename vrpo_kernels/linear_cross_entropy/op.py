@@ -17,6 +17,9 @@ from vrpo_kernels.linear_cross_entropy import cpu, reference
 KEPT_TILE_BYTES = 2**30
 """Default budget for the tiles a trained head keeps between forward and backward: 1 GiB."""
 
+ABSENT = torch.iinfo(torch.int64).min
+"""Target of a row whose target is not among these classes, because it lies in another shard of the head."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -138,7 +141,8 @@ def linear_cross_entropy(
         hidden, weight, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes
     )
     if plan.backend == "reference":
-        return reference.linear_cross_entropy(_exact(hidden), _exact(weight), targets)
+        with _without_autocast(hidden):
+            return reference.linear_cross_entropy(_exact(hidden), _exact(weight), targets)
     outputs = _forward(hidden, weight, targets, plan.backend, plan.gemm, plan.want_dhidden, plan.keep_tiles)
     return outputs[0]
 
@@ -159,7 +163,8 @@ def linear_cross_entropy_statistics(
     checks.require_head(hidden, weight, targets)
     plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
     if plan.backend == "reference":
-        return reference.statistics(_exact(hidden), _exact(weight), targets)
+        with _without_autocast(hidden):
+            return reference.statistics(_exact(hidden), _exact(weight), targets)
     nll, statistics, *_ = _forward(hidden, weight, targets, plan.backend, plan.gemm, False, False)
     return nll, statistics
 
@@ -201,10 +206,11 @@ def linear_cross_entropy_replay(
     checks.require_same("shape", "statistics", tuple(statistics.shape), "(3, N)", (3, num_rows))
     plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
     if plan.backend == "reference":
-        hidden, weight = _exact(hidden), _exact(weight)
-        target_logit = reference.target_logits(hidden, weight, targets)
-        fresh = reference.linear_cross_entropy(hidden, weight, targets)
-        return fresh, _drift(target_logit.detach(), statistics)
+        with _without_autocast(hidden):
+            hidden, weight = _exact(hidden), _exact(weight)
+            target_logit = reference.target_logits(hidden, weight, targets)
+            fresh = reference.linear_cross_entropy(hidden, weight, targets)
+            return fresh, _drift(target_logit.detach(), statistics)
     return _replay(hidden, weight, targets, nll, statistics, plan.backend, plan.gemm)
 
 
@@ -217,6 +223,11 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
+
+
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """The inputs are cast already; the formula itself runs in their dtype."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -242,8 +253,8 @@ def _forward(
     """(nll (N,), statistics (3, N), expected (N, D) fp32 or empty, kept tiles or empty, their shifts or
     empty).
 
-    statistics: target logit, shift m, s = sum over v != target of exp(z_v - m); a target of -1 means "not
-    among these classes" (vocab-parallel shards): its logit is 0 and nll is meaningless.
+    statistics: target logit, shift m, s = sum over v != target of exp(z_v - m). A target may be ABSENT (in
+    vocab-parallel shards): its logit is then 0, s runs over all classes, and nll is meaningless.
     expected: sum over v != target of exp(z_v - m) / s * weight_v, the mean head row among the other classes,
     so that with q = 1 - p(target) the unscaled hidden gradient is q * (expected - weight[target]).
     """

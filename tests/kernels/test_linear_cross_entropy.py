@@ -1,0 +1,463 @@
+"""linear_cross_entropy on the CPU backends: values, gradients, autograd behaviour, determinism, errors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import vrpo_kernels
+from vrpo_kernels import (
+    backend,
+    linear_cross_entropy,
+    linear_cross_entropy_replay,
+    linear_cross_entropy_statistics,
+    plan_linear_cross_entropy,
+    testing,
+)
+from vrpo_kernels.linear_cross_entropy import cpu, op, reference
+
+needs_extension = pytest.mark.skipif(
+    backend.availability().cpu is not None, reason=str(backend.availability().cpu)
+)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 3), (1, 2, 16), (17, 513, 48), (67, 1031, 33), (130, 600, 64), (1040, 1300, 24)]
+ROUTES = [("fp32", torch.float32), ("fp32", torch.bfloat16), ("fp32", torch.float16)]
+ROUTES += [
+    (name, torch.bfloat16 if name == "bf16" else torch.float32) for name in cpu.GEMMS if name != "fp32"
+]
+FUSED = pytest.mark.parametrize(("gemm", "dtype"), ROUTES, ids=lambda v: str(v).removeprefix("torch."))
+
+
+def make_inputs(num_rows, num_classes, size, dtype, *, seed=0, scale=2.0):
+    """hidden, weight, targets, upstream; logits have standard deviation `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, size, generator=generator)
+    weight = torch.randn(num_classes, size, generator=generator) * scale * size**-0.5
+    targets = torch.randint(0, num_classes, (num_rows,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), targets, testing.wide_range_upstream(num_rows, generator)
+
+
+def gradients(function, hidden, weight, upstream, *, need_hidden=True, need_weight=True):
+    """(nll, dhidden, dweight) of function(hidden, weight) -> nll."""
+    hidden = hidden.detach().requires_grad_(need_hidden)
+    weight = weight.detach().requires_grad_(need_weight)
+    nll = function(hidden, weight)
+    nll.backward(upstream)
+    return nll.detach(), hidden.grad, weight.grad
+
+
+def nll_by_log_odds(hidden, weight, targets):
+    """softplus(logsumexp of the other classes - target's logit): exact in float64 also where p is close to
+    1.
+    """
+    logits = hidden @ weight.T
+    others = logits.scatter(1, targets[:, None], float("-inf")).logsumexp(1)
+    return torch.nn.functional.softplus(others - logits.gather(1, targets[:, None])[:, 0], threshold=1e9)
+
+
+# ---- reference -------------------------------------------------------------------------------------------
+
+
+def test_reference__equals_torch_cross_entropy_and_passes_gradcheck():
+    hidden, weight, targets, _ = make_inputs(5, 7, 3, torch.float64)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), expected)
+    torch.autograd.gradcheck(
+        lambda x, w: linear_cross_entropy(x, w, targets), (hidden.requires_grad_(), weight.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_cross_entropy__reference_backend_within_policy(dtype):
+    testing.assert_linear_cross_entropy(
+        lambda x, w, y: linear_cross_entropy(x, w, y, backend="reference"), *make_inputs(67, 513, 48, dtype)
+    )
+
+
+# ---- policy ----------------------------------------------------------------------------------------------
+
+
+@needs_extension
+@FUSED
+@pytest.mark.parametrize("budget", [2**30, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-V{}-D{}".format(*s))
+def test_linear_cross_entropy__within_policy(shape, budget, gemm, dtype):
+    inputs = make_inputs(*shape, dtype)
+
+    def op(hidden, weight, targets):
+        return linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm=gemm, kept_tile_bytes=budget)
+
+    with testing.poisoned_empty():
+        testing.assert_linear_cross_entropy(op, *inputs)
+        testing.assert_linear_cross_entropy(op, *inputs, head_frozen=True)
+        testing.assert_linear_cross_entropy(op, *inputs, hidden_frozen=True)
+
+
+@needs_extension
+@FUSED
+@pytest.mark.parametrize("scale", [12.0, 25.0, 1e4])
+def test_linear_cross_entropy__peaked_rows_keep_relative_accuracy(scale, gemm, dtype):
+    """Rows with p(target) close to 1: nll and gradient of each row against its own size, not the
+    largest's.
+    """
+    hidden, weight, targets, upstream = make_inputs(64, 800, 64, dtype)
+    weight = torch.nn.functional.normalize(weight.float()).to(dtype)
+    hidden = (scale * weight[targets].float()).to(dtype)  # the target's logit is `scale`
+    truth = gradients(
+        lambda x, w: nll_by_log_odds(x, w, targets),
+        hidden.double(), weight.double(), upstream.double(),
+    )  # fmt: skip
+    nll, dhidden, _ = gradients(
+        lambda x, w: linear_cross_entropy(x, w, targets, backend="cpu", gemm=gemm), hidden, weight, upstream
+    )
+    # fp32 logits of size `scale` carry an error of about scale * u; exp turns it into a relative one.
+    tolerance = 40 * scale * testing.ROUNDOFF[torch.float32]
+    representable = truth[0] > 1e-30
+    error = ((nll.double() - truth[0]).abs() / truth[0].clamp(min=1e-30))[representable]
+    assert error.numel() == 0 or error.max() < tolerance
+    row_error = (dhidden.double() - truth[1]).norm(dim=1)
+    allowed = (tolerance + 2 * testing.ROUNDOFF[dtype]) * truth[1].norm(dim=1)
+    allowed += torch.finfo(dtype).smallest_normal * 64**0.5  # fp16 cannot hold the smallest gradients
+    assert (row_error < allowed)[representable].all()
+    assert dhidden.isfinite().all()
+
+
+@needs_extension
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    num_rows=st.integers(0, 40),
+    num_classes=st.sampled_from([1, 2, 15, 16, 17, 511, 512, 513, 1100]),
+    size=st.integers(1, 40),
+    route=st.sampled_from(ROUTES),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    repeated=st.booleans(),
+    strided=st.booleans(),
+    budget=st.sampled_from([0, 2**30]),
+    seed=st.integers(0, 2**16),
+)
+def test_linear_cross_entropy__property(
+    num_rows, num_classes, size, route, scale, repeated, strided, budget, seed
+):
+    """Any shape, dtype, layout and logit size: within policy, finite, same nll with and without gradients."""
+    gemm, dtype = route
+    hidden, weight, targets, upstream = make_inputs(
+        num_rows, num_classes, size, dtype, seed=seed, scale=scale
+    )
+    if repeated and num_rows:
+        targets = targets[:1].expand(num_rows).contiguous()
+    if strided:  # views: every second row of hidden, a transposed head, every second target
+        hidden = torch.stack([hidden, hidden + 1], dim=1).reshape(2 * num_rows, size)[::2]
+        weight = weight.T.contiguous().T
+        targets = targets.repeat_interleave(2)[::2]
+
+    def op(x, w, y):
+        return linear_cross_entropy(x, w, y, backend="cpu", gemm=gemm, kept_tile_bytes=budget)
+
+    nll, dhidden, dweight = gradients(lambda x, w: op(x, w, targets), hidden, weight, upstream)
+    assert (nll >= 0).all()
+    testing.assert_bitwise_equal(op(hidden, weight, targets), nll, "nll without gradients")
+    if scale <= 30:  # at 1e4 the baseline's own softmax is decided by the rounding of its logits
+        testing.assert_ratios(
+            testing.linear_cross_entropy_ratios(nll, dhidden, dweight, hidden, weight, targets, upstream)
+        )
+    else:
+        truth = reference.linear_cross_entropy(hidden.double(), weight.double(), targets)
+        baseline = reference.linear_cross_entropy(hidden.float(), weight.float(), targets)
+        assert testing.fp32_error_ratio(nll, truth, baseline) <= 1
+        assert dhidden.isfinite().all() and dweight.isfinite().all()
+
+
+@needs_extension
+def test_linear_cross_entropy__long_sums_of_one_sign_stay_exact():
+    """m5: the head's gradient is summed in fp32, over more rows than one chunk holds."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = (1 + 0.1 * torch.randn(4096, 16, generator=generator)).bfloat16()
+    weight = (0.1 * torch.randn(24, 16, generator=generator)).bfloat16()
+    targets = torch.zeros(4096, dtype=torch.int64)
+    for budget in (0, 2**30):
+        testing.assert_linear_cross_entropy(
+            lambda x, w, y, b=budget: linear_cross_entropy(x, w, y, backend="cpu", kept_tile_bytes=b),
+            hidden, weight, targets, torch.ones(4096),
+        )  # fmt: skip
+
+
+# ---- autograd --------------------------------------------------------------------------------------------
+
+
+@needs_extension
+@FUSED
+def test_linear_cross_entropy__nll_bitwise_same_in_every_mode_and_run(gemm, dtype):
+    hidden, weight, targets, _ = make_inputs(67, 1300, 40, dtype)
+
+    def nll(need_hidden, need_weight, budget=2**30):
+        x, w = hidden.detach().requires_grad_(need_hidden), weight.detach().requires_grad_(need_weight)
+        return linear_cross_entropy(x, w, targets, backend="cpu", gemm=gemm, kept_tile_bytes=budget).detach()
+
+    expected = nll(False, False)
+    for need_hidden, need_weight, budget in [(1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 1, 2**30), (1, 1, 2**30)]:
+        testing.assert_bitwise_equal(nll(bool(need_hidden), bool(need_weight), budget), expected)
+    with torch.no_grad():
+        testing.assert_bitwise_equal(nll(True, True), expected)
+    testing.assert_bitwise_equal(
+        linear_cross_entropy_statistics(hidden, weight, targets, backend="cpu", gemm=gemm)[0], expected
+    )
+
+
+@needs_extension
+def test_linear_cross_entropy__nll_independent_of_memory_alignment():
+    """A head mapped from a checkpoint file starts anywhere; its nll is that of the same head elsewhere."""
+    hidden, weight, targets, _ = make_inputs(33, 700, 48, torch.float32)
+    expected = linear_cross_entropy(hidden, weight, targets, backend="cpu")
+    for shift in (1, 3, 8):
+        storage = torch.empty(weight.numel() + shift)
+        moved = storage[shift:].view_as(weight).copy_(weight)
+        x = torch.empty(hidden.numel() + shift)[shift:].view_as(hidden).copy_(hidden)
+        testing.assert_bitwise_equal(linear_cross_entropy(x, moved, targets, backend="cpu"), expected)
+
+
+@needs_extension
+@FUSED
+def test_linear_cross_entropy__gradients_bitwise_same_run_to_run_and_on_second_backward(gemm, dtype):
+    hidden, weight, targets, upstream = make_inputs(67, 1300, 40, dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def results(nll):
+        return torch.autograd.grad(nll, (hidden, weight), upstream, retain_graph=True)
+
+    nll = linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm=gemm)
+    first = results(nll)
+    torch.autograd.grad(nll, (hidden, weight), 3 * upstream, retain_graph=True)
+    for again in (
+        results(nll),
+        results(linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm=gemm)),
+    ):
+        for a, b in zip(again, first, strict=True):
+            testing.assert_bitwise_equal(a, b)
+
+
+@needs_extension
+@pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
+def test_linear_cross_entropy__linear_in_upstream(budget):
+    hidden, weight, targets, upstream = make_inputs(33, 600, 24, torch.float32)
+
+    def run(g):
+        return gradients(
+            lambda x, w: linear_cross_entropy(x, w, targets, backend="cpu", kept_tile_bytes=budget),
+            hidden, weight, g,
+        )[1:]  # fmt: skip
+
+    for doubled, single in zip(run(2 * upstream), run(upstream), strict=True):
+        testing.assert_bitwise_equal(doubled, 2 * single)  # powers of two are exact
+    for zero in run(torch.zeros_like(upstream)):
+        assert (zero == 0).all()
+
+
+@needs_extension
+@FUSED
+def test_linear_cross_entropy__permutations_of_rows_and_classes(gemm, dtype):
+    inputs = make_inputs(37, 600, 48, dtype)
+    hidden, weight, targets, upstream = inputs
+    rows, classes = torch.randperm(37), torch.randperm(600)
+    position = torch.empty_like(classes)
+    position[classes] = torch.arange(600)
+    nll, dhidden, dweight = gradients(
+        lambda x, w: linear_cross_entropy(x, w, position[targets[rows]], backend="cpu", gemm=gemm),
+        hidden[rows], weight[classes], upstream[rows],
+    )  # fmt: skip
+    restored = torch.empty_like(nll), torch.empty_like(dhidden), torch.empty_like(dweight)
+    restored[0][rows], restored[1][rows], restored[2][classes] = nll, dhidden, dweight
+    testing.assert_ratios(testing.linear_cross_entropy_ratios(*restored, *inputs))
+
+
+@needs_extension
+def test_linear_cross_entropy__empty_rows_give_zero_gradients_that_reach_the_parameters():
+    hidden, weight, targets, _ = make_inputs(0, 50, 8, torch.float32)
+    for budget in (0, 2**30):
+        nll, dhidden, dweight = gradients(
+            lambda x, w, b=budget: linear_cross_entropy(x, w, targets, backend="cpu", kept_tile_bytes=b),
+            hidden, weight, torch.zeros(0),
+        )  # fmt: skip
+        assert nll.shape == (0,) and dhidden.shape == (0, 8)
+        testing.assert_bitwise_equal(dweight, torch.zeros_like(weight))
+
+
+@needs_extension
+def test_linear_cross_entropy__gradient_checkpointing_changes_no_bit():
+    hidden, weight, targets, upstream = make_inputs(33, 600, 24, torch.float32)
+
+    def loss(x, w):
+        return linear_cross_entropy(x.tanh(), w, targets, backend="cpu")
+
+    plain = gradients(loss, hidden, weight, upstream)
+    for reentrant in (False, True):
+        again = gradients(
+            lambda x, w, r=reentrant: checkpoint(loss, x, w, use_reentrant=r), hidden, weight, upstream
+        )
+        for a, b in zip(again, plain, strict=True):
+            testing.assert_bitwise_equal(a, b)
+
+
+@pytest.mark.parametrize("requested", ["auto", "reference"])
+def test_linear_cross_entropy__autocast_casts_as_linear_does(requested):
+    hidden, weight, targets, upstream = make_inputs(33, 600, 24, torch.float32)
+
+    def under_autocast(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cross_entropy(x, w, targets, backend=requested)
+
+    nll, dhidden, dweight = gradients(under_autocast, hidden, weight, upstream)
+    assert nll.dtype is dhidden.dtype is dweight.dtype is torch.float32
+    rounded = gradients(
+        lambda x, w: linear_cross_entropy(x.bfloat16(), w.bfloat16(), targets, backend=requested),
+        hidden, weight, upstream,
+    )  # fmt: skip
+    for a, b in zip((nll, dhidden, dweight), rounded, strict=True):
+        testing.assert_bitwise_equal(a, b)
+
+
+# ---- torch.library ---------------------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch.compile itself
+@pytest.mark.parametrize("head_frozen", [False, True], ids=["trained", "frozen"])
+def test_linear_cross_entropy__compiles_without_graph_break(head_frozen):
+    hidden, weight, targets, upstream = make_inputs(33, 600, 24, torch.float32)
+
+    def loss(x, w):
+        return linear_cross_entropy(x * 2, w, targets)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    eager = gradients(loss, hidden, weight, upstream, need_weight=not head_frozen)
+    traced = gradients(compiled, hidden, weight, upstream, need_weight=not head_frozen)
+    for a, b in zip(traced, eager, strict=True):
+        if b is None:
+            assert a is None
+        else:
+            testing.assert_bitwise_equal(a, b)
+
+
+@needs_extension
+@FUSED
+@pytest.mark.parametrize(("want_dhidden", "keep_tiles"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_linear_cross_entropy__passes_opcheck(want_dhidden, keep_tiles, gemm, dtype):
+    hidden, weight, targets, _ = make_inputs(5, 530, 8, dtype)
+    arguments = (
+        hidden.requires_grad_(bool(want_dhidden)), weight.requires_grad_(bool(keep_tiles)),
+        targets, "cpu", gemm, bool(want_dhidden), bool(keep_tiles),
+    )  # fmt: skip
+    torch.library.opcheck(op._forward, arguments)
+
+
+@needs_extension
+def test_linear_cross_entropy_helpers__pass_opcheck():
+    hidden, weight, targets, upstream = make_inputs(5, 530, 8, torch.bfloat16)
+    nll, statistics, expected, kept, shift = op._forward(hidden, weight, targets, "cpu", "fp32", True, True)
+    torch.library.opcheck(op._dhidden, (upstream, expected, statistics, weight, targets, "cpu"))
+    torch.library.opcheck(
+        op._dweight, (upstream, hidden, weight, targets, statistics, kept, shift, "cpu", "fp32")
+    )
+    for flags in [(True, True), (True, False), (False, True)]:
+        torch.library.opcheck(
+            op._sweep, (upstream, hidden, weight, targets, statistics, "cpu", "fp32", *flags)
+        )
+    hidden.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(op._replay, (hidden, weight, targets, nll, statistics, "cpu", "fp32"))
+
+
+# ---- replay ----------------------------------------------------------------------------------------------
+
+
+@needs_extension
+@FUSED
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-V{}-D{}".format(*s))
+def test_replay__same_nll_and_gradients_within_policy(shape, gemm, dtype):
+    inputs = make_inputs(*shape, dtype)
+    hidden, weight, targets, upstream = inputs
+    known = linear_cross_entropy_statistics(hidden, weight, targets, backend="cpu", gemm=gemm)
+    for need_hidden, need_weight in [(True, True), (True, False), (False, True)]:
+        x, w = hidden.detach().requires_grad_(need_hidden), weight.detach().requires_grad_(need_weight)
+        nll, drift = linear_cross_entropy_replay(x, w, targets, *known, backend="cpu", gemm=gemm)
+        testing.assert_bitwise_equal(nll.detach(), known[0])
+        assert drift.item() == 0
+        nll.backward(upstream)
+        testing.assert_ratios(testing.linear_cross_entropy_ratios(nll.detach(), x.grad, w.grad, *inputs))
+
+
+@pytest.mark.parametrize("requested", ["auto", "reference"])
+def test_replay__drift_reports_changed_hidden_states(requested):
+    hidden, weight, targets, _ = make_inputs(33, 600, 24, torch.float32)
+    known = linear_cross_entropy_statistics(hidden, weight, targets, backend=requested)
+    changed = hidden.clone()
+    changed[5] += 0.5
+    _, drift = linear_cross_entropy_replay(changed, weight, targets, *known, backend=requested)
+    expected = (0.5 * weight[targets[5]].sum()).abs()
+    torch.testing.assert_close(drift, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- plan and errors -------------------------------------------------------------------------------------
+
+
+@needs_extension
+def test_plan__states_units_and_bytes():
+    hidden, weight, *_ = make_inputs(40, 600, 24, torch.float32)
+    plan = plan_linear_cross_entropy(hidden, weight, backend="cpu")
+    assert (plan.forward_units, plan.backward_units, plan.kept_bytes) == (1, 0, 0)
+    hidden.requires_grad_()
+    plan = plan_linear_cross_entropy(hidden, weight, backend="cpu")
+    assert (plan.forward_units, plan.backward_units, plan.kept_bytes) == (2, 0, 0)
+    weight.requires_grad_()
+    plan = plan_linear_cross_entropy(hidden, weight, backend="cpu")
+    assert (plan.forward_units, plan.backward_units) == (2, 1)
+    assert plan.kept_bytes == 4 * (600 * 48 + 2 * 48)
+    limited = plan_linear_cross_entropy(hidden, weight, backend="cpu", kept_tile_bytes=plan.kept_bytes - 1)
+    assert (limited.forward_units, limited.backward_units, limited.kept_bytes) == (1, 3, 0)
+    with torch.no_grad():
+        assert plan_linear_cross_entropy(hidden, weight, backend="cpu").forward_units == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, y: (x[0], w, y), r"hidden must have shape \(N, D\), got \(8,\)"),
+        (lambda x, w, y: (x, w[:, :5], y), "hidden and weight must have the same size D, got 8 and 5"),
+        (lambda x, w, y: (x, w.bfloat16(), y), "hidden and weight must have the same dtype"),
+        (lambda x, w, y: (x, w, y[:2]), "hidden and targets must have the same size N, got 4 and 2"),
+        (lambda x, w, y: (x, w, y.int()), "targets must be int64"),
+        (lambda x, w, y: (x.long(), w.long(), y), "hidden must be float32"),
+        (lambda x, w, y: (x, w[:0], y), "at least one row"),
+    ],
+)
+def test_linear_cross_entropy__names_the_wrong_argument(change, message):
+    hidden, weight, targets, _ = make_inputs(4, 9, 8, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*change(hidden, weight, targets))
+
+
+@needs_extension
+@pytest.mark.parametrize("wrong", [-1, 9])
+def test_linear_cross_entropy__rejects_targets_out_of_range(wrong):
+    hidden, weight, targets, _ = make_inputs(4, 9, 8, torch.float32)
+    targets[2] = wrong
+    with pytest.raises(ValueError, match=rf"targets must lie in \[0, 9\), got {wrong} in row 2"):
+        linear_cross_entropy(hidden, weight, targets, backend="cpu")
+
+
+@needs_extension
+def test_linear_cross_entropy__rejects_unknown_or_unfitting_gemm():
+    hidden, weight, targets, _ = make_inputs(4, 9, 8, torch.float32)
+    with pytest.raises(ValueError, match="gemm must be one of"):
+        linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm="cublas")
+
+
+@needs_extension
+def test_linear_cross_entropy__nan_inputs_give_nan():
+    hidden, weight, targets, _ = make_inputs(20, 600, 8, torch.float32)
+    hidden[3, 2] = float("nan")
+    nll = linear_cross_entropy(hidden, weight, targets, backend="cpu")
+    assert nll[3].isnan() and nll.isnan().sum() == 1
+
+
+def test_public_names__exist():
+    assert all(hasattr(vrpo_kernels, name) for name in vrpo_kernels.__all__)
