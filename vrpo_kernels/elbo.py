@@ -25,6 +25,15 @@ class _Rows(NamedTuple):
     offsets_S1: Tensor
 
 
+def _masked_rows(masked_T: Tensor, num_masked: int | None) -> Tensor:
+    """Indices of the True elements, ascending."""
+    if num_masked is None:
+        return masked_T.nonzero()[:, 0]
+    if masked_T.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.require_same("value", "num_masked", num_masked, "masked.sum()", int(masked_T.sum()))
+    return torch.nonzero_static(masked_T, size=num_masked)[:, 0]
+
+
 def _find_rows(
     leading: tuple[int, ...],
     tokens: Tensor,
@@ -68,10 +77,7 @@ def _find_rows(
             f"row_weights must have one weight per sequence, shape ({num_sequences},), or one per token, "
             f"shape {leading}, got {tuple(row_weights.shape)}"
         )
-    if num_masked is None:
-        row_N = masked_T.nonzero()[:, 0]
-    else:
-        row_N = torch.nonzero_static(masked_T, size=num_masked)[:, 0]
+    row_N = _masked_rows(masked_T, num_masked)
     if tuple(row_weights.shape) == leading:
         weight_N = row_weights.reshape(-1)[row_N]
     else:
@@ -108,12 +114,12 @@ def elbo_from_logits(
         tokens: (B, L) or (T,) int64, the clean tokens. Read at masked positions only.
         masked: bool, like tokens: True where the model's input was masked. Prompt and padding are False.
             (Not `input == mask_id`: text may contain the mask token.)
-        row_weights: floating, one weight per sequence, (B,) or (S,), or one per token, like tokens; not
-            differentiated through for score weights that depend on masks only, but it may carry gradients.
+        row_weights: floating, one weight per sequence, (B,) or (S,), or one per token, like tokens. (A pack
+            with S = T is read as one weight per token.) Gradients flow to it if it requires them.
         cu_seqlens: (S + 1,) int, packed input only: sequence s is tokens cu_seqlens[s] : cu_seqlens[s + 1].
         num_masked: number of True in masked, if known. It spares the one synchronisation with a device and
             the one data-dependent shape of this function, so that torch.compile(fullgraph=True) and CUDA
-            graphs can take it. It must be right.
+            graphs can take it. It must be right; outside of a compiled function it is checked on the CPU.
         in_place: as in `cross_entropy`: the gradient overwrites the logits.
         backend: "auto", "triton", "cpu" or "reference".
     Returns:
