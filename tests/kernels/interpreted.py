@@ -77,7 +77,7 @@ SIZES = [
     pytest.param("cublas", 1, 64, 8, torch.float32, id="cublas-N1-V64-D8-fp32"),
     pytest.param("cublas", 130, 70, 8, torch.float32, id="cublas-N130-V70-D8-fp32"),
     pytest.param("fused", 17, 201, 24, torch.float16, id="fused-descriptors-N17-V201-D24-fp16"),
-    pytest.param("fused", 33, 130, 13, torch.float16, id="fused-pointers-N33-V130-D13-fp16"),
+    pytest.param("fused", 33, 130, 21, torch.float16, id="fused-pointers-N33-V130-D21-fp16"),
 ]
 
 

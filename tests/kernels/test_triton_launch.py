@@ -1,0 +1,117 @@
+"""What the launchers hand to Triton, without a GPU: every launch binds and compiles for a stand-in H100.
+
+A stand-in driver names the target, and launches stop after compilation. Values are garbage; what counts is
+which binary each launch selects.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the package `triton` is not installed", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("test_gpu.py launches for real", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from vrpo_kernels.cross_entropy import kernel as cross_entropy
+from vrpo_kernels.linear_cross_entropy import kernel
+from vrpo_kernels.mask_select import kernel as mask_select
+
+NLL_KERNELS = {
+    "_target_logits_kernel",
+    "_fold_kernel",
+    "_fold_blocks_kernel",
+    "_logits_fold_descriptor_kernel",
+    "_logits_fold_pointer_kernel",
+    "_finish_rows_kernel",
+}
+
+
+class _Hopper:
+    """As much of a Triton driver as binding arguments and compiling need."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The list of (kernel name, hash of the binary) of the launches made so far."""
+    made: list[tuple[str, str]] = []
+    compile_only = JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):
+        compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
+        made.append((self.__name__, compiled.hash))
+        return compiled
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(driver, "_active", _Hopper())  # reset_active() would look for a real driver
+    return made
+
+
+def _inputs(N, V, D, dtype=torch.bfloat16):
+    return torch.zeros(N, D, dtype=dtype), torch.zeros(V, D, dtype=dtype), torch.zeros(N, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("gemm", "D"),
+    [
+        pytest.param("cublas", 133, id="cublas-D133"),
+        pytest.param("fused", 136, id="fused-descriptors-D136"),
+        pytest.param("fused", 133, id="fused-pointers-D133"),
+    ],
+)
+def test_forward__launches_the_same_binaries_for_nll_in_every_mode(gemm, D, launches):
+    hidden, weight, targets = _inputs(130, 8500, D)
+    selected = []
+    for want_dhidden, keep_tiles in ((False, False), (True, False), (False, True), (True, True)):
+        launches.clear()
+        wanted = {"want_dhidden": want_dhidden, "keep_tiles": keep_tiles}
+        kernel.forward(hidden, weight, targets, gemm=gemm, **wanted)
+        selected.append([launch for launch in launches if launch[0] in NLL_KERNELS])
+    assert len(selected[0]) == (4 if gemm == "cublas" else 6)  # logits of the targets, two tiles, rows
+    assert all(other == selected[0] for other in selected[1:])
+
+
+def test_gradients__every_launch_binds_and_compiles(launches):
+    hidden, weight, targets = _inputs(130, 8500, 64)
+    dnll = torch.zeros(1).expand(130)  # what sum().backward() passes: stride 0
+    out = kernel.forward(hidden, weight, targets, gemm="cublas", want_dhidden=True, keep_tiles=True)
+    _, statistics, expected, kept, shift = out
+    launches.clear()
+    kernel.dhidden(dnll, expected, statistics, weight, targets)
+    kernel.dweight(dnll, hidden, weight, targets, statistics, kept, shift, gemm="cublas")
+    wanted = {"want_dhidden": True, "want_dweight": True}
+    kernel.sweep(dnll, hidden, weight, targets, statistics, gemm="cublas", **wanted)
+    names = [name for name, _ in launches]
+    assert names.count("_scale_rows_kernel") == 3
+    assert names.count("_dhidden_kernel") == 1
+    assert names.count("_probabilities_kernel") == 3
+
+
+def test_cross_entropy__every_launch_binds_and_compiles(launches):
+    logits = torch.zeros(5, 1001, dtype=torch.bfloat16)
+    rows, owner = torch.tensor([3, 1]), torch.tensor([-1, 1, -1, 0, -1])
+    for row_N, owner_M, targets in ((rows, owner, rows), (None, None, torch.zeros(5, dtype=torch.long))):
+        nll, statistics = cross_entropy.forward(logits, targets, row_N)
+        cross_entropy.backward(torch.ones_like(nll), logits, targets, owner_M, statistics, logits)
+    assert [name for name, _ in launches] == ["_forward_kernel", "_backward_kernel"] * 2
+
+
+def test_mask_select__a_launch_binds_and_compiles_with_the_largest_seed(launches):
+    length_S, counter_S3 = torch.tensor([100, 200]), torch.zeros(2, 3, dtype=torch.long)
+    draw = (length_S, counter_S3, torch.zeros_like(length_S), length_S // 2, 2**64 - 1)
+    mask_select.mask_select(*draw, True, 150)
+    assert [name for name, _ in launches] == ["_select_by_rank_kernel"]
