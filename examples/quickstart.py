@@ -172,7 +172,7 @@ def trainer_arguments(run: Run, folder: str, steps: int, batch: int, learning_ra
         learning_rate=learning_rate,
         weight_decay=0.01,
         seed=run.settings.seed,
-        logging_steps=10,
+        logging_steps=min(10, steps),
         save_strategy="no",
         report_to="none",
         use_cpu=True,
@@ -211,7 +211,10 @@ def supervised(run: Run, problems: list[Problem]) -> LLaDAForMaskedDiffusion:
 def sample_pairs(
     run: Run, model: LLaDAForMaskedDiffusion, problems: list[Problem], seed: int
 ) -> list[dict[str, str]]:
-    """Two answers of the model to each problem; where one is right and the other is not, a pair."""
+    """Two answers of the model to each problem; where one is right and the other is not, a pair.
+
+    A model may also answer nothing at all (EOS first); an empty response cannot be scored and makes no pair.
+    """
     tries = [
         answers(run, model, problems, temperature=run.settings.temperature, seed=seed + side)
         for side in range(2)
@@ -219,7 +222,7 @@ def sample_pairs(
     pairs = []
     for problem, *written in zip(problems, *tries, strict=True):
         right = [arithmetic.verify(problem, answer) == arithmetic.CORRECT for answer in written]
-        if right[0] != right[1]:
+        if right[0] != right[1] and all(written):
             chosen, rejected = written if right[0] else reversed(written)
             pairs.append({"prompt": problem.prompt, "chosen": chosen, "rejected": rejected})
     return pairs
