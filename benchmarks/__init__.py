@@ -1,0 +1,1 @@
+"""Measurements of this project against its rivals. `python -m benchmarks` lists them."""

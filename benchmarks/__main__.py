@@ -1,0 +1,22 @@
+"""python -m benchmarks NAME [options]: runs one benchmark. `python -m benchmarks NAME --help` explains it."""
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "kernels": ("benchmarks.bench_linear_cross_entropy", "linear_cross_entropy against every rival"),
+}
+
+
+def main() -> int:
+    """Dispatch to the module's `main(arguments)`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        print(__doc__)
+        for name, (_, summary) in BENCHMARKS.items():
+            print(f"  {name:12s} {summary}")
+        return 2
+    return importlib.import_module(BENCHMARKS[sys.argv[1]][0]).main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,122 @@
+"""Ours and every rival, on one contract: nll per row, backward with an arbitrary gradient per row."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import vrpo_kernels
+from benchmarks.cases import Case
+
+Op = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute nll (N,) from (hidden, weight, targets).
+
+    Attributes:
+        make: returns the op for a case.
+        missing: returns why the provider cannot run a case, or None.
+        per_row: False if it only accepts one gradient for all rows (a ceiling, not a rival on our contract).
+    """
+
+    make: Callable[[Case], Op]
+    missing: Callable[[Case], str | None] = lambda case: None
+    per_row: bool = True
+
+
+def _eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _torch_native(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def _make_trl(chunk: int) -> Callable[[Case], Op]:
+    def make(case: Case) -> Op:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+        def op(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return -ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ())[0]
+
+        return op
+
+    return make
+
+
+def _make_liger(case: Case) -> Op:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return lambda hidden, weight, targets: liger_fused_linear_cross_entropy(
+        hidden, weight, targets, reduction="none"
+    )
+
+
+def _make_cce(exact: bool) -> Callable[[Case], Op]:
+    def make(case: Case) -> Op:
+        from cut_cross_entropy import linear_cross_entropy
+
+        options = {"reduction": "none", "impl": "cce" if case.device == "cuda" else "torch_compile"}
+        if exact and case.device == "cuda":
+            options["filter_eps"] = None
+        return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, **options)
+
+    return make
+
+
+def _make_quack(case: Case) -> Op:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def op(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return chunked_linear_cross_entropy(hidden, weight, targets, reduction="sum")
+
+    return op
+
+
+def _needs(module: str, *, cuda: bool = False, why_cuda: str = "") -> Callable[[Case], str | None]:
+    def missing(case: Case) -> str | None:
+        if importlib.util.find_spec(module) is None:
+            return f"package {module} is not installed"
+        if cuda and case.device != "cuda":
+            return why_cuda
+        return None
+
+    return missing
+
+
+def _needs_native(case: Case) -> str | None:
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no F.linear_cross_entropy"
+    return None
+
+
+def _only_cuda(case: Case) -> str | None:
+    missing = _needs("cut_cross_entropy")(case)
+    if missing is None and case.device != "cuda":
+        return "its filter exists in its CUDA kernels only; on a CPU both forms are the row above"
+    return missing
+
+
+PROVIDERS: dict[str, Provider] = {
+    "vrpo": Provider(lambda case: vrpo_kernels.linear_cross_entropy),
+    "vrpo, tiles recomputed": Provider(
+        lambda case: lambda x, w, y: vrpo_kernels.linear_cross_entropy(x, w, y, kept_tile_bytes=0)
+    ),
+    "torch eager": Provider(lambda case: _eager),
+    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False)),
+    "F.linear_cross_entropy": Provider(lambda case: _torch_native, _needs_native),
+    "TRL chunked, chunk 4096": Provider(_make_trl(4096), _needs("trl")),
+    "TRL chunked, chunk 32768": Provider(_make_trl(32768), _needs("trl")),
+    "Liger": Provider(
+        _make_liger,
+        _needs("liger_kernel", cuda=True, why_cuda="its Triton kernels run on a CPU in the interpreter only"),
+    ),
+    "CCE, exact": Provider(_make_cce(True), _needs("cut_cross_entropy")),
+    "CCE, default filter": Provider(_make_cce(False), _only_cuda),
+    "quack, sum only": Provider(_make_quack, _needs("quack", cuda=True, why_cuda="GPU only"), per_row=False),
+}

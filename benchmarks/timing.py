@@ -1,0 +1,99 @@
+"""Interleaved timing and peak memory, on CPUs and CUDA devices."""
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Timing:
+    """Milliseconds of each repeat; growth of memory during one call in MiB (None if not measurable)."""
+
+    samples: list[float] = field(default_factory=list)
+    peak_mib: float | None = None
+
+    def quantile(self, share: float) -> float:
+        """The sample at this share of the sorted samples, in ms."""
+        ordered = sorted(self.samples)
+        return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def clock_name(device: str, threads: int) -> str:
+    """What `interleaved` reads: with one CPU thread its CPU time, which other processes disturb less."""
+    if device == "cuda":
+        return "cuda events"
+    return "cpu time" if threads == 1 else "wall"
+
+
+def _time_once(run: Callable[[], object], device: str, threads: int) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    start = clock()
+    run()
+    return 1e3 * (clock() - start)
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]], *, device: str, threads: int, repeats: int
+) -> dict[str, Timing]:
+    """Time all runs round after round, so that a busy minute of the machine hits all of them alike.
+
+    The first call of each run compiles and warms up; it is not counted.
+    """
+    timings = {name: Timing() for name in runs}
+    for name, run in runs.items():
+        run()
+        timings[name].peak_mib = peak_memory(run, device)
+    flush = torch.empty(2**27, dtype=torch.int32, device="cuda") if device == "cuda" else None
+    for _ in range(repeats):
+        for name, run in runs.items():
+            if flush is not None:
+                flush.zero_()  # a cold L2 for everybody
+            gc.collect()
+            timings[name].samples.append(_time_once(run, device, threads))
+    return timings
+
+
+def peak_memory(run: Callable[[], object], device: str) -> float | None:
+    """Growth of memory during one call above what was there before, outputs included, in MiB.
+
+    CUDA: the allocator's own peak. CPU on Linux: the peak of the resident set, which sees all buffers.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # so that freed memory of earlier runs does not hide new allocations
+    try:
+        reset.write_text("5")
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 2**10
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no field {name}")
