@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from vrpo.masking import check_design
+from vrpo.masking import check_design, check_loss
 
 
 def _help(text: str) -> dict[str, str]:
@@ -34,8 +34,16 @@ class DiffusionConfig(TrainingArguments):
     mask_design: str = field(
         default="paper",
         metadata=_help(
-            "How levels and masks are drawn: a name of vrpo.masking.DESIGNS; 'paper' is the l-form of "
-            "LLaDA 1.5 with independent levels."
+            "How levels and masks are drawn: a name of vrpo.designs.DESIGNS. 'paper' is the l-form of LLaDA "
+            "1.5 with independent levels; 'balanced', with 4 or more samples, has about half its variance "
+            "and no bias; 'ratio' has less still and a small bias; `vrpo variance` measures them."
+        ),
+    )
+    share_levels: bool = field(
+        default=False,
+        metadata=_help(
+            "Give the chosen and the rejected response of a pair the same mask levels, as fractions of "
+            "their lengths. Unbiased; a tenth less score variance with independent levels."
         ),
     )
     max_length: int = field(
@@ -127,6 +135,14 @@ class VRPOConfig(DiffusionConfig):
             "0.2 in LLaDA 1.5."
         ),
     )
+    loss_type: str = field(
+        default="sigmoid",
+        metadata=_help(
+            "'sigmoid': -log sigmoid(score), biased upward by the noise of the score. 'sigmoid_jackknife': "
+            "the same with the first order of that bias removed; needs num_samples > 1 and a mask_design "
+            "whose samples are independent (paper, t, coupled)."
+        ),
+    )
     sft_weight: float = field(
         default=0.05,
         metadata=_help(
@@ -153,6 +169,7 @@ class VRPOConfig(DiffusionConfig):
             raise ValueError(f"beta must be positive, got {self.beta}")
         if not self.sft_weight >= 0:
             raise ValueError(f"sft_weight must not be negative, got {self.sft_weight}")
+        check_loss(self.loss_type, self.mask_design, self.num_samples // self.masks_per_level)
 
 
 @dataclass

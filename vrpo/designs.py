@@ -329,24 +329,27 @@ class Design:
     levels: the design. row_weights: refines the weights of a draw, None for none.
     unbiased: the expectation is B for every model and every length.
     iid: samples independent and identically distributed: masks_per_level may exceed 1.
+    samples_per_replicate: how many samples make one of the independent, identically distributed parts of
+        the draw; None if there are none.
     """
 
     levels: Callable[[Uniform, Tensor, int], Levels]
     row_weights: RowWeights | None = None
     unbiased: bool = True
     iid: bool = False
+    samples_per_replicate: int | None = None
 
 
 DESIGNS: dict[str, Design] = {
-    "paper": Design(paper, iid=True),
-    "t": Design(t_form, unbiased=False, iid=True),
+    "paper": Design(paper, iid=True, samples_per_replicate=1),
+    "t": Design(t_form, unbiased=False, iid=True, samples_per_replicate=1),
     "stratified": Design(stratified),
     "cyclic": Design(cyclic),
     "tiled": Design(tiled),
     "inverse-root": Design(inverse_root),
     "time-free": Design(time_free),
     "gauss-legendre": Design(gauss_legendre, unbiased=False),
-    "coupled": Design(coupled),
+    "coupled": Design(coupled, samples_per_replicate=2),
     "folded": Design(folded),
     "arcsine": Design(arcsine),
     "spaced": Design(spaced),

@@ -48,6 +48,26 @@ def check_design(design: str, num_samples: int, masks_per_level: int) -> None:
         raise ValueError(f"masks_per_level = {masks_per_level} needs an iid mask_design, got {design!r}")
 
 
+def check_loss(loss_type: str, design: str, num_levels: int) -> None:
+    """ValueError unless the loss exists and the design's samples allow it."""
+    if loss_type not in ("sigmoid", "sigmoid_jackknife"):
+        raise ValueError(f"loss_type must be 'sigmoid' or 'sigmoid_jackknife', got {loss_type!r}")
+    if loss_type == "sigmoid":
+        return
+    per_replicate = DESIGNS[design].samples_per_replicate
+    if per_replicate is None:
+        able = sorted(name for name, known in DESIGNS.items() if known.samples_per_replicate)
+        raise ValueError(
+            f"loss_type='sigmoid_jackknife' needs a mask_design with independent samples, one of {able}, got "
+            f"{design!r}"
+        )
+    if num_levels < 2 * per_replicate or num_levels % per_replicate:
+        raise ValueError(
+            f"loss_type='sigmoid_jackknife' needs at least 2 whole replicates of {per_replicate} levels of "
+            f"{design!r}, got {num_levels} levels"
+        )
+
+
 def draw(
     batch: ResponseBatch,
     *,

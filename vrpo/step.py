@@ -31,6 +31,7 @@ class Estimator:
     mask_design: str
     masks_per_level: int
     seed: int
+    share_levels: bool = False
 
     def pack(self, batch: ResponseBatch, epoch: int, device: torch.device | str) -> PackedBatch:
         """Draw the masks of a batch once and lay out all its masked copies."""
@@ -39,6 +40,7 @@ class Estimator:
             design=self.mask_design,
             num_samples=self.num_samples,
             masks_per_level=self.masks_per_level,
+            share_levels=self.share_levels,
             seed=self.seed,
             epoch=epoch,
         )
@@ -68,11 +70,13 @@ def preference_step(
     sft_weight: float,
     epoch: int,
     device: torch.device | str,
+    loss_type: str = "sigmoid",
 ) -> PreferenceResult:
     """One VRPO step up to the per-pair loss.
 
         loss = softplus(-s) + sft_weight * (-B_policy(y_w) / L_w)
 
+    loss_type "sigmoid_jackknife" replaces the first term by preference.jackknife_dpo_loss.
     The auxiliary masked-diffusion SFT term on the chosen response (arXiv 2505.19223 App. D, weight 0.05)
     reuses the same masks and costs no forward pass.
     """
@@ -84,7 +88,10 @@ def preference_step(
     score_B = preference.preference_score(policy_RK, reference_RK, beta)
     chosen_length_B = batch.response_length_R[0::2].to(policy_RK.device)
     sft_loss_B = preference.denoising_loss(policy_RK[0::2], chosen_length_B)
-    loss_B = preference.dpo_loss(score_B)
+    if loss_type == "sigmoid_jackknife":
+        loss_B = preference.jackknife_dpo_loss(policy_RK, reference_RK, beta, packed.replicate_K)
+    else:
+        loss_B = preference.dpo_loss(score_B)
     if sft_weight:
         loss_B = loss_B + sft_weight * sft_loss_B
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_peft_available, logging
 
-from vrpo import data
+from vrpo import data, preference
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
 from vrpo.masking import EVALUATION_EPOCH
@@ -109,6 +109,7 @@ class DiffusionTrainer(Trainer):
             mask_design=args.mask_design,
             masks_per_level=args.masks_per_level,
             seed=args.seed,
+            share_levels=args.share_levels,
         )
         self._sums: dict[str, dict[str, Tensor | float]] = {
             "train": defaultdict(float),
@@ -318,8 +319,10 @@ class VRPOTrainer(DiffusionTrainer):
 
     Metrics, means over pairs: `rewards/{chosen,rejected,margins,accuracies}` (a tie counts as 0, so the
     first step logs 0), `logps/{chosen,rejected}` and `elbo/ref_{chosen,rejected}` (ELBO estimates of policy
-    and reference, nats), `elbo/{chosen,rejected}_per_token`, `vrpo/score_std` (standard error of the score,
-    from the spread of its own K samples), `vrpo/sft_loss`, `vrpo/tokens_per_second` (packed policy tokens).
+    and reference, nats), `elbo/{chosen,rejected}_per_token`, `vrpo/sft_loss`, `vrpo/tokens_per_second`
+    (packed policy tokens). Where the mask design has independent samples, also `vrpo/score_std` (standard
+    error of the score, from the spread of its own samples) and what follows from it, see
+    `preference.noise_diagnostics`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
     """
 
     args: VRPOConfig
@@ -418,15 +421,19 @@ class VRPOTrainer(DiffusionTrainer):
             sft_weight=args.sft_weight,
             epoch=epoch,
             device=args.device,
+            loss_type=args.loss_type,
         )
         reward_B2 = args.beta * (result.policy_B2 - result.reference_B2)
         length_B2 = batch.response_length_R.view(-1, 2).to(reward_B2)
         metrics = {
             "rewards/accuracies": (result.score_B > 0).float(),
             "rewards/margins": result.score_B,
-            "vrpo/score_std": result.score_std_B,
             "vrpo/sft_loss": result.sft_loss_B,
         }
+        if not result.score_std_B.isnan().any():
+            noise = preference.noise_diagnostics(result.score_B, result.score_std_B)
+            metrics["vrpo/score_std"] = result.score_std_B
+            metrics |= {f"vrpo/{name}": value_B for name, value_B in noise.items()}
         for side, name in enumerate(("chosen", "rejected")):
             metrics[f"rewards/{name}"] = reward_B2[:, side]
             metrics[f"logps/{name}"] = result.policy_B2[:, side]

@@ -61,7 +61,7 @@ def triangular(num_couples):
 
 @pytest.fixture(autouse=True)
 def coarse_grid(monkeypatch):
-    """Some designs draw from grids too fine to enumerate; they are exact on any grid, so take coarse ones."""
+    """Some designs draw from grids too fine to enumerate; exact on any grid, they get coarse ones."""
     monkeypatch.setattr(designs, "_GRID", 24)
     monkeypatch.setattr(designs, "_spaced_bounds", triangular)
 
@@ -112,7 +112,7 @@ def test_design__the_biased_ones_are_exact_for_tokens_that_do_not_depend_on_the_
 
 
 def mean_weight_by_level(design, length, num_samples):
-    """E[omega_ki | M_k] / b_k over all outcomes, for every sample k and level: the calibration of a design."""
+    """E[omega_ki | M_k] / b_k over all outcomes, for every sample and level: a design's calibration."""
     drawn, _ = every_draw(design, length, num_samples)
     base = DESIGNS[design].levels
     plain = next(name for name, d in DESIGNS.items() if d.levels is base and d.row_weights is None)
