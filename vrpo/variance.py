@@ -1,0 +1,202 @@
+"""How noisy score, loss and gradient are under a mask design: repeated fresh draws on a fixed set of pairs.
+
+Nothing here assumes a design; it draws, packs and evaluates as a training step does. Variances are over
+draws, per pair; confidence intervals come from resampling pairs, which are what one would draw anew.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from vrpo import masking, preference
+from vrpo.batch import MaskDraw, PackedBatch, ResponseBatch
+from vrpo.elbo import elbo
+from vrpo.packing import pack
+from vrpo.step import split_by_tokens
+
+_REFERENCE_EPOCHS = 2**31
+_NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to spend K forward passes per response and model.
+
+    design, num_samples, masks_per_level, share_levels: as in masking.draw.
+    shared: policy and reference see the same masks, as in training; False only to show what that is worth.
+    """
+
+    design: str
+    num_samples: int
+    masks_per_level: int = 1
+    share_levels: bool = False
+    shared: bool = True
+
+    def draw(self, batch: ResponseBatch, seed: int, epoch: int) -> MaskDraw:
+        return masking.draw(
+            batch,
+            design=self.design,
+            num_samples=self.num_samples,
+            masks_per_level=self.masks_per_level,
+            share_levels=self.share_levels,
+            seed=seed,
+            epoch=epoch,
+        )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What repeated draws gave. Q repeats, B pairs, float64 on the CPU.
+
+    score_BQ: scores. gradient_B: trace of the variance, over draws, of each pair's loss gradient with respect
+    to the weight of the probed layer; None if none was probed.
+    """
+
+    score_BQ: Tensor
+    gradient_B: Tensor | None
+
+
+class _Probe:
+    """Loss gradients of one linear layer's weight, pair by pair, from one backward pass over a pack.
+
+    With x_t the layer's input and g_t the gradient of its output, token by token, the weight gradient of
+    pair b is the sum over the tokens t of its segments of g_t x_t'.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        self.layer = layer
+
+    def _hook(self, _, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # Everything below the layer is cut off: its gradients are not needed, and backward is cheaper.
+        self.input_TD = inputs[0].detach().flatten(0, -2)
+        self.output = output.detach().requires_grad_(True)
+        return self.output
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        handle = self.layer.register_forward_hook(self._hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def gradients(self, loss: Tensor, token_bounds: list[int]) -> list[Tensor]:
+        (output_grad,) = torch.autograd.grad(loss, self.output)
+        output_grad_TE = output_grad.flatten(0, -2)
+        pairs = pairwise(token_bounds)
+        return [(output_grad_TE[a:b].T @ self.input_TD[a:b]).flatten().cpu() for a, b in pairs]
+
+
+def sample(
+    policy: nn.Module,
+    reference: nn.Module,
+    batch: ResponseBatch,
+    scheme: Scheme,
+    *,
+    mask_token_id: int,
+    beta: float,
+    num_repeats: int,
+    seed: int,
+    max_tokens_per_pack: int = 16_384,
+    device: torch.device | str = "cpu",
+    probe: nn.Linear | None = None,
+    on_forward: Callable[[], None] = lambda: None,
+) -> Sampled:
+    """Draw fresh masks num_repeats times and score every pair each time.
+
+    Args:
+        policy, reference: models of vrpo.models, on `device`, without dropout.
+        batch: pairs. scheme: how each draw is made. beta: per nat. seed: of the draws; repeat q is epoch q.
+        probe: a linear layer of the policy whose loss gradient (without the SFT term) is measured as well.
+        on_forward: called after every pack, for progress bars.
+    Returns: Sampled.
+    """
+    grad = _Probe(probe) if probe is not None else None
+    scores, sum_B, square_B = [], None, []
+    for repeat in range(num_repeats):
+        score_parts, gradients = [], []
+        for part in split_by_tokens(batch, scheme.num_samples, max_tokens_per_pack):
+            packed = pack(part, scheme.draw(part, seed, repeat), mask_token_id).to(device)
+            other = packed
+            if not scheme.shared:
+                drawn = scheme.draw(part, seed, _REFERENCE_EPOCHS + repeat)
+                other = pack(part, drawn, mask_token_id).to(device)
+            with torch.no_grad():
+                reference_RK = _elbo(reference, other)
+            with contextlib.nullcontext() if grad else torch.no_grad():
+                with grad.attached() if grad else contextlib.nullcontext():
+                    policy_RK = _elbo(policy, packed)
+                score_B = preference.preference_score(policy_RK, reference_RK, beta)
+                score_parts.append(score_B.detach().double().cpu())
+            if grad:
+                stride = part.num_sides * scheme.num_samples
+                bounds = packed.cu_seqlens_S1[::stride].tolist()
+                gradients += grad.gradients(preference.dpo_loss(score_B).sum(), bounds)
+            on_forward()
+        scores.append(torch.cat(score_parts))
+        if grad:
+            gradient_BG = torch.stack(gradients).double()
+            sum_B = gradient_BG if sum_B is None else sum_B + gradient_BG
+            square_B.append(gradient_BG.square().sum(1))
+    gradient_B = None
+    if grad and num_repeats > 1:
+        mean_BG = sum_B / num_repeats
+        gradient_B = (torch.stack(square_B).sum(0) - num_repeats * mean_BG.square().sum(1)) / (
+            num_repeats - 1
+        )
+    return Sampled(torch.stack(scores, dim=1), gradient_B)
+
+
+def _elbo(model: nn.Module, packed: PackedBatch) -> Tensor:
+    return elbo(model(**packed.model_inputs()).nll, packed)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over pairs with its 95 % interval from resampled pairs."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_over_pairs(value_B: Tensor, baseline_B: Tensor | None = None) -> Estimate:
+    """Mean, or ratio of means to a baseline measured on the same pairs, with a bootstrap interval."""
+    generator = torch.Generator().manual_seed(0)
+    pick = torch.randint(len(value_B), (_NUM_RESAMPLES, len(value_B)), generator=generator)
+    means = value_B[pick].mean(1)
+    value = value_B.mean()
+    if baseline_B is not None:
+        means, value = means / baseline_B[pick].mean(1), value / baseline_B.mean()
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return Estimate(float(value), low, high)
+
+
+def score_variance(sampled: Sampled) -> Tensor:
+    """Var over draws of the score of each pair, (B,)."""
+    return sampled.score_BQ.var(dim=1, correction=1)
+
+
+def loss_variance(sampled: Sampled) -> Tensor:
+    """Var over draws of softplus(-score) of each pair, (B,), nats squared."""
+    return softplus(-sampled.score_BQ).var(dim=1, correction=1)
+
+
+def loss_bias(sampled: Sampled, true_score_B: Tensor) -> Tensor:
+    """E over draws of the loss minus the loss at the true score, (B,), nats: upward by convexity."""
+    return softplus(-sampled.score_BQ).mean(1) - softplus(-true_score_B)
+
+
+def sign_flips(sampled: Sampled, true_score_B: Tensor) -> Tensor:
+    """Share of draws whose score has the other sign than the true one, (B,)."""
+    return (sampled.score_BQ.sign() != true_score_B.sign()[:, None]).double().mean(1)
+
+
+def score_error(sampled: Sampled, true_score_B: Tensor) -> Tensor:
+    """Mean score minus the true one, (B,): noise of the repeats, plus the bias of a biased design."""
+    return sampled.score_BQ.mean(1) - true_score_B
