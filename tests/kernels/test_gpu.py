@@ -92,9 +92,9 @@ def test_linear_cross_entropy__one_gradient_within_the_policy(gemm, dtype, froze
 @pytest.mark.parametrize(("gemm", "dtype"), FORMS, ids=_name)
 def test_linear_cross_entropy__corrects_what_was_written_under_a_lower_maximum(gemm, dtype):
     # Four tiles of 8192 classes whose logits climb (odd rows) or fall (even rows) by 12 nats each.
-    hidden, weight, targets, upstream = _inputs(64, 32768, 64, dtype, scale=0.1)
+    hidden, weight, targets, upstream = _inputs(1024, 32768, 64, dtype, scale=0.1)
     weight[:, 0] = (torch.arange(32768, device="cuda") // 8192) * 12.0
-    hidden[:, 0] = torch.tensor([-1.0, 1.0], device="cuda").repeat(32)
+    hidden[:, 0] = torch.tensor([-1.0, 1.0], device="cuda").repeat(512)
     testing.assert_linear_cross_entropy(_op(gemm), hidden, weight, targets, upstream)
 
 

@@ -54,7 +54,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return self.kernel.__name__.strip("_")
+        width = self.constants.get("BLOCK_V", "")
+        return self.kernel.__name__.strip("_") + (f"-{width}" if width else "")
 
 
 def _gemm_constants(arch: int) -> dict:
@@ -68,10 +69,12 @@ def _gemm_options(arch: int) -> dict:
 
 
 FOLD = tiles_for((9, 0), 2).cols
+WIDEST = tiles_for((9, 0), 2).max_cols
 SWEEP = tiles_for((9, 0), 2).sweep_cols
 HOPPER_BLOCK = _gemm_constants(90)
 CASES = [
     Case(kernel_fold._fold_kernel, {"BLOCK_V": FOLD, "BLOCK_D": 1024}, {"num_warps": 8}, 70, VECTORS),
+    Case(kernel_fold._fold_kernel, {"BLOCK_V": WIDEST, "BLOCK_D": 1024}, {"num_warps": 16}, 112, VECTORS),
     Case(
         kernel_fold._fold_blocks_kernel,
         {"BLOCK_V": 256, "BLOCK_D": 1024, "BLOCKS": 32},

@@ -74,7 +74,7 @@ def _inputs(N, V, D, dtype=torch.bfloat16):
     ],
 )
 def test_forward__launches_the_same_binaries_for_nll_in_every_mode(gemm, D, launches):
-    hidden, weight, targets = _inputs(130, 8500, D)
+    hidden, weight, targets = _inputs(1024, 8500, D)
     selected = []
     for want_dhidden, keep_tiles in ((False, False), (True, False), (False, True), (True, True)):
         launches.clear()
@@ -86,8 +86,8 @@ def test_forward__launches_the_same_binaries_for_nll_in_every_mode(gemm, D, laun
 
 
 def test_gradients__every_launch_binds_and_compiles(launches):
-    hidden, weight, targets = _inputs(130, 8500, 64)
-    dnll = torch.zeros(1).expand(130)  # what sum().backward() passes: stride 0
+    hidden, weight, targets = _inputs(1024, 8500, 64)
+    dnll = torch.zeros(1).expand(1024)  # what sum().backward() passes: stride 0
     out = kernel.forward(hidden, weight, targets, gemm="cublas", want_dhidden=True, keep_tiles=True)
     _, statistics, expected, kept, shift = out
     launches.clear()
@@ -98,7 +98,7 @@ def test_gradients__every_launch_binds_and_compiles(launches):
     names = [name for name, _ in launches]
     assert names.count("_scale_rows_kernel") == 3
     assert names.count("_dhidden_kernel") == 1
-    assert names.count("_probabilities_kernel") == 3
+    assert names.count("_probabilities_kernel") == 1
 
 
 def test_cross_entropy__every_launch_binds_and_compiles(launches):

@@ -87,7 +87,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
 
 
 def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 for target -1."""
+    """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 for a negative target."""
     out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if out.numel():
         kernel_fold.target_logits(_rows(hidden), _rows(weight), targets.contiguous(), out)
@@ -144,7 +144,9 @@ def _forward_tiles(
     """Fold every tile into statistics[1:], expected (if not empty) and kept (if not empty)."""
     num_classes = weight.shape[0]
     chunks = _row_chunks(hidden.shape[0], tiles.rows)
-    rows, width = chunks[0][1], _width(tiles.cols, num_classes)
+    rows = chunks[0][1]
+    cols = tiles.forward_cols(rows)
+    width = _width(cols, num_classes)
     store_tile = bool(expected.numel() or kept.numel())
     # A pass without gradients launches the same kernels with stores switched off: the dummies have the
     # dtype, alignment and stride class of what they stand for, so that the same machine code is launched.
@@ -152,7 +154,7 @@ def _forward_tiles(
     workspace = hidden.new_empty((tile_rows, width))
     acc_dummy = statistics.new_empty((1, _width(hidden.shape[1], hidden.shape[1])))
     if tiles.gemm == "fused":
-        blocks = (tiles.cols + tiles.block_cols - 1) // tiles.block_cols
+        blocks = (cols + tiles.block_cols - 1) // tiles.block_cols
         block_max, block_sum = statistics.new_empty((2, rows, blocks))
     else:
         logits = statistics.new_empty((rows, width))
@@ -161,7 +163,7 @@ def _forward_tiles(
         x, y = hidden[top:bottom], targets[top:bottom]
         max_N, sum_N = statistics[1, top:bottom], statistics[2, top:bottom]
         acc = expected[top:bottom] if expected.numel() else acc_dummy
-        for first, last in _spans(num_classes, tiles.cols):
+        for first, last in _spans(num_classes, cols):
             if kept.numel():
                 tile = kept[top:bottom, first:last]
             else:
@@ -202,7 +204,7 @@ def _forward_tiles(
             else:
                 z = logits[:size, : last - first]
                 _product(x, weight[first:last].t(), z, accumulate=False)
-                block = _power_of_two(tiles.cols)
+                block = _power_of_two(cols)
                 kernel_fold.fold(z, y, tile, acc, max_N, sum_N, first_col=first, block=block, **fold)
             if expected.numel():
                 _product(tile, weight[first:last], acc, accumulate=first > 0)
@@ -300,11 +302,13 @@ def _sweep_tiles(
     """acc = P @ weight (if not empty) and out_weight = P^T @ scaled (if not empty), tile by tile."""
     num_classes = weight.shape[0]
     chunks = _row_chunks(hidden.shape[0], tiles.sweep_rows)
-    rows, width = chunks[0][1], _width(tiles.sweep_cols, num_classes)
+    rows = chunks[0][1]
+    cols = tiles.sweep_tile_cols(rows)
+    width = _width(cols, num_classes)
     logits = statistics.new_empty((rows, width))
     workspace = hidden.new_empty((rows, width))
     partial = statistics.new_empty((width if out_weight.numel() else 0, hidden.shape[1]))
-    for first, last in _spans(num_classes, tiles.sweep_cols):
+    for first, last in _spans(num_classes, cols):
         head = weight[first:last]
         for top, bottom in chunks:
             z = logits[: bottom - top, : last - first]
@@ -317,7 +321,7 @@ def _sweep_tiles(
                 tile,
                 first_row=top,
                 first_col=first,
-                block=_power_of_two(tiles.sweep_cols),
+                block=_power_of_two(cols),
             )
             if acc.numel():
                 _product(tile, head, acc[top:bottom], accumulate=first > 0)

@@ -70,7 +70,7 @@ def _target_logits_kernel(
     stride_weight,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (rows,): z_y = hidden_n . weight_y in fp32; 0 for target -1 (a class of another shard)."""
+    """Grid (rows,): z_y = hidden_n . weight_y in fp32; 0 for a negative target (op.ABSENT)."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     hidden_row = hidden_ptr + row * stride_hidden
@@ -343,7 +343,7 @@ def _rows_by_hidden(tensor: Tensor) -> tuple[tuple[int, int], int]:
 
 
 def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> None:
-    """out[n] = hidden[n] . weight[targets[n]] in fp32, in one fixed order; 0 for target -1."""
+    """out[n] = hidden[n] . weight[targets[n]] in fp32, in one fixed order; 0 for a negative target."""
     _target_logits_kernel[(hidden.shape[0],)](
         hidden,
         weight,

@@ -24,8 +24,9 @@ class Tiles:
 
     Attributes:
         gemm: one of GEMMS.
-        rows, cols: logit tile of the forward pass.
+        rows, cols: logit tile of the forward pass, for many rows.
         sweep_rows, sweep_cols: logit tile of the known-statistics sweep, where dW wants many rows.
+        max_cols: columns that the tiles of a few rows may grow to, within the area of a full one.
         slice_cols: vocabulary slice of dW from kept tiles, held in fp32 before it is rounded once.
         block_rows, block_cols, block_hidden: CTA tile of the fused GEMM.
         num_warps, num_stages: of the fused GEMM.
@@ -37,6 +38,7 @@ class Tiles:
     cols: int
     sweep_rows: int
     sweep_cols: int
+    max_cols: int
     slice_cols: int
     block_rows: int
     block_cols: int
@@ -44,6 +46,25 @@ class Tiles:
     num_warps: int
     num_stages: int
     descriptors: bool
+
+    def forward_cols(self, chunk_rows: int) -> int:
+        """Columns of the forward pass's tiles for row chunks of this size."""
+        return _widened(self.rows, self.cols, self.max_cols, chunk_rows)
+
+    def sweep_tile_cols(self, chunk_rows: int) -> int:
+        """Columns of the sweep's tiles for row chunks of this size."""
+        return _widened(self.sweep_rows, self.sweep_cols, self.max_cols, chunk_rows)
+
+
+def _widened(rows: int, cols: int, max_cols: int, chunk_rows: int) -> int:
+    """cols, doubled while a tile of chunk_rows stays within the area rows * cols.
+
+    Launching the three kernels of a tile costs the host some 60 us; a tile of 256 x 8192 keeps the GPU
+    busy for less.
+    """
+    while 2 * cols <= max_cols and 2 * cols * chunk_rows <= rows * cols:
+        cols *= 2
+    return cols
 
 
 # Logit tile 1024 x 8192: fp32 z is 32 MiB and stays in L2 between GEMM and fold; cuBLAS 128 x 256
@@ -54,7 +75,7 @@ class Tiles:
 # Default "cublas": Triton's best K = 4096 GEMM reaches 95-97% of cuBLAS (kernels.md, section 13), and its
 # epilogue is not overlapped (about 5%), against the 6% of the separate fold. Nearly a tie, decided for
 # the form with the fewest unknowns.
-_HOPPER = Tiles("cublas", 1024, 8192, 4096, 4096, 4096, 128, 256, 64, 8, 4, True)
+_HOPPER = Tiles("cublas", 1024, 8192, 4096, 4096, 32768, 4096, 128, 256, 64, 8, 4, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
 # accumulators leaves no registers for a cp.async pipeline; 4 stages of 16 KiB.
@@ -63,7 +84,7 @@ _AMPERE = replace(_HOPPER, block_cols=128, block_hidden=32, num_stages=4, descri
 # fp32: the sweep repeats the forward pass's GEMM shape, so that both see the same logits bit for bit; their
 # last bits would show in an fp32 gradient of a peaked row (1e-5), though not in a 16-bit one. The CTA tile
 # is small because exact fp32 has no tensor cores; only the interpreter tests use it.
-_FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 4096, 64, 64, 16, 8, 2, False)
+_FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 32768, 4096, 64, 64, 16, 8, 2, False)
 
 
 def tiles_for(capability: tuple[int, int], itemsize: int, gemm: str = "cublas") -> Tiles:

@@ -36,7 +36,7 @@ def vocab_parallel_linear_cross_entropy(
         group: the process group over which the head is spread.
         first_class: index in the whole head of this rank's first row. Every target must lie in one shard.
         backend, gemm, kept_tile_bytes: as `linear_cross_entropy`; backends "triton" and "cpu". Beyond the
-            budget: 2 units forward, 2 backward.
+            budget, and always with "triton": 2 units forward, 2 backward.
     Returns:
         nll (N,) float32, the same bits on every rank.
     Numerics:
@@ -57,7 +57,12 @@ def vocab_parallel_linear_cross_entropy(
             "or the Triton backend (see vrpo_kernels.describe())"
         )
     # Unlike on one device, the hidden gradient is always formed in forward: its parts are summed in fp32.
-    plan = dataclasses.replace(plan, want_dhidden=torch.is_grad_enabled() and hidden.requires_grad)
+    # Triton's kept tiles hold the target's entry relative to the shard's own sums, so they are not kept here.
+    plan = dataclasses.replace(
+        plan,
+        want_dhidden=torch.is_grad_enabled() and hidden.requires_grad,
+        keep_tiles=plan.keep_tiles and plan.backend != "triton",
+    )
     return _VocabParallel.apply(hidden, weight, _local(targets, first_class, weight.shape[0]), group, plan)
 
 
