@@ -227,7 +227,8 @@ def _run_case(case: Case, dtype: str, threads: int, options: argparse.Namespace,
     load = f"{_load():.1f}"
     print(
         f"\n{dtype} N={case.num_rows} D={case.size} V={case.num_classes} {case.logits} logits, "
-        f"{threads} threads, {clock_name(case.device, threads)}, machine load {load}, ours: {plan.backend}/{plan.gemm}",
+        f"{threads} threads, {clock_name(case.device, threads)}, machine load {load}, "
+        f"ours: {plan.backend}/{plan.gemm}",
         flush=True,
     )
     rows = bench(case, threads=threads, repeats=options.repeats, wanted=options.providers)
