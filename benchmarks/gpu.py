@@ -275,6 +275,20 @@ def tile_sweep(report: Report, head: Head, unit: float, deadline: float) -> None
         )
 
 
+def direct_dweight(report: Report, head: Head, unit: float) -> None:
+    """What dW would cost if cuBLAS wrote it in 16 bits itself, all classes at once.
+
+    `kernel.dweight` goes through fp32 slices instead, because cuBLAS may add partial sums of a 16-bit result
+    in 16 bits. The gap between the two is the price of that.
+    """
+    kept = torch.randn(head.hidden.shape[0], CLASSES, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(head.weight)
+    found = measure(lambda: torch.mm(kept.t(), head.hidden, out=out))
+    percent = f"{100 * unit / float(found['ms_p50']):.1f}"
+    columns = {"op": "linear_cross_entropy", "provider": "cublas, 16-bit dW", "mode": "dW from kept"}
+    report.row("gpu_tiles.csv", **columns, units=1, pct_of_roof=percent, **head.columns(), **found)
+
+
 def memory_bound(report: Report, rate: float) -> None:
     """cross_entropy and mask_select, in % of the copy bandwidth."""
     rows = 4096
@@ -364,6 +378,7 @@ def main() -> int:
     head = Head(options.rows)
     unit = gemm_unit(report, head)
     modes(report, head, unit, "flat logits", until(0.55))
+    direct_dweight(report, head, unit)
     tile_sweep(report, head, unit, until(0.75))
     memory_bound(report, rate)
     for rows, peaked in ((options.rows, True), (1024, False)):

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no package `triton`"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),  # "a prototype feature"
 ]
 KEEP, RECOMPUTE = 2**40, 0
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
