@@ -210,6 +210,26 @@ def test_elbo__compiles_without_a_graph_break(backend):
     assert_bitwise_equal(results[1][1], results[0][1])
 
 
+@both_backends
+def test_elbo_from_hidden__compiles_without_a_graph_break(backend):
+    case = Case()
+    known = int(case.masked.sum())
+
+    def loss(hidden, weight, tokens, masked, row_weights):
+        arguments = (hidden, weight, tokens, masked, row_weights)
+        return elbo_from_hidden(*arguments, num_masked=known, backend=backend).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        hidden = case.hidden.clone().requires_grad_()
+        value = function(hidden, case.weight, *case.arguments(case.per_sequence))
+        value.backward()
+        results.append((value.detach(), hidden.grad))
+    assert_bitwise_equal(results[1][0], results[0][0])
+    assert_bitwise_equal(results[1][1], results[0][1])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
