@@ -19,6 +19,7 @@ from vrpo_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
+    op,
 )
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 from vrpo_kernels.mask_select import kernel as mask_select_kernel
@@ -157,6 +158,26 @@ def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm):
         return value
 
     testing.assert_linear_cross_entropy(op, hidden, weight, targets, upstream)
+
+
+def _operator_calls(hidden, weight, targets, dnll):
+    """(operator, arguments) of everything `linear_cross_entropy` and its replay dispatch to."""
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    settings = ("triton", "cublas")
+    out = op._forward(hidden, weight, targets, *settings, True, True)
+    nll, statistics, expected, kept, shift = out
+    yield op._forward, (*leaves, targets, *settings, True, True)
+    yield op._forward, (*leaves, targets, *settings, False, False)
+    yield op._dhidden, (dnll, expected, statistics, weight, targets, "triton")
+    yield op._dweight, (dnll, hidden, weight, targets, statistics, kept, shift, *settings)
+    yield op._sweep, (dnll, hidden, weight, targets, statistics, *settings, True, True)
+    yield op._replay, (*leaves, targets, nll, statistics, *settings)
+
+
+def test_operators__pass_opcheck():
+    hidden, weight, targets, upstream = _inputs(2, 9, 8, torch.float16)
+    for operator, arguments in _operator_calls(hidden, weight, targets, upstream):
+        torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])

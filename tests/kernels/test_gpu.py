@@ -15,6 +15,7 @@ from vrpo_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
+    op,
     plan_linear_cross_entropy,
     reference,
 )
@@ -247,6 +248,26 @@ def test_linear_cross_entropy__agrees_with_the_reference_at_the_size_of_llada():
     for gemm in ("cublas", "fused"):
         nll = _op(gemm)(hidden, weight, targets)
         testing.assert_ratios({f"nll {gemm}": testing.fp32_error_ratio(nll, truth, baseline)})
+
+
+def _operator_calls(hidden, weight, targets, dnll):
+    """(operator, arguments) of everything `linear_cross_entropy` and its replay dispatch to."""
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    settings = ("triton", "cublas")
+    out = op._forward(hidden, weight, targets, *settings, True, True)
+    nll, statistics, expected, kept, shift = out
+    yield op._forward, (*leaves, targets, *settings, True, True)
+    yield op._forward, (*leaves, targets, *settings, False, False)
+    yield op._dhidden, (dnll, expected, statistics, weight, targets, "triton")
+    yield op._dweight, (dnll, hidden, weight, targets, statistics, kept, shift, *settings)
+    yield op._sweep, (dnll, hidden, weight, targets, statistics, *settings, True, True)
+    yield op._replay, (*leaves, targets, nll, statistics, *settings)
+
+
+def test_operators__pass_opcheck():
+    hidden, weight, targets, upstream = _inputs(9, 70, 16, torch.float16)
+    for operator, arguments in _operator_calls(hidden, weight, targets, upstream):
+        torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in_place"])

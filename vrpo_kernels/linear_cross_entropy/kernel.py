@@ -128,6 +128,7 @@ def forward(
         if want_dhidden:
             kernel_fold.finish_expected(expected, statistics[2])
         if keep_tiles:
+            kept[:, num_classes:].zero_()  # never read, but outputs of an op are to be deterministic
             kernel_fold.finish_kept(kept[:, :num_classes], targets, statistics[2])
     return nll, statistics, expected, kept, hidden.new_empty((0, 0), dtype=torch.float32)
 
