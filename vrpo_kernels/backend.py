@@ -63,6 +63,11 @@ def _is_interpreted(available: Availability) -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def extension_loaded() -> bool:
+    """True if the C++ extension is there and its ops are registered."""
+    return _AVAILABLE.cpu is None
+
+
 def availability() -> Availability:
     """Which backends exist in this process."""
     return dataclasses.replace(_AVAILABLE, interpreted=_is_interpreted(_AVAILABLE))

@@ -13,7 +13,8 @@ def require_plain(name: str, tensor: Tensor) -> None:
     if hasattr(tensor, "placements"):  # DTensor, without importing torch.distributed.tensor
         raise ValueError(
             f"{name} is a sharded DTensor; pass the gathered tensor (`.full_tensor()`, or call the "
-            "module that owns it so that FSDP gathers it), or use vocab_parallel_linear_cross_entropy for a sharded head"
+            "module that owns it so that FSDP gathers it), or use vocab_parallel_linear_cross_entropy for a "
+            "sharded head"
         )
 
 

@@ -22,10 +22,7 @@ needs_extension = pytest.mark.skipif(
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 3), (1, 2, 16), (17, 513, 48), (67, 1031, 33), (130, 600, 64), (1040, 1300, 24)]
-ROUTES = [("fp32", torch.float32), ("fp32", torch.bfloat16), ("fp32", torch.float16)]
-ROUTES += [
-    (name, torch.bfloat16 if name == "bf16" else torch.float32) for name in cpu.GEMMS if name != "fp32"
-]
+ROUTES = [(gemm, dtype) for gemm in cpu.GEMMS for dtype in DTYPES]
 FUSED = pytest.mark.parametrize(("gemm", "dtype"), ROUTES, ids=lambda v: str(v).removeprefix("torch."))
 
 
@@ -445,10 +442,17 @@ def test_linear_cross_entropy__rejects_targets_out_of_range(wrong):
 
 
 @needs_extension
-def test_linear_cross_entropy__rejects_unknown_or_unfitting_gemm():
+def test_linear_cross_entropy__rejects_unknown_gemm():
     hidden, weight, targets, _ = make_inputs(4, 9, 8, torch.float32)
     with pytest.raises(ValueError, match="gemm must be one of"):
         linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm="cublas")
+
+
+@needs_extension
+def test_probe_gemms__times_every_choice():
+    seconds = cpu.probe_gemms(torch.bfloat16, repeats=1)
+    assert set(seconds) == set(cpu.GEMMS) and min(seconds.values()) > 0
+    assert cpu.resolve_gemm("auto", torch.bfloat16) in cpu.GEMMS
 
 
 @needs_extension

@@ -4,38 +4,65 @@
 fulfils.
 """
 
+import time
+
 import torch
 from torch import Tensor
 
+from vrpo_kernels.backend import extension_loaded
+
 TILE = 512  # vocabulary rows per tile; kLinearCrossEntropyTile in csrc must be the same
 LANES = 16  # kept tiles are padded to whole vectors of rows
-GEMMS = ("fp32",)
-"""Matrix multiplications the C++ backend can use: torch's own fp32 one (MKL on x86), oneDNN's fp32
-micro-kernels, oneDNN's bfloat16 micro-kernels with fp32 sums (for bfloat16 inputs only)."""
+GEMMS = ("fp32", "onednn")
+"""Matrix multiplications of the C++ backend, both in fp32 (16-bit inputs are upcast tile by tile, which is
+exact): "fp32" is torch.mm (MKL on x86), "onednn" drives oneDNN's micro-kernels on packed panels."""
+_DEFAULT_GEMM = torch.ops.vrpo.linear_cross_entropy_default_gemm() if extension_loaded() else "fp32"
 
 
 def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
-    """ "auto" -> the matrix multiplication for this dtype on this machine; explicit names are checked.
+    """ "auto" -> the matrix multiplication for this machine; explicit names are checked.
 
-    A pure function of dtype and CPU model, never of timing, so that every process and every resumed run of a
-    cluster with equal machines takes the same one: the choice changes the last bits of the result.
+    "auto" is "onednn" on AMD processors with AVX-512 and "fp32" elsewhere: a pure function of the processor,
+    never of a timing, so that every process and every resumed run on equal machines takes the same one (the
+    choice changes the last bits). `probe_gemms` measures; a better choice is then set by hand.
 
     Errors:
-        ValueError if the name is unknown or does not fit the dtype.
+        ValueError if the name is unknown.
     """
     if requested == "auto":
-        return "fp32"
+        return _DEFAULT_GEMM
     if requested not in GEMMS:
         raise ValueError(f"gemm must be one of {('auto', *GEMMS)} on the cpu backend, got {requested!r}")
-    if requested == "bf16" and dtype is not torch.bfloat16:
-        raise ValueError(f"gemm 'bf16' needs bfloat16 inputs, got {dtype}")
     return requested
+
+
+def probe_gemms(dtype: torch.dtype, *, repeats: int = 3) -> dict[str, float]:
+    """Seconds of one frozen-head forward pass per choice of `gemm`, best of `repeats`, on this machine.
+
+    For people: print it, then pass the faster name as `gemm=` in every process of a run. Not called by ops.
+
+    Args:
+        dtype: float32, bfloat16 or float16. The problem is N=256, D=1024, V=8192.
+    """
+    hidden = torch.linspace(-1, 1, 256 * 1024).view(256, 1024).to(dtype)
+    weight = torch.linspace(-1, 1, 8192 * 1024).view(8192, 1024).to(dtype)
+    targets = torch.arange(256)
+    seconds = {}
+    for name in GEMMS:
+        forward(hidden, weight, targets, gemm=name, want_dhidden=True, keep_tiles=False)
+        samples = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            forward(hidden, weight, targets, gemm=name, want_dhidden=True, keep_tiles=False)
+            samples.append(time.perf_counter() - start)
+        seconds[name] = min(samples)
+    return seconds
 
 
 def kept_shapes(num_rows: int, num_classes: int, gemm: str, input_dtype: torch.dtype):
     """((shape, dtype) of the kept tiles, (shape, dtype) of their shifts)."""
     padded = (num_rows + LANES - 1) // LANES * LANES
-    dtype = torch.bfloat16 if gemm == "bf16" else torch.float32
+    dtype = torch.float32
     num_tiles = (num_classes + TILE - 1) // TILE
     return ((num_classes, padded), dtype), ((num_tiles, padded), torch.float32)
 
