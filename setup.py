@@ -13,10 +13,9 @@ from setuptools import setup
 
 def extension() -> dict:
     if importlib.util.find_spec("torch") is None:
-        print(
+        sys.stderr.write(
             "vrpo: torch is not importable in the build environment, so the C++ backend is not built. "
-            "Install torch first, then `pip install --no-build-isolation -e .`.",
-            file=sys.stderr,
+            "Install torch first, then `pip install --no-build-isolation -e .`.\n"
         )
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -28,7 +27,7 @@ def extension() -> dict:
             try:
                 super().build_extensions()
             except Exception as error:
-                print(f"vrpo: the C++ backend is not built: {error}", file=sys.stderr)
+                sys.stderr.write(f"vrpo: the C++ backend is not built: {error}\n")
 
     return {
         "ext_modules": [
