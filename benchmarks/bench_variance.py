@@ -1,6 +1,6 @@
-"""Variance of score, loss and gradient under the mask designs, on trained models (benchmarks/variance_models.py).
+"""Variance of score, loss and gradient under the mask designs, on models of benchmarks/variance_models.py.
 
-    python benchmarks/bench_variance.py measure /tmp/models/gsm8k --set table2 --drift late --pairs 128 --repeats 8
+    python benchmarks/bench_variance.py measure /tmp/models/gsm8k --set table2 --pairs 128 --repeats 8
     python benchmarks/bench_variance.py measure /tmp/models/gsm8k --set designs --drift late early
     python benchmarks/bench_variance.py report
 
@@ -112,6 +112,7 @@ def write(args: argparse.Namespace, drift: str, scheme: Scheme, sampled: Sampled
         "seconds": round(seconds, 1),
         "scores": [short(score_Q) for score_Q in sampled.score_BQ],
         "gradient": None if sampled.gradient_B is None else short(sampled.gradient_B),
+        "iid_variance": None if sampled.iid_variance_B is None else short(sampled.iid_variance_B),
     }
     RESULTS.mkdir(exist_ok=True)
     with SCORES.open("a") as file:
@@ -129,65 +130,36 @@ def load() -> dict[tuple[str, str], dict[Scheme, Sampled]]:
 
 
 def merge(rows: list[dict]) -> Sampled:
+    """All repeats of a scheme on the pairs that every run had; variances are averaged over the runs."""
     num_pairs = min(len(row["scores"]) for row in rows)
     scores = torch.cat([torch.tensor(row["scores"][:num_pairs]).double() for row in rows], dim=1)
-    gradients = [torch.tensor(row["gradient"]).double() for row in rows if row["gradient"]]
-    if not gradients:
-        return Sampled(scores, None)
-    num_probed = min(map(len, gradients))
-    return Sampled(scores, torch.stack([g[:num_probed] for g in gradients]).mean(0))
 
+    def average(name: str) -> torch.Tensor | None:
+        known = [row for row in rows if row.get(name)]
+        if not known:
+            return None
+        repeats = torch.tensor([len(row["scores"][0]) for row in known]).double()
+        size = min(len(row[name]) for row in known)
+        values = torch.stack([torch.tensor(row[name][:size]).double() for row in known])
+        return (values * repeats[:, None]).sum(0) / repeats.sum()
 
-def true_scores(group: dict[Scheme, Sampled]) -> torch.Tensor:
-    """The mean score of each pair over everything unbiased with shared masks, by inverse variance."""
-    num_pairs = max(len(s.score_BQ) for s in group.values())
-    total, weight = torch.zeros(num_pairs).double(), torch.zeros(num_pairs).double()
-    for scheme, sampled in group.items():
-        if scheme.shared and DESIGNS[scheme.design].unbiased:
-            precision = sampled.score_BQ.shape[1] / variance.score_variance(sampled).mean()
-            total[: len(sampled.score_BQ)] += precision * sampled.score_BQ.mean(1)
-            weight[: len(sampled.score_BQ)] += precision
-    return total / weight
-
-
-def figures(scheme: Scheme, sampled: Sampled, group: dict[Scheme, Sampled], true_B: torch.Tensor) -> dict:
-    """One row of the report."""
-    row: dict = asdict(scheme) | {
-        "pairs": len(sampled.score_BQ),
-        "repeats": sampled.score_BQ.shape[1],
-    }
-
-    def put(name: str, value_B: torch.Tensor, baseline_B: torch.Tensor | None = None) -> None:
-        if baseline_B is not None:
-            size = min(len(value_B), len(baseline_B))
-            value_B, baseline_B = value_B[:size], baseline_B[:size]
-        estimate = variance.mean_over_pairs(value_B, baseline_B)
-        row[name] = f"{estimate.value:.4g}"
-        row[f"{name}_low"], row[f"{name}_high"] = f"{estimate.low:.4g}", f"{estimate.high:.4g}"
-
-    true_B = true_B[: len(sampled.score_BQ)]
-    put("score_variance", variance.score_variance(sampled))
-    put("loss_variance", variance.loss_variance(sampled))
-    put("loss_bias", variance.loss_bias(sampled, true_B))
-    put("sign_flips", variance.sign_flips(sampled, true_B))
-    put("score_error", variance.score_error(sampled, true_B))
-    if sampled.gradient_B is not None:
-        put("gradient_variance", sampled.gradient_B)
-    paper = group.get(Scheme("paper", scheme.num_samples))
-    if paper is not None and paper is not sampled:
-        put("score_ratio", variance.score_variance(sampled), variance.score_variance(paper))
-        put("loss_ratio", variance.loss_variance(sampled), variance.loss_variance(paper))
-        if sampled.gradient_B is not None and paper.gradient_B is not None:
-            put("gradient_ratio", sampled.gradient_B, paper.gradient_B)
-    return row
+    iid_variance_B = average("iid_variance")
+    if iid_variance_B is not None:
+        iid_variance_B = iid_variance_B[:num_pairs]
+    return Sampled(scores, average("gradient"), iid_variance_B)
 
 
 def report(_: argparse.Namespace) -> None:
     rows = []
     for (model, drift), group in sorted(load().items()):
-        true_B = true_scores(group)
+        true_B = variance.true_scores(group)
         for scheme, sampled in group.items():
-            rows.append({"model": model, "drift": drift} | figures(scheme, sampled, group, true_B))
+            row = {"model": model, "drift": drift} | asdict(scheme)
+            row["pairs"], row["repeats"] = sampled.score_BQ.shape
+            for name, estimate in variance.summarise(scheme, group, true_B).items():
+                row[name] = f"{estimate.value:.4g}"
+                row[f"{name}_low"], row[f"{name}_high"] = f"{estimate.low:.4g}", f"{estimate.high:.4g}"
+            rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     with (RESULTS / "variance.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names)

@@ -17,6 +17,8 @@ from vrpo.new_model import NewModel, build_model, train_tokenizer
 from vrpo.options import Command, help_text, overview, parse
 from vrpo.score import score_file
 from vrpo.trainer import DiffusionSFTTrainer, DiffusionTrainer, VRPOTrainer
+from vrpo.variance_report import VarianceArguments
+from vrpo.variance_report import report as variance_report
 
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
@@ -172,6 +174,10 @@ def _score(args: ScoreArguments) -> None:
     sys.stdout.write(f"saved the score of each row in {args.output_file}\n")
 
 
+def _variance(args: VarianceArguments) -> None:
+    sys.stdout.write(variance_report(args))
+
+
 def _generate(args: GenerateArguments) -> None:
     answers = answer(args)
     if args.prompt is not None:
@@ -226,6 +232,14 @@ COMMANDS: dict[str, Command] = dict(
             "vrpo score --model_name_or_path out --dataset_name pairs.jsonl --output_file scores.jsonl",
             _score,
             {"Score": ScoreArguments},
+        ),
+        _command(
+            "variance",
+            "measure the noise of score, loss and gradient by mask design, and recommend one",
+            "vrpo variance --model_name_or_path out --ref_model_name_or_path GSAI-ML/LLaDA-8B-Instruct "
+            "--dataset_name pairs.jsonl --output_file variance.json",
+            _variance,
+            {"Variance": VarianceArguments},
         ),
         _command(
             "generate",

@@ -5,7 +5,7 @@ draws, per pair; confidence intervals come from resampling pairs, which are what
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 
 from vrpo import masking, preference
 from vrpo.batch import MaskDraw, PackedBatch, ResponseBatch
+from vrpo.designs import DESIGNS
 from vrpo.elbo import elbo
 from vrpo.packing import pack
 from vrpo.step import split_by_tokens
@@ -53,12 +54,16 @@ class Scheme:
 class Sampled:
     """What repeated draws gave. Q repeats, B pairs, float64 on the CPU.
 
-    score_BQ: scores. gradient_B: trace of the variance, over draws, of each pair's loss gradient with respect
-    to the weight of the probed layer; None if none was probed.
+    score_BQ: scores.
+    gradient_B: trace of the variance, over draws, of each pair's loss gradient with respect to the weight of
+        the probed layer; None if none was probed.
+    iid_variance_B: variance of the score from the spread of all Q*K samples where these are independent and
+        identically distributed, which is far less noisy than that of Q scores; None elsewhere.
     """
 
     score_BQ: Tensor
     gradient_B: Tensor | None
+    iid_variance_B: Tensor | None = None
 
 
 class _Probe:
@@ -117,9 +122,10 @@ def sample(
     Returns: Sampled.
     """
     grad = _Probe(probe) if probe is not None else None
-    scores, sum_B, square_B = [], None, []
+    is_iid = DESIGNS[scheme.design].iid and scheme.masks_per_level == 1
+    scores, samples, sum_B, square_B = [], [], None, []
     for repeat in range(num_repeats):
-        score_parts, gradients = [], []
+        score_parts, sample_parts, gradients = [], [], []
         for part in split_by_tokens(batch, scheme.num_samples, max_tokens_per_pack):
             packed = pack(part, scheme.draw(part, seed, repeat), mask_token_id).to(device)
             other = packed
@@ -133,12 +139,18 @@ def sample(
                     policy_RK = _elbo(policy, packed)
                 score_B = preference.preference_score(policy_RK, reference_RK, beta)
                 score_parts.append(score_B.detach().double().cpu())
+            if is_iid:
+                singles = tuple(range(scheme.num_samples))
+                score_BK = preference.replicate_scores(policy_RK, reference_RK, beta, singles)
+                sample_parts.append(score_BK.detach().double().cpu())
             if grad:
                 stride = part.num_sides * scheme.num_samples
                 bounds = packed.cu_seqlens_S1[::stride].tolist()
                 gradients += grad.gradients(preference.dpo_loss(score_B).sum(), bounds)
             on_forward()
         scores.append(torch.cat(score_parts))
+        if is_iid:
+            samples.append(torch.cat(sample_parts))
         if grad:
             gradient_BG = torch.stack(gradients).double()
             sum_B = gradient_BG if sum_B is None else sum_B + gradient_BG
@@ -149,7 +161,8 @@ def sample(
         gradient_B = (torch.stack(square_B).sum(0) - num_repeats * mean_BG.square().sum(1)) / (
             num_repeats - 1
         )
-    return Sampled(torch.stack(scores, dim=1), gradient_B)
+    iid_variance_B = torch.cat(samples, dim=1).var(dim=1) / scheme.num_samples if is_iid else None
+    return Sampled(torch.stack(scores, dim=1), gradient_B, iid_variance_B)
 
 
 def _elbo(model: nn.Module, packed: PackedBatch) -> Tensor:
@@ -179,6 +192,8 @@ def mean_over_pairs(value_B: Tensor, baseline_B: Tensor | None = None) -> Estima
 
 def score_variance(sampled: Sampled) -> Tensor:
     """Var over draws of the score of each pair, (B,)."""
+    if sampled.iid_variance_B is not None:
+        return sampled.iid_variance_B
     return sampled.score_BQ.var(dim=1, correction=1)
 
 
@@ -200,3 +215,43 @@ def sign_flips(sampled: Sampled, true_score_B: Tensor) -> Tensor:
 def score_error(sampled: Sampled, true_score_B: Tensor) -> Tensor:
     """Mean score minus the true one, (B,): noise of the repeats, plus the bias of a biased design."""
     return sampled.score_BQ.mean(1) - true_score_B
+
+
+def true_scores(found: Mapping[Scheme, Sampled]) -> Tensor:
+    """The best guess of each pair's score: means over every unbiased shared scheme, by inverse variance."""
+    num_pairs = max(len(sampled.score_BQ) for sampled in found.values())
+    total_B, weight_B = torch.zeros(2, num_pairs, dtype=torch.float64)
+    for scheme, sampled in found.items():
+        if scheme.shared and DESIGNS[scheme.design].unbiased:
+            num_measured, num_repeats = sampled.score_BQ.shape
+            precision = num_repeats / score_variance(sampled).mean().clamp(min=1e-12)
+            total_B[:num_measured] += precision * sampled.score_BQ.mean(1)
+            weight_B[:num_measured] += precision
+    return total_B / weight_B
+
+
+def summarise(scheme: Scheme, found: Mapping[Scheme, Sampled], true_score_B: Tensor) -> dict[str, Estimate]:
+    """Every figure of a scheme, and its ratio to the paper's design at equal forwards where both are known.
+
+    score_variance, loss_variance, gradient_variance (squared norm), loss_bias (nats), sign_flips (a share),
+    score_error; score_ratio, loss_ratio, gradient_ratio. Pairs that only one of two schemes has are left out
+    of their ratio.
+    """
+    sampled = found[scheme]
+    true_score_B = true_score_B[: len(sampled.score_BQ)]
+    measured = {"score": score_variance(sampled), "loss": loss_variance(sampled)}
+    if sampled.gradient_B is not None:
+        measured["gradient"] = sampled.gradient_B
+    told = {f"{name}_variance": mean_over_pairs(value_B) for name, value_B in measured.items()}
+    told["loss_bias"] = mean_over_pairs(loss_bias(sampled, true_score_B))
+    told["sign_flips"] = mean_over_pairs(sign_flips(sampled, true_score_B))
+    told["score_error"] = mean_over_pairs(score_error(sampled, true_score_B))
+    paper = found.get(Scheme("paper", scheme.num_samples))
+    if paper is None or paper is sampled:
+        return told
+    baseline = {"score": score_variance(paper), "loss": loss_variance(paper), "gradient": paper.gradient_B}
+    for name, value_B in measured.items():
+        if baseline[name] is not None:
+            size = min(len(value_B), len(baseline[name]))
+            told[f"{name}_ratio"] = mean_over_pairs(value_B[:size], baseline[name][:size])
+    return told
