@@ -22,10 +22,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "common.h"
 
 namespace vrpo {
@@ -42,18 +38,6 @@ constexpr int64_t kSubtotal = 32;  // classes summed in one run before they join
 constexpr float kSlack = 16.0f;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-// Fresh memory costs a page fault per 4 KiB; huge pages make that 2 MiB.
-Tensor empty_large(at::IntArrayRef shape, at::TensorOptions options) {
-  Tensor out = at::empty(shape, options);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-  const auto end = (reinterpret_cast<uintptr_t>(out.data_ptr()) + out.nbytes()) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return out;
-}
 
 // Reductions change with the alignment of their operands in some BLAS libraries. Everything they read is therefore
 // aligned alike, so that a head mapped from a file gives the bits of the same head in allocated memory.
@@ -320,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
   Tensor nll = at::empty({N}, fp32), statistics = at::empty({3, N}, fp32);
   Tensor expected = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
-  Tensor kept = keep_tiles ? empty_large({V, padded}, fp32) : at::empty({0, 0}, fp32);
+  Tensor kept = keep_tiles ? at::empty({V, padded}, fp32) : at::empty({0, 0}, fp32);
   Tensor kept_shift = at::empty({keep_tiles ? tiles.count() : 0, keep_tiles ? padded : 0}, fp32);
   Tensor scratch = keep_tiles ? Tensor() : at::empty({std::min(V, kTile), chunk}, fp32);
 
@@ -420,7 +404,7 @@ Tensor dhidden(const Tensor& dnll, const Tensor& expected, const Tensor& statist
 class HeadGradient {
  public:
   explicit HeadGradient(const Tensor& weight)
-      : out_(empty_large(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous))) {
+      : out_(at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous))) {
     if (out_.scalar_type() != at::kFloat) {
       buffer_ = at::empty({kTile, weight.size(1)}, weight.options().dtype(at::kFloat));
     }
