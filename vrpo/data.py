@@ -115,11 +115,10 @@ def prepare_pairs(
         options, where None leaves a check out:
             max_length, max_prompt_length: in tokens, see `limits.truncated_lengths`.
             vocab_size: rows of the model's embedding; ids must be below.
-            mask_token_id: must not occur in the data, where it would pass for a masked position.
             num_proc: processes that tokenise.
     Returns: the dataset, rows in order, and what was truncated or dropped.
     Errors: ValueError naming the missing columns, or the unusable rows and what is wrong with each: empty
-        prompt or response, equal sides, ids outside the embedding, the mask token inside the text.
+        prompt or response, equal sides, ids outside the embedding.
     """
     return _prepare(dataset, tokenizer, PAIR_SIDES, **options)
 
@@ -166,13 +165,12 @@ def _prepare(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     vocab_size: int | None = None,
-    mask_token_id: int | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Encode, check, truncate; the arguments are explained at `prepare_pairs`."""
     if not isinstance(dataset, Dataset):
         raise ValueError(f"the dataset must be a datasets.Dataset, got {type(dataset).__name__}")
-    limits = Limits(max_length, max_prompt_length, vocab_size, mask_token_id)
+    limits = Limits(max_length, max_prompt_length, vocab_size)
     tokenised = _check_columns(dataset.column_names, sides)
     if not len(dataset):
         raise ValueError("the dataset has no rows")

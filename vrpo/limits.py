@@ -38,7 +38,6 @@ class Limits:
     max_length: int | None
     max_prompt_length: int | None
     vocab_size: int | None
-    mask_token_id: int | None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
@@ -57,8 +56,6 @@ class Limits:
         if self.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             worst = max(ids) if max(ids) >= self.vocab_size else min(ids)
             raise RowProblem(f"token id {worst} is outside the model's embedding of {self.vocab_size} rows")
-        if self.mask_token_id is not None and self.mask_token_id in ids:
-            raise RowProblem(f"the text contains the mask token (id {self.mask_token_id})")
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,6 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
         tokenizer,
         max_length=args.max_length,
         vocab_size=model.config.vocab_size,
-        mask_token_id=mask_token_id,
     )
     data.check_token_budget(dataset, args.num_samples, args.max_tokens_per_pack)
     estimator = Estimator(

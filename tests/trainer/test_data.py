@@ -246,7 +246,6 @@ BAD_ROWS = {
     "missing rejected": (PLAIN | {"rejected": None}, "rejected is empty"),
     "equal sides": (PLAIN | {"rejected": PLAIN["chosen"]}, "chosen and rejected are the same"),
     "same tokens": (PLAIN | {"rejected": PLAIN["chosen"] + "<|endoftext|>"}, "are the same"),
-    "mask token in the text": (PLAIN | {"chosen": " It is <|mdm_mask|>."}, "contains the mask token"),
     "negative example id": (PLAIN | {"example_id": -1}, "example_id must be in"),
 }
 
@@ -256,7 +255,7 @@ def test_prepare_pairs__bad_row_is_named(tokenizer, case):
     bad, message = BAD_ROWS[case]
     good = PLAIN | ({"example_id": 3} if "example_id" in bad else {})
     with pytest.raises(ValueError, match=message) as caught:
-        prepare_pairs(pairs(good, bad), tokenizer, mask_token_id=tokenizer.mask_token_id)
+        prepare_pairs(pairs(good, bad), tokenizer)
     assert "(row 1)" in str(caught.value)
 
 
