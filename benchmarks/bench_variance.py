@@ -13,6 +13,7 @@ resampled pairs) and benchmarks/results/variance.png.
 import argparse
 import csv
 import datetime
+import functools
 import json
 import subprocess
 import time
@@ -23,12 +24,18 @@ import torch
 from datasets import load_dataset
 
 from vrpo import data, variance
+from vrpo.batch import MaskDraw, ResponseBatch
 from vrpo.designs import DESIGNS
 from vrpo.models import load_model, load_tokenizer
+from vrpo.packing import pack
+from vrpo.row_weights import balanced, token_ratio
+from vrpo.step import split_by_tokens
 from vrpo.variance import Sampled, Scheme
+from vrpo_kernels import segment_sum
 
 RESULTS = Path(__file__).parent / "results"
 SCORES = RESULTS / "variance_scores.jsonl"
+WEIGHTS = RESULTS / "variance_weightings.jsonl"
 BETA = 0.2
 
 TABLE2 = [
@@ -54,8 +61,8 @@ SETS = {
 }
 
 
-def measure(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
+def load_pairs(args: argparse.Namespace) -> tuple[torch.nn.Module, ResponseBatch]:
+    """The reference model and the first held-out pairs."""
     reference = load_model(str(args.models / "reference")).eval()
     tokenizer = load_tokenizer(str(args.models / "reference"))
     rows = load_dataset("json", data_files=str(args.models / "pairs.jsonl"), split="train")
@@ -67,7 +74,12 @@ def measure(args: argparse.Namespace) -> None:
         max_prompt_length=args.max_length // 4,
         vocab_size=reference.config.vocab_size,
     )
-    batch = data.PairCollator()(list(prepared))["responses"]
+    return reference, data.PairCollator()(list(prepared))["responses"]
+
+
+def measure(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    reference, batch = load_pairs(args)
     schemes = [scheme for name in args.set for scheme in SETS[name]]
     for drift in args.drift:
         policy = load_model(str(args.models / drift)).eval().requires_grad_(False)
@@ -90,11 +102,14 @@ def measure(args: argparse.Namespace) -> None:
             print(f"{drift} {scheme}: Var score {spread:.3f}, {seconds:.0f} s", flush=True)
 
 
-def write(args: argparse.Namespace, drift: str, scheme: Scheme, sampled: Sampled, seconds: float) -> None:
-    def short(values: torch.Tensor) -> list:
-        return [float(f"{value:.6g}") for value in values.tolist()]
+def short(values: torch.Tensor) -> list[float]:
+    """Six digits of every value: enough for variances, and half the file."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
-    row = {
+
+def stamp(args: argparse.Namespace, drift: str) -> dict:
+    """Where a row comes from."""
+    return {
         "date": datetime.date.today().isoformat(),
         "git": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
@@ -107,8 +122,13 @@ def write(args: argparse.Namespace, drift: str, scheme: Scheme, sampled: Sampled
         "device": "cpu",
         "model": args.models.name,
         "drift": drift,
-        "scheme": asdict(scheme),
         "seed": args.seed,
+    }
+
+
+def write(args: argparse.Namespace, drift: str, scheme: Scheme, sampled: Sampled, seconds: float) -> None:
+    row = stamp(args, drift) | {
+        "scheme": asdict(scheme),
         "seconds": round(seconds, 1),
         "scores": [short(score_Q) for score_Q in sampled.score_BQ],
         "gradient": None if sampled.gradient_B is None else short(sampled.gradient_B),
@@ -117,6 +137,95 @@ def write(args: argparse.Namespace, drift: str, scheme: Scheme, sampled: Sampled
     RESULTS.mkdir(exist_ok=True)
     with SCORES.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+WEIGHTINGS = {
+    "spaced": None,
+    "balanced": balanced,
+    "balanced, signal 0.3": functools.partial(balanced, signal=0.3),
+    "balanced, signal 3": functools.partial(balanced, signal=3.0),
+    "ratio": token_ratio,
+}
+
+
+def weights(args: argparse.Namespace) -> None:
+    """Score variance of every weighting on the *same* draws of the design `spaced`, and the paper's design.
+
+    Masks, not weights, cost forwards, so one evaluation serves all weightings and all drifts. The paper's
+    variance comes from the same rows: single samples of `spaced`, weighted by their shares, have its law, so
+    that second moments over levels are integrated rather than sampled.
+    """
+    torch.set_num_threads(args.threads)
+    reference, batch = load_pairs(args)
+    policies = [load_model(str(args.models / drift)).eval() for drift in args.drift]
+    scheme = Scheme("spaced", args.num_samples)
+    scores = torch.zeros(len(policies), len(WEIGHTINGS), args.repeats, batch.num_examples).double()
+    moments = torch.zeros(len(policies), 2, args.repeats, len(batch.example_R)).double()
+    started = time.perf_counter()
+    for repeat in range(args.repeats):
+        first = 0
+        for part in split_by_tokens(batch, args.num_samples, 16_384):
+            drawn = scheme.draw(part, args.seed, repeat)
+            packed = pack(part, drawn, reference.config.mask_token_id)
+            with torch.no_grad():
+                base_N = reference(**packed.model_inputs()).nll.double()
+                ratio_N = [base_N - p(**packed.model_inputs()).nll.double() for p in policies]
+            pairs = slice(first, first + part.num_examples)
+            rows = slice(2 * first, 2 * (first + part.num_examples))
+            for index, reweight in enumerate(WEIGHTINGS.values()):
+                weight_N = reweight(drawn, part.response_length_R) if reweight else drawn.weight_N
+                for drift, value_N in enumerate(ratio_N):
+                    elbo_R = segment_sum(weight_N.double() * value_N, drawn.offsets_S1)
+                    elbo_R = elbo_R.view(-1, args.num_samples).mean(1)
+                    scores[drift, index, repeat, pairs] = BETA * (elbo_R[0::2] - elbo_R[1::2])
+            for drift, value_N in enumerate(ratio_N):
+                moments[drift, :, repeat, rows] = paper_moments(drawn, part.response_length_R, value_N)
+            first += part.num_examples
+    num_draws = args.repeats
+    for drift, name in enumerate(args.drift):
+        mean_R, square_R = moments[drift].mean(1)
+        # The square of a mean over draws is too high by the variance of that mean.
+        square_of_mean_R = mean_R.square() - moments[drift, 0].var(0) / num_draws
+        paper_R = square_R - square_of_mean_R
+        paper_B = BETA**2 * paper_R.view(-1, 2).sum(1) / args.num_samples
+        row = stamp(args, name) | {
+            "num_samples": args.num_samples,
+            "repeats": args.repeats,
+            "seconds": round(time.perf_counter() - started),
+            "variance": {"paper": short(paper_B)},
+            "mean": {},
+        }
+        for index, weighting in enumerate(WEIGHTINGS):
+            row["variance"][weighting] = short(scores[drift, index].var(0))
+            row["mean"][weighting] = short(scores[drift, index].mean(0))
+        RESULTS.mkdir(exist_ok=True)
+        with WEIGHTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        say_weights(row)
+
+
+def paper_moments(drawn: MaskDraw, length_R: torch.Tensor, value_N: torch.Tensor) -> torch.Tensor:
+    """(mean, second moment) of one l-form sample, from the samples of a `spaced` draw, (2, R)."""
+    num_samples = drawn.num_samples
+    count_S = drawn.offsets_S1.diff()
+    length_S = length_R.repeat_interleave(num_samples).double()
+    # weight = (K / 2) share (L + 1) / count, so a sample stands for share / 2 = weight count / (K (L + 1)).
+    total_S = segment_sum(drawn.weight_N.double(), drawn.offsets_S1)
+    share_S = total_S / (num_samples * (length_S + 1))
+    value_S = segment_sum(value_N, drawn.offsets_S1) * (length_S + 1) / count_S.clamp(min=1)
+    mean_R = (share_S * value_S).view(-1, num_samples).sum(1)
+    square_R = (share_S * value_S.square()).view(-1, num_samples).sum(1)
+    # Couples have levels 0..L and weights (L+1)/l, the l-form 1..L and L/l: same mean, L/(L+1) of the square.
+    square_R = square_R * length_R / (length_R + 1)
+    return torch.stack([mean_R, square_R])
+
+
+def say_weights(row: dict) -> None:
+    paper_B = torch.tensor(row["variance"]["paper"])
+    print(f"{row['model']} {row['drift']} K={row['num_samples']}: paper {paper_B.mean():.4g}")
+    for name, values in row["variance"].items():
+        told = variance.mean_over_pairs(torch.tensor(values), paper_B)
+        print(f"    {name:<22}{told.value:.3f} [{told.low:.3f}, {told.high:.3f}]", flush=True)
 
 
 def load() -> dict[tuple[str, str], dict[Scheme, Sampled]]:
@@ -221,20 +330,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("measure")
-    command.add_argument("models", type=Path)
     command.add_argument("--set", nargs="+", choices=sorted(SETS), default=["table2"])
-    command.add_argument("--drift", nargs="+", default=["late"])
-    command.add_argument("--pairs", type=int, default=128)
-    command.add_argument("--repeats", type=int, default=8)
     command.add_argument("--gradient", action=argparse.BooleanOptionalAction, default=True)
-    command.add_argument("--max-length", type=int, default=160)
-    command.add_argument("--threads", type=int, default=1)
-    command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=measure)
+    add_common(command)
+    command = commands.add_parser("weights")
+    command.add_argument("--num-samples", type=int, default=4)
+    command.set_defaults(run=weights)
+    add_common(command)
     command = commands.add_parser("report")
     command.set_defaults(run=report)
     args = parser.parse_args()
     args.run(args)
+
+
+def add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("models", type=Path)
+    command.add_argument("--drift", nargs="+", default=["late"])
+    command.add_argument("--pairs", type=int, default=128)
+    command.add_argument("--repeats", type=int, default=8)
+    command.add_argument("--max-length", type=int, default=160)
+    command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--seed", type=int, default=0)
 
 
 if __name__ == "__main__":

@@ -73,27 +73,17 @@ def solve_totals(precision_RKL: Tensor, shrink_RL: Tensor, total_RK: Tensor) -> 
     return precision_RKL * (multiplier_RK[:, :, None] - common_RL[:, None])
 
 
-def balanced(draw: MaskDraw, length_R: Tensor) -> Tensor:
+def balanced(draw: MaskDraw, length_R: Tensor, *, signal: float = 1.0) -> Tensor:
     """Best linear unbiased weights: least variance among all that keep the total of every sample.
 
-    Exact for every model and design, because the totals are kept (module docstring). The covariance only
-    decides how much is gained; see SIGNAL and noise_variance.
+    Exact for every model and design, because the totals are kept (module docstring). The assumed covariance
+    only decides how much is gained: the log-ratio of a token is its own mean, of variance `signal`, plus
+    noise of variance 1 at every level. Tables by level, fitted on other pairs, gained 0 to 10 % more.
     """
     base_RKL = dense(draw, length_R, draw.weight_N)
     masked_RKL = (base_RKL > 0).double()
-    fraction_RK = masked_RKL.sum(2) / length_R[:, None]
-    precision_RKL = masked_RKL / noise_variance(fraction_RK)[:, :, None]
-    shrink_RL = 1 / (1 / SIGNAL + precision_RKL.sum(1))
-    return _rows(draw, solve_totals(precision_RKL, shrink_RL, base_RKL.sum(2)))
-
-
-SIGNAL = 1.0
-"""Variance over tokens of what a token's log-ratio keeps from mask to mask, in units of its noise."""
-
-
-def noise_variance(fraction_RK: Tensor) -> Tensor:
-    """Variance of a token's log-ratio around its own mean, by masked fraction of the response."""
-    return torch.ones_like(fraction_RK)
+    shrink_RL = 1 / (1 / signal + masked_RKL.sum(1))
+    return _rows(draw, solve_totals(masked_RKL, shrink_RL, base_RKL.sum(2)))
 
 
 def leave_one_couple_out(draw: MaskDraw, length_R: Tensor, *, shrinkage: float = 2.0) -> Tensor:
