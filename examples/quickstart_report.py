@@ -54,7 +54,6 @@ def table(metrics: Metrics) -> str:
             line("chosen more probable than rejected (ELBO)", percent("elbo/accuracies")),
             line("reward accuracy", rewards("rewards/accuracies", "{:.3f}")),
             line("reward margin (nats x beta)", rewards("rewards/margins", "{:.2f}")),
-            line("   its standard error for one pair, K samples", rewards("score_std", "{:.2f}")),
             line("change of logps/chosen (nats per answer)", rewards("chosen_change", "{:+.2f}")),
         ]
     )
@@ -67,8 +66,9 @@ def say_results(metrics: Metrics) -> None:
     variance = metrics["score_variance"]
     ratio = variance["separate"] / variance["shared"]
     say(
-        f"variance of the score at K={settings['num_samples']}: {variance['shared']:.3f} with masks shared "
-        f"by policy and reference (VRPO), {variance['separate']:.2f} with masks of their own ({ratio:.0f} x)"
+        f"variance of the score at K={settings['num_samples']}: {variance['shared']:.3f} (std "
+        f"{variance['shared'] ** 0.5:.2f}) with masks shared by policy and reference, as in VRPO; "
+        f"{variance['separate']:.2f} with masks of their own ({ratio:.1f} x)"
     )
     rates = ", ".join(f"{TITLES[name]} {metrics[name]['tokens_per_second']:.0f}" for name in TITLES)
     say(f"tokens per second of training: {rates} ({metrics['parameters']:,} parameters)")
@@ -130,7 +130,7 @@ def _draw_curves(axis, metrics: Metrics) -> None:
         axis.plot(steps, values, marker="o", color=COLORS[name], label=TITLES[name])
     axis.set_ylim(-2, 102)
     axis.set_xlabel("steps after SFT")
-    axis.set_ylabel("exact match, most likely answer (%)")
+    axis.set_ylabel("exact match, sampled answers (%)")
     axis.set_title("Accuracy on 200 held-out problems", fontsize=11)
     axis.legend(loc="lower right", frameon=False)
 
