@@ -181,11 +181,11 @@ def print_table(rows: list[dict]) -> None:
         print(f"  {name:26s}{cells}   {first['nll_error']:>9s}  {first['policy_ratio']} {first['note']}")
 
 
-def append(rows: list[dict]) -> None:
-    """Append to results/kernels.csv, with a header if the file is new."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as stream:
+def append(rows: list[dict], output: Path) -> None:
+    """Append to a CSV file, with a header if it is new."""
+    output.parent.mkdir(exist_ok=True)
+    fresh = not output.exists()
+    with output.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, FIELDS)
         if fresh:
             writer.writeheader()
@@ -208,6 +208,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--logits", nargs="+", choices=["random", "peaked"], default=["random"])
     parser.add_argument("--repeats", type=int, default=5 if laptop else 20)
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
     options = parser.parse_args(arguments)
     facts = provenance(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -237,7 +238,7 @@ def _run_case(case: Case, dtype: str, threads: int, options: argparse.Namespace,
         **facts, "threads": threads, "clock": clock_name(case.device, threads), "load": load, "dtype": dtype,
         "N": case.num_rows, "D": case.size, "V": case.num_classes, "logits": case.logits, "seed": case.seed,
     }  # fmt: skip
-    append([{**common, **row} for row in rows])
+    append([{**common, **row} for row in rows], options.output)
 
 
 def _load() -> float:

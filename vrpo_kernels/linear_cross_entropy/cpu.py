@@ -15,7 +15,8 @@ TILE = 512  # vocabulary rows per tile; kLinearCrossEntropyTile in csrc must be 
 LANES = 16  # kept tiles are padded to whole vectors of rows
 GEMMS = ("fp32", "onednn")
 """Matrix multiplications of the C++ backend, both in fp32 (16-bit inputs are upcast tile by tile, which is
-exact): "fp32" is torch.mm (MKL on x86), "onednn" drives oneDNN's micro-kernels on packed panels."""
+exact): "fp32" is torch.mm (MKL on x86), "onednn" drives oneDNN's micro-kernels on packed panels. The first
+obeys torch.set_float32_matmul_precision as torch.mm does: below "highest", nll may lose its fp32 accuracy."""
 _DEFAULT_GEMM = torch.ops.vrpo.linear_cross_entropy_default_gemm() if extension_loaded() else "fp32"
 
 
