@@ -484,7 +484,7 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
     coefficient[n] = known.total[n] == 0 ? 0.0f : static_cast<float>(factor / known.total[n]);
     at_target[n] = static_cast<float>(-factor);
   }
-  const Tensor x = to_plain(hidden);
+  const Tensor x = to_plain(hidden), xt = transposed(gemm, x);
   Tensor dx = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
   Tensor scratch = at::empty({std::min(V, kTile), chunk}, fp32);
   Tensor dw = at::empty({0, 0}, weight.options());
@@ -500,7 +500,7 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
       const int64_t rows = std::min(chunk, N - n0), lanes = round_up(rows, kLanes);
       const Tensor x_chunk = x.narrow(0, n0, rows);
       Tensor z = scratch.narrow(0, 0, classes).narrow(1, 0, rows);
-      multiply(gemm, z, w, transposed(gemm, x_chunk), false);
+      multiply(gemm, z, w, xt.narrow(1, n0, rows), false);
       float* data = z.data_ptr<float>();
       parallel_lanes(lanes, [&](int64_t first, int64_t last) {
         weigh(data, chunk, classes, first, last, shift.data() + n0, coefficient.data() + n0);

@@ -18,22 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_benchmark__tiny_case_writes_gated_rows_with_provenance(tmp_path):
     output = tmp_path / "kernels.csv"
     command = [sys.executable, "-m", "benchmarks", "kernels", "--output", str(output)]
-    command += [
-        "--rows",
-        "20",
-        "--size",
-        "16",
-        "--classes",
-        "300",
-        "--dtypes",
-        "fp32",
-        "--threads",
-        "1",
-        "--repeats",
-        "1",
-        "--providers",
-    ]
-    command += ["vrpo", "torch eager", "quack, sum only"]
+    sizes = {"--rows": "20", "--size": "16", "--classes": "300", "--repeats": "1", "--threads": "1"}
+    command += [word for pair in sizes.items() for word in pair]
+    command += ["--dtypes", "fp32", "--providers", "vrpo", "torch eager", "quack, sum only"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     with output.open() as stream:
