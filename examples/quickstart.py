@@ -60,7 +60,7 @@ class Settings:
     sft_weight: float = 0.05
     curve_every: int = 10  # steps between two points of the learning curves
     evaluation_samples: int = 32  # K of the held-out preference accuracy
-    threads: int = 2  # more would only wait for each other in a model this small
+    threads: int = 1  # of torch; the models are too small to need more
     variance_repeats: int = 16
 
 
