@@ -2,12 +2,14 @@
 
     python benchmarks/bench_variance.py measure /tmp/models/gsm8k --set table2 --pairs 128 --repeats 8
     python benchmarks/bench_variance.py measure /tmp/models/gsm8k --set designs --drift late early
+    python benchmarks/bench_variance.py weights /tmp/models/gsm8k --drift late early --pairs 32 --repeats 20
     python benchmarks/bench_variance.py report
+    python benchmarks/bench_variance.py allocation
 
 `measure` appends the scores of every pair under every fresh draw, and the trace of the gradient's variance at
 the up-projection of block 0 as in the paper, to benchmarks/results/variance_scores.jsonl. `report` turns that
 file into benchmarks/results/variance.csv (ratios to the paper's design at equal forwards, 95 % intervals from
-resampled pairs) and benchmarks/results/variance.png.
+resampled pairs) and benchmarks/results/variance.png. `weights` compares re-weightings of the same draws.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
+from matplotlib import pyplot as plt
 
 from vrpo import data, variance
 from vrpo.batch import MaskDraw, ResponseBatch
@@ -55,6 +58,7 @@ SETS = {
         if name not in ("paper", "balanced", "ratio", "folded", "spaced", "cyclic")
     ]
     + [Scheme("paper", 4, share_levels=True)],
+    "goal": [Scheme(name, 4) for name in ("paper", "balanced", "ratio")],
     "k2": [Scheme(name, 2) for name in ("paper", "folded")],
     "k8": [Scheme(name, 8) for name in ("paper", "balanced", "ratio", "folded")],
     "k16": [Scheme(name, 16) for name in ("paper", "balanced", "ratio")],
@@ -263,67 +267,120 @@ def report(_: argparse.Namespace) -> None:
     for (model, drift), group in sorted(load().items()):
         true_B = variance.true_scores(group)
         for scheme, sampled in group.items():
-            row = {"model": model, "drift": drift} | asdict(scheme)
+            row = {"source": "draws", "model": model, "drift": drift} | asdict(scheme)
             row["pairs"], row["repeats"] = sampled.score_BQ.shape
             for name, estimate in variance.summarise(scheme, group, true_B).items():
-                row[name] = f"{estimate.value:.4g}"
-                row[f"{name}_low"], row[f"{name}_high"] = f"{estimate.low:.4g}", f"{estimate.high:.4g}"
+                put(row, name, estimate)
             rows.append(row)
+    rows += weighting_rows()
     names = list(dict.fromkeys(name for row in rows for name in row))
     with (RESULTS / "variance.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        label = f"{row['model']:<11}{row['drift']:<6}{row['design']:<17}K={row['num_samples']:<3}"
-        label += "" if row["masks_per_level"] == 1 else f"n_yt={row['masks_per_level']} "
-        label += "" if row["shared"] else "unshared "
-        label += "same level " if row["share_levels"] else ""
-        shown = [
-            f"{name} {row[name]}"
-            for name in ("score_variance", "loss_variance", "gradient_variance")
-            if name in row
-        ]
-        shown += [
-            f"{n} {row[n]} [{row[n + '_low']}, {row[n + '_high']}]"
-            for n in ("score_ratio", "loss_ratio", "gradient_ratio")
-            if n in row
-        ]
-        shown += [f"bias {row['loss_bias']} flips {row['sign_flips']} error {row['score_error']}"]
-        print(label, "  ".join(shown))
+        say(row)
     plot(rows)
 
 
-def plot(rows: list[dict]) -> None:
-    from matplotlib import pyplot as plt
+def put(row: dict, name: str, estimate: variance.Estimate) -> None:
+    row[name] = f"{estimate.value:.4g}"
+    row[f"{name}_low"], row[f"{name}_high"] = f"{estimate.low:.4g}", f"{estimate.high:.4g}"
 
-    panels = sorted({(row["model"], row["drift"]) for row in rows})
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
-    for axis, (model, drift) in zip(axes[0], panels, strict=True):
-        for design in DESIGNS:
-            points = sorted(
-                (row["num_samples"], *(float(row[f"score_variance{end}"]) for end in ("", "_low", "_high")))
-                for row in rows
-                if (row["model"], row["drift"], row["design"]) == (model, drift, design)
-                and row["masks_per_level"] == 1
-                and row["shared"]
-                and not row["share_levels"]
-            )
-            if not points:
-                continue
-            num_samples, value, low, high = zip(*points, strict=True)
-            error = [
-                [v - x for v, x in zip(value, low, strict=True)],
-                [x - v for v, x in zip(value, high, strict=True)],
-            ]
-            axis.errorbar(num_samples, value, error, marker="o", ms=3, lw=1, capsize=2, label=design)
-        axis.set(xscale="log", yscale="log", title=f"{model}, {drift} drift", xlabel="forwards per response")
+
+def weighting_rows() -> list[dict]:
+    """The rows of `weights`: the last run of every model, drift and number of forwards."""
+    runs = [json.loads(line) for line in WEIGHTS.read_text().splitlines()] if WEIGHTS.exists() else []
+    latest = {(run["model"], run["drift"], run["num_samples"]): run for run in runs}
+    rows = []
+    for run in latest.values():
+        paper_B = torch.tensor(run["variance"]["paper"])
+        for name, values in run["variance"].items():
+            value_B = torch.tensor(values)
+            row = {"source": "weights", "model": run["model"], "drift": run["drift"], "design": name}
+            row |= asdict(Scheme(name, run["num_samples"]))
+            row |= {"pairs": len(values), "repeats": run["repeats"]}
+            put(row, "score_variance", variance.mean_over_pairs(value_B))
+            if name != "paper":
+                put(row, "score_ratio", variance.mean_over_pairs(value_B, paper_B))
+            rows.append(row)
+    return rows
+
+
+def say(row: dict) -> None:
+    label = (
+        f"{row['source']:<8}{row['model']:<11}{row['drift']:<6}{row['design']:<22}K={row['num_samples']:<3}"
+    )
+    label += "" if row["masks_per_level"] == 1 else f"n_yt={row['masks_per_level']} "
+    label += "" if row["shared"] else "unshared "
+    label += "same level " if row["share_levels"] else ""
+    names = ("score_variance", "loss_variance", "gradient_variance", "loss_bias", "sign_flips", "score_error")
+    told = [f"{name} {row[name]}" for name in names if name in row]
+    names = ("score_ratio", "loss_ratio", "gradient_ratio")
+    told += [f"{n} {row[n]} [{row[n + '_low']}, {row[n + '_high']}]" for n in names if n in row]
+    print(label, "  ".join(told))
+
+
+def plot(rows: list[dict]) -> None:
+    """Score variance against forwards; where both exist, the figures of `weights` replace those of draws."""
+    points: dict = {}
+    for row in sorted(rows, key=lambda row: row["source"]):
+        if (
+            row["masks_per_level"] == 1
+            and row["shared"]
+            and not row["share_levels"]
+            and "," not in row["design"]
+        ):
+            values = [float(row[f"score_variance{end}"]) for end in ("", "_low", "_high")]
+            panel = points.setdefault((row["model"], row["drift"]), {})
+            panel.setdefault(row["design"], {})[row["num_samples"]] = values
+    panels = [key for key in sorted(points) if key[1] != "small"]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.0 * len(panels), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, key in zip(axes[0], panels, strict=True):
+        for design in [name for name in DESIGNS if name in points[key]]:
+            known = sorted(points[key][design].items())
+            number = [number for number, _ in known]
+            value = [v for _, (v, _, _) in known]
+            error = [[v - low for _, (v, low, _) in known], [high - v for _, (v, _, high) in known]]
+            axis.errorbar(number, value, error, marker="o", ms=3, lw=1, capsize=2, label=design)
+        axis.set(xscale="log", yscale="log", title=f"{key[0]}, {key[1]} drift")
+        axis.set_xlabel("forwards per response and model")
         axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-        axis.grid(alpha=0.3, which="both")
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6, ncols=2)
     axes[0][0].set_ylabel("variance of the score")
-    axes[0][-1].legend(fontsize=6, ncols=2)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "variance.png", dpi=130)
+    figure.savefig(RESULTS / "variance.png", dpi=120)
+
+
+def allocation(_: argparse.Namespace) -> None:
+    """Variance of the batch gradient at equal forwards if pairs get unequal K, against the same K for all.
+
+    With G_b the gradient variance of pair b per forward and K_b its forwards, the batch has sum_b G_b / K_b;
+    K_b ~ sqrt(G_b) is best but needs G_b. Rules a trainer could follow know only a first look at the score,
+    here given for free: an honest one would pay for it, since samples that chose K_b may not be used again.
+    """
+    for (model, drift), group in sorted(load().items()):
+        for scheme, sampled in group.items():
+            if scheme.num_samples != 4 or sampled.gradient_B is None or not scheme.shared:
+                continue
+            per_forward_B = sampled.gradient_B * scheme.num_samples
+            score_BQ = sampled.score_BQ[: len(per_forward_B)]
+
+            def relative(share_B: torch.Tensor, per_forward_B=per_forward_B) -> float:
+                return float((per_forward_B / (share_B / share_B.mean())).mean() / per_forward_B.mean())
+
+            looks = [torch.sigmoid(-score_B) for score_B in score_BQ.T]
+            rules = {
+                "sqrt(G), unknowable": relative(per_forward_B.sqrt()),
+                "sigmoid(-s), true s": relative(torch.sigmoid(-score_BQ.mean(1)).clamp(min=0.1)),
+                "sigmoid(-s), one look": sum(relative(x.clamp(min=0.1)) for x in looks) / len(looks),
+                "sigmoid(-s) + 1/2, one look": sum(relative(x + 0.5) for x in looks) / len(looks),
+            }
+            told = "; ".join(f"{name} {value:.2f}" for name, value in rules.items())
+            print(f"{model} {drift} {scheme.design} n_yt={scheme.masks_per_level}: {told}")
 
 
 def main() -> None:
@@ -338,6 +395,8 @@ def main() -> None:
     command.add_argument("--num-samples", type=int, default=4)
     command.set_defaults(run=weights)
     add_common(command)
+    command = commands.add_parser("allocation")
+    command.set_defaults(run=allocation)
     command = commands.add_parser("report")
     command.set_defaults(run=report)
     args = parser.parse_args()
