@@ -232,39 +232,40 @@ def say_weights(row: dict) -> None:
         print(f"    {name:<22}{told.value:.3f} [{told.low:.3f}, {told.high:.3f}]", flush=True)
 
 
-def load() -> dict[tuple[str, str], dict[Scheme, Sampled]]:
-    """(model, drift) -> scheme -> scores; runs with other seeds add repeats, and average gradient traces."""
+def load() -> dict[tuple[str, str, int], dict[Scheme, Sampled]]:
+    """(model, drift, pairs) -> scheme -> scores. Seeds add repeats; of one seed the longest run counts."""
     found: dict = {}
     for line in SCORES.read_text().splitlines():
         row = json.loads(line)
-        group = found.setdefault((row["model"], row["drift"]), {})
-        group.setdefault(Scheme(**row["scheme"]), []).append(row)
-    return {key: {scheme: merge(rows) for scheme, rows in group.items()} for key, group in found.items()}
+        group = found.setdefault((row["model"], row["drift"], len(row["scores"])), {})
+        by_seed = group.setdefault(Scheme(**row["scheme"]), {})
+        known = by_seed.get(row["seed"])
+        if known is None or len(known["scores"][0]) < len(row["scores"][0]):
+            by_seed[row["seed"]] = row
+    return {
+        key: {scheme: merge(list(by_seed.values())) for scheme, by_seed in group.items()}
+        for key, group in found.items()
+    }
 
 
 def merge(rows: list[dict]) -> Sampled:
-    """All repeats of a scheme on the pairs that every run had; variances are averaged over the runs."""
-    num_pairs = min(len(row["scores"]) for row in rows)
-    scores = torch.cat([torch.tensor(row["scores"][:num_pairs]).double() for row in rows], dim=1)
+    """All repeats of a scheme; variances are averaged over the runs that measured them, by repeats."""
+    scores = torch.cat([torch.tensor(row["scores"]).double() for row in rows], dim=1)
 
     def average(name: str) -> torch.Tensor | None:
         known = [row for row in rows if row.get(name)]
         if not known:
             return None
         repeats = torch.tensor([len(row["scores"][0]) for row in known]).double()
-        size = min(len(row[name]) for row in known)
-        values = torch.stack([torch.tensor(row[name][:size]).double() for row in known])
+        values = torch.stack([torch.tensor(row[name]).double() for row in known])
         return (values * repeats[:, None]).sum(0) / repeats.sum()
 
-    iid_variance_B = average("iid_variance")
-    if iid_variance_B is not None:
-        iid_variance_B = iid_variance_B[:num_pairs]
-    return Sampled(scores, average("gradient"), iid_variance_B)
+    return Sampled(scores, average("gradient"), average("iid_variance"))
 
 
-def report(_: argparse.Namespace) -> None:
+def report(args: argparse.Namespace) -> None:
     rows = []
-    for (model, drift), group in sorted(load().items()):
+    for (model, drift, _), group in sorted(load().items()):
         true_B = variance.true_scores(group)
         for scheme, sampled in group.items():
             row = {"source": "draws", "model": model, "drift": drift} | asdict(scheme)
@@ -289,17 +290,23 @@ def put(row: dict, name: str, estimate: variance.Estimate) -> None:
 
 
 def weighting_rows() -> list[dict]:
-    """The rows of `weights`: the last run of every model, drift and number of forwards."""
+    """The rows of `weights`; runs with other seeds are averaged by their repeats."""
     runs = [json.loads(line) for line in WEIGHTS.read_text().splitlines()] if WEIGHTS.exists() else []
-    latest = {(run["model"], run["drift"], run["num_samples"]): run for run in runs}
+    groups: dict = {}
+    for run in runs:
+        groups.setdefault((run["model"], run["drift"], run["num_samples"]), []).append(run)
     rows = []
-    for run in latest.values():
-        paper_B = torch.tensor(run["variance"]["paper"])
-        for name, values in run["variance"].items():
-            value_B = torch.tensor(values)
-            row = {"source": "weights", "model": run["model"], "drift": run["drift"], "design": name}
-            row |= asdict(Scheme(name, run["num_samples"]))
-            row |= {"pairs": len(values), "repeats": run["repeats"]}
+    for (model, drift, num_samples), group in groups.items():
+        repeats = sum(run["repeats"] for run in group)
+        mean = {
+            name: sum(torch.tensor(run["variance"][name]) * run["repeats"] / repeats for run in group)
+            for name in group[0]["variance"]
+        }
+        paper_B = mean["paper"]
+        for name, value_B in mean.items():
+            row = {"source": "weights", "model": model, "drift": drift, "design": name}
+            row |= asdict(Scheme(name, num_samples))
+            row |= {"pairs": len(value_B), "repeats": repeats}
             put(row, "score_variance", variance.mean_over_pairs(value_B))
             if name != "paper":
                 put(row, "score_ratio", variance.mean_over_pairs(value_B, paper_B))
@@ -355,14 +362,14 @@ def plot(rows: list[dict]) -> None:
     figure.savefig(RESULTS / "variance.png", dpi=120)
 
 
-def allocation(_: argparse.Namespace) -> None:
+def allocation(args: argparse.Namespace) -> None:
     """Variance of the batch gradient at equal forwards if pairs get unequal K, against the same K for all.
 
     With G_b the gradient variance of pair b per forward and K_b its forwards, the batch has sum_b G_b / K_b;
     K_b ~ sqrt(G_b) is best but needs G_b. Rules a trainer could follow know only a first look at the score,
     here given for free: an honest one would pay for it, since samples that chose K_b may not be used again.
     """
-    for (model, drift), group in sorted(load().items()):
+    for (model, drift, _), group in sorted(load().items()):
         for scheme, sampled in group.items():
             if scheme.num_samples != 4 or sampled.gradient_B is None or not scheme.shared:
                 continue
