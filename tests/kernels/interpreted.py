@@ -24,6 +24,9 @@ from vrpo_kernels.linear_cross_entropy import (
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 from vrpo_kernels.mask_select import kernel as mask_select_kernel
 from vrpo_kernels.mask_select import reference as mask_select_reference
+from vrpo_kernels.pack_masked import kernel as pack_masked_kernel
+from vrpo_kernels.pack_masked import pack_masked, token_weight_sums
+from vrpo_kernels.pack_masked import reference as pack_masked_reference
 
 # log(0) and 0 / 0 are computed where a vocabulary of one class has no other class, and then not used.
 pytestmark = [
@@ -35,7 +38,7 @@ KEEP, RECOMPUTE = 2**30, 0
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 64 columns, CTA tiles of 32 x 32 x 16, blocks of 64 positions."""
+    """Tiles of 64 columns, CTA tiles of 32 x 32 x 16, blocks of 64 positions and of 16 tokens."""
 
     def tiles(hidden, gemm):
         return replace(
@@ -53,6 +56,8 @@ def small_tiles(monkeypatch):
 
     monkeypatch.setattr(kernel, "_tiles", tiles)
     monkeypatch.setattr(mask_select_kernel, "_BLOCK", 64)
+    monkeypatch.setattr(pack_masked_kernel, "_BLOCK", 16)
+    monkeypatch.setattr(pack_masked_kernel, "_BLOCK_R", 2)
     monkeypatch.setattr(cross_entropy_kernel, "_block", lambda num_classes: 64)
 
 
@@ -269,3 +274,59 @@ def test_mask_select__equal_words_are_ordered_by_position(monkeypatch):
     expected = mask_select_reference.mask_select(*draw)
     testing.assert_bitwise_equal(position_N, expected[0], "position_N")
     assert 394 in position_N[: offsets_S1[1]] and 785 in position_N[offsets_S1[1] :]
+
+
+def _masked_batch(num_samples, prompt_lengths, response_lengths):
+    """(tokens_U, prompt_length_R, response_length_R, position_N, offsets_S1); tokens hold the mask id 3."""
+    generator = torch.Generator().manual_seed(num_samples)
+    prompt, response = torch.tensor(prompt_lengths).long(), torch.tensor(response_lengths).long()
+    tokens_U = torch.randint(5, (int((prompt + response).sum()),), generator=generator)
+    positions = []
+    for length in response.repeat_interleave(num_samples).tolist():
+        share = torch.rand(1, generator=generator)  # from hardly any to nearly all
+        positions.append((torch.rand(length, generator=generator) < share).nonzero()[:, 0])
+    offsets_S1 = torch.tensor([0, *map(len, positions)]).cumsum(0)
+    return tokens_U, prompt, response, torch.cat([*positions, offsets_S1[:0]]), offsets_S1
+
+
+PACKS = [
+    pytest.param(1, [3, 0, 20, 2, 7], [1, 17, 70, 0, 16], id="K1-five_responses"),
+    pytest.param(3, [5, 0, 4, 33], [64, 0, 15, 9], id="K3-four_responses"),
+    pytest.param(5, [0], [40], id="K5-one_response"),
+    pytest.param(2, [], [], id="K2-no_responses"),
+]
+
+
+@pytest.mark.parametrize(("num_samples", "prompt_lengths", "response_lengths"), PACKS)
+def test_pack_masked__bit_identical_to_the_reference(num_samples, prompt_lengths, response_lengths):
+    batch = _masked_batch(num_samples, prompt_lengths, response_lengths)
+    expected = pack_masked_reference.pack_masked(*batch, num_samples, 3)
+    with testing.poisoned_empty():
+        pack = pack_masked(*batch, num_samples=num_samples, mask_token_id=3, backend="triton")
+    for found, wanted, name in zip(pack, expected, pack._fields, strict=True):
+        testing.assert_bitwise_equal(found, wanted, name)
+
+
+@pytest.mark.parametrize(("num_samples", "prompt_lengths", "response_lengths"), PACKS)
+def test_token_weight_sums__bit_identical_to_the_reference(num_samples, prompt_lengths, response_lengths):
+    _, _, response, position_N, offsets_S1 = _masked_batch(num_samples, prompt_lengths, response_lengths)
+    weight_N = testing.wide_range_upstream(len(position_N), torch.Generator().manual_seed(2))
+    draw = (weight_N, position_N, offsets_S1, response)
+    num_tokens = int(response.sum())
+    expected = pack_masked_reference.token_weight_sums(*draw, num_samples, num_tokens)
+    with testing.poisoned_empty():
+        found = token_weight_sums(*draw, num_samples=num_samples, num_tokens=num_tokens, backend="triton")
+    for got, wanted, name in zip(found, expected, ("sum_M", "sum_N"), strict=True):
+        testing.assert_bitwise_equal(got, wanted, name)
+
+
+def test_token_weight_sums__adds_in_sample_order_in_fp64():
+    # In order the 1 is lost to 2**60 and the last weight is kept; from the end, or in pairs, it is lost.
+    weight_N = torch.tensor([2.0**60, 1.0, -(2.0**60), 1.0 + 2.0**-20]).repeat_interleave(2)
+    position_N, offsets_S1 = torch.tensor([0, 1]).repeat(4), torch.arange(0, 9, 2)
+    draw = (weight_N, position_N, offsets_S1, torch.tensor([2]))
+    sum_M, sum_N = token_weight_sums(*draw, num_samples=4, num_tokens=2, backend="triton")
+    testing.assert_bitwise_equal(sum_M, torch.full((2,), 1.0 + 2.0**-20), "sum_M")
+    testing.assert_bitwise_equal(sum_N, sum_M.repeat(4), "sum_N")
+    for other in pack_masked_reference.token_weight_sums(*draw, 4, 2):
+        testing.assert_bitwise_equal(other, torch.full_like(other, 1.0 + 2.0**-20), "reference")

@@ -21,6 +21,8 @@ from vrpo_kernels.linear_cross_entropy import (
 )
 from vrpo_kernels.mask_select import mask_select
 from vrpo_kernels.mask_select import reference as mask_select_reference
+from vrpo_kernels.pack_masked import PackedTokens, pack_masked, token_weight_sums
+from vrpo_kernels.pack_masked import reference as pack_masked_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -363,3 +365,62 @@ def test_mask_select__by_rank_never_waits_for_the_device(no_host_sync):
     found = mask_select(*draw, seed=3, by_rank=True, num_rows=total)
     torch.cuda.set_sync_debug_mode("default")
     testing.assert_bitwise_equal(found[0], expected[0], "position_N")
+
+
+def _masked_batch(num_samples, prompt_lengths, response_lengths):
+    """(tokens_U, prompt_length_R, response_length_R, position_N, offsets_S1); tokens hold the mask id 3."""
+    generator = torch.Generator().manual_seed(num_samples)
+    prompt, response = torch.tensor(prompt_lengths).long(), torch.tensor(response_lengths).long()
+    tokens_U = torch.randint(5, (int((prompt + response).sum()),), generator=generator)
+    length_S = response.repeat_interleave(num_samples)
+    share_S = torch.rand(len(length_S), generator=generator)  # from hardly any to nearly all
+    drawn = torch.rand(int(length_S.sum()), generator=generator) < share_S.repeat_interleave(length_S)
+    starts = (length_S.cumsum(0) - length_S).repeat_interleave(length_S)
+    position_N = (torch.arange(len(drawn)) - starts)[drawn]
+    offsets_S1 = torch.tensor([0, *(int(part.sum()) for part in drawn.split(length_S.tolist()))]).cumsum(0)
+    return tokens_U, prompt, response, position_N, offsets_S1
+
+
+PACKS = [
+    pytest.param(8, [0, 5, 511, 40], [0, 512, 513, 4096], id="K8-four_responses"),
+    pytest.param(3, [7] * 1500, list(range(1500)), id="K3-1500_responses"),
+    pytest.param(1, [10], [300000], id="K1-one_long_response"),
+    pytest.param(2, [], [], id="K2-no_responses"),
+]
+
+
+@pytest.mark.parametrize(("num_samples", "prompt_lengths", "response_lengths"), PACKS)
+def test_pack_masked__bit_identical_to_the_reference_without_host_sync(
+    num_samples, prompt_lengths, response_lengths, no_host_sync
+):
+    batch = _masked_batch(num_samples, prompt_lengths, response_lengths)
+    on_device = [tensor.cuda() for tensor in batch]
+    options = {"num_samples": num_samples, "mask_token_id": 3}
+    pack_masked(*on_device, **options)  # compiles
+    no_host_sync()
+    with testing.poisoned_empty():
+        pack = pack_masked(*on_device, **options)
+    torch.cuda.set_sync_debug_mode("default")
+    expected = pack_masked_reference.pack_masked(*batch, num_samples, 3)
+    for found, wanted, name in zip(pack, expected, PackedTokens._fields, strict=True):
+        testing.assert_bitwise_equal(found.cpu(), wanted, name)
+
+
+@pytest.mark.parametrize(("num_samples", "prompt_lengths", "response_lengths"), PACKS)
+def test_token_weight_sums__bit_identical_to_the_reference_without_host_sync(
+    num_samples, prompt_lengths, response_lengths, no_host_sync
+):
+    _, _, response, position_N, offsets_S1 = _masked_batch(num_samples, prompt_lengths, response_lengths)
+    weight_N = testing.wide_range_upstream(len(position_N), torch.Generator().manual_seed(2))
+    rows = (weight_N, position_N, offsets_S1, response)
+    on_device = [tensor.cuda() for tensor in rows]
+    num_tokens = int(response.sum())
+    options = {"num_samples": num_samples, "num_tokens": num_tokens}
+    token_weight_sums(*on_device, **options)  # compiles
+    no_host_sync()
+    with testing.poisoned_empty():
+        found = token_weight_sums(*on_device, **options)
+    torch.cuda.set_sync_debug_mode("default")
+    expected = pack_masked_reference.token_weight_sums(*rows, num_samples, num_tokens)
+    for got, wanted, name in zip(found, expected, ("sum_M", "sum_N"), strict=True):
+        testing.assert_bitwise_equal(got.cpu(), wanted, name)

@@ -132,7 +132,7 @@ def changed(**change):
         ({"tokens_U": torch.arange(5)}, "tokens_U"),
         ({"prompt_length_R": torch.tensor([-1])}, "must not be negative"),
         ({"tokens_U": torch.zeros(4)}, "tokens_U must be int64"),
-        ({"backend": "triton"}, "no Triton kernel"),
+        ({"backend": "triton"}, "backend 'triton' cannot run because"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -26,6 +26,7 @@ from vrpo_kernels.cross_entropy import kernel as cross_entropy
 from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 from vrpo_kernels.mask_select import kernel as mask_select
+from vrpo_kernels.pack_masked import kernel as pack_masked
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 VECTORS = ("ld.global.v4", "st.global.v4")
@@ -35,6 +36,9 @@ POINTER_TYPES = {
     **dict.fromkeys(("value_ptr", "out_ptr"), "*bf16"),
     **dict.fromkeys(("target_ptr", "row_ptr", "owner_ptr", "length_ptr", "counter_ptr"), "*i64"),
     **dict.fromkeys(("first_ptr", "count_ptr", "offset_ptr", "position_ptr"), "*i64"),
+    **dict.fromkeys(("clean_ptr", "prompt_length_ptr", "response_length_ptr"), "*i64"),
+    **dict.fromkeys(("token_out_ptr", "position_out_ptr"), "*i64"),
+    "cu_seqlens_ptr": "*i32",
 }
 # Sizes and strides that are multiples of 16 for every head we know (D = 4096, V = 126464).
 ALIGNED = {"V", "D", "first_col", "num_cols", "num_rows"}
@@ -142,6 +146,19 @@ CASES = [
         {"num_warps": 8},
         144,
     ),
+    Case(
+        pack_masked._pack_kernel,
+        {"BLOCK": pack_masked._BLOCK, "BLOCK_R": pack_masked._BLOCK_R},
+        {"num_warps": 4},
+        88,
+    ),
+    Case(
+        pack_masked._token_weight_sums_kernel,
+        {"BLOCK": pack_masked._BLOCK, "BLOCK_R": pack_masked._BLOCK_R},
+        {"num_warps": 4},
+        62,
+        types={"value_ptr": "*fp32"},
+    ),
 ]
 
 
@@ -194,7 +211,7 @@ def test_kernel__compiles_without_spills_within_stated_resources(case: Case, arc
 
 
 def test_cases__cover_every_kernel_that_is_launched():
-    modules = (kernel_fold, kernel_gemm, cross_entropy, mask_select)
+    modules = (kernel_fold, kernel_gemm, cross_entropy, mask_select, pack_masked)
     kernels = {
         value.__name__
         for module in modules

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from vrpo_kernels.cross_entropy import kernel as cross_entropy
 from vrpo_kernels.linear_cross_entropy import kernel
 from vrpo_kernels.mask_select import kernel as mask_select
+from vrpo_kernels.pack_masked import kernel as pack_masked
 
 NLL_KERNELS = {
     "_target_logits_kernel",
@@ -115,3 +116,21 @@ def test_mask_select__a_launch_binds_and_compiles_with_the_largest_seed(launches
     draw = (length_S, counter_S3, torch.zeros_like(length_S), length_S // 2, 2**64 - 1)
     mask_select.mask_select(*draw, True, 150)
     assert [name for name, _ in launches] == ["_select_by_rank_kernel"]
+
+
+def test_pack_masked__one_launch_each_binds_and_compiles(launches):
+    lengths, position_N = torch.tensor([4, 7]), torch.tensor([1, 3])
+    offsets_S1 = torch.tensor([0, 1, 1, 1, 2])
+    pack_masked.pack_masked(torch.zeros(22).long(), lengths, lengths, position_N, offsets_S1, 2, 126336)
+    pack_masked.token_weight_sums(torch.ones(2), position_N, offsets_S1, lengths, 2, 11)
+    assert [name for name, _ in launches] == ["_pack_kernel", "_token_weight_sums_kernel"]
+
+
+def test_pack_masked__one_binary_for_all_sizes(launches):
+    for num_samples, mask_token_id in ((1, 0), (3, 126336), (16, 16)):
+        offsets_S1 = torch.zeros(num_samples + 1, dtype=torch.long)
+        length_R, position_N = torch.tensor([16]), torch.zeros(0, dtype=torch.long)
+        batch = (torch.zeros(32).long(), length_R, length_R, position_N, offsets_S1)
+        pack_masked.pack_masked(*batch, num_samples, mask_token_id)
+        pack_masked.token_weight_sums(torch.ones(0), position_N, offsets_S1, length_R, num_samples, 16)
+    assert len(set(launches)) == 2

@@ -29,21 +29,13 @@ class PackedTokens(NamedTuple):
 
 
 def _backend(name: str) -> ModuleType:
-    # Index arithmetic only, so on a device the PyTorch form is used: no kernel of ours would move
-    # fewer bytes through more than a handful of launches.
-    if name == "cpu":
+    if name == "triton":
+        from vrpo_kernels.pack_masked import kernel as module
+    elif name == "cpu":
         from vrpo_kernels.pack_masked import cpu as module
     else:
         from vrpo_kernels.pack_masked import reference as module
     return module
-
-
-def _choose(op: str, device: str, requested: str) -> str:
-    if requested == "auto" and device != "cpu":
-        return "reference"
-    if requested == "triton":
-        raise ValueError(f"{op}: backend 'triton' cannot run because it has no Triton kernel")
-    return choose(op, device=device, dtype=None, requested=requested)
 
 
 def _check_rows(position_N: Tensor, offsets_S1: Tensor, response_length_R: Tensor, num_samples: int) -> None:
@@ -112,7 +104,7 @@ def _pack_masked(
             "num_samples x tokens must stay below 2**31 (cu_seqlens_S1 is int32), got "
             f"{num_samples * tokens_U.shape[0]}"
         )
-    name = _choose("pack_masked", tokens_U.device.type, backend)
+    name = choose("pack_masked", device=tokens_U.device.type, dtype=None, requested=backend)
     return _backend(name).pack_masked(
         tokens_U,
         prompt_length_R,
@@ -172,7 +164,7 @@ def pack_masked(
         offsets_S1: (R * K + 1,) int64, rows of segment s are offsets_S1[s] : offsets_S1[s + 1].
         num_samples: K, corrupted copies per response.
         mask_token_id: the token written at masked positions.
-        backend: "auto", "cpu" or "reference"; on a device "auto" is the PyTorch form.
+        backend: "auto", "triton", "cpu" or "reference". All give the same bits.
     Returns:
         PackedTokens with T = K * U tokens. Sizes follow from shapes, so nothing synchronises.
     Errors:
@@ -222,7 +214,7 @@ def _token_weight_sums(
             "size", "num_tokens", num_tokens, "response_length_R's sum", int(response_length_R.sum())
         )
         _check_row_values(position_N, offsets_S1, response_length_R, num_samples)
-    name = _choose("token_weight_sums", weight_N.device.type, backend)
+    name = choose("token_weight_sums", device=weight_N.device.type, dtype=None, requested=backend)
     return _backend(name).token_weight_sums(
         weight_N, position_N, offsets_S1, response_length_R, num_samples, num_tokens
     )
@@ -255,7 +247,7 @@ def token_weight_sums(
         position_N, offsets_S1, num_samples: as in `pack_masked`.
         response_length_R: (R,) int64.
         num_tokens: M, the sum of response_length_R (given, so that nothing synchronises).
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference".
     Returns:
         sum_M: (M,) fp32, W of every response token, responses back to back; 0 where never masked.
         sum_N: (N,) fp32, the W of each masked row's token.
