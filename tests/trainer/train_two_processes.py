@@ -1,4 +1,4 @@
-"""One process of test_distributed.py: trains a tiny fp64 model for each kind of reference, saves its end on rank 0.
+"""One process of test_distributed.py: trains a tiny fp64 model for each kind of reference, and saves the end.
 
 Run by `python -m torch.distributed.run --nproc_per_node N train_two_processes.py OUT BATCH_SIZE`.
 """
