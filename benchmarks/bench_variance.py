@@ -328,38 +328,71 @@ def say(row: dict) -> None:
     print(label, "  ".join(told))
 
 
+_LINES = {
+    "paper": "black",
+    "folded": "tab:blue",
+    "spaced": "tab:green",
+    "balanced": "tab:red",
+    "ratio": "tab:purple",
+}
+
+
 def plot(rows: list[dict]) -> None:
-    """Score variance against forwards; where both exist, the figures of `weights` replace those of draws."""
-    points: dict = {}
-    for row in sorted(rows, key=lambda row: row["source"]):
-        if (
-            row["masks_per_level"] == 1
-            and row["shared"]
-            and not row["share_levels"]
-            and "," not in row["design"]
-        ):
-            values = [float(row[f"score_variance{end}"]) for end in ("", "_low", "_high")]
-            panel = points.setdefault((row["model"], row["drift"]), {})
-            panel.setdefault(row["design"], {})[row["num_samples"]] = values
-    panels = [key for key in sorted(points) if key[1] != "small"]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.0 * len(panels), 3.8), squeeze=False, layout="constrained"
-    )
-    for axis, key in zip(axes[0], panels, strict=True):
-        for design in [name for name in DESIGNS if name in points[key]]:
-            known = sorted(points[key][design].items())
-            number = [number for number, _ in known]
-            value = [v for _, (v, _, _) in known]
-            error = [[v - low for _, (v, low, _) in known], [high - v for _, (v, _, high) in known]]
-            axis.errorbar(number, value, error, marker="o", ms=3, lw=1, capsize=2, label=design)
-        axis.set(xscale="log", yscale="log", title=f"{key[0]}, {key[1]} drift")
-        axis.set_xlabel("forwards per response and model")
-        axis.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=6, ncols=2)
+    """Above: score variance against forwards. Below: ratio to the paper's design at K = 4, every design.
+
+    Where both exist, the figures of `weights`, which are less noisy, replace those of single draws.
+    """
+    shown = [
+        row
+        for row in sorted(rows, key=lambda row: row["source"])
+        if row["masks_per_level"] == 1
+        and row["shared"]
+        and "," not in row["design"]
+        and row["drift"] != "small"
+    ]
+    panels = sorted({(row["model"], row["drift"]) for row in shown})
+    figure, axes = plt.subplots(2, len(panels), figsize=(3.6 * len(panels), 7.5), layout="constrained")
+    for (above, below), panel in zip(axes.T, panels, strict=True):
+        lines: dict = {}
+        ratios: dict = {}
+        for row in shown:
+            if (row["model"], row["drift"]) != panel:
+                continue
+            name = row["design"] + (" + same level" if row["share_levels"] else "")
+            if row["design"] in _LINES and not row["share_levels"]:
+                lines.setdefault(name, {})[row["num_samples"]] = spread(row, "score_variance")
+            if row["num_samples"] == 4 and "score_ratio" in row:
+                ratios[name] = spread(row, "score_ratio")
+        for name, color in _LINES.items():
+            known = sorted(lines.get(name, {}).items())
+            if known:
+                number, (value, low, high) = [k for k, _ in known], zip(*(v for _, v in known), strict=True)
+                above.errorbar(
+                    number, value, [low, high], marker="o", ms=3, lw=1, capsize=2, color=color, label=name
+                )
+        above.set(xscale="log", yscale="log", title=f"{panel[0]}, {panel[1]} drift")
+        above.set_xlabel("forwards per response and model")
+        above.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        above.minorticks_off()
+        above.legend(fontsize=7)
+        above.grid(alpha=0.3)
+        ordered = sorted(ratios.items(), key=lambda item: -item[1][0])
+        for place, (name, (value, low, high)) in enumerate(ordered):
+            color = _LINES.get(name, "gray")
+            below.errorbar(value, place, xerr=[[low], [high]], marker="o", ms=4, capsize=2, color=color)
+        below.axvline(1, color="black", lw=0.8)
+        below.axvline(0.5, color="black", lw=0.5, ls=":")
+        below.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=7)
+        below.set(xlim=(0, 2), xlabel="score variance / the paper's, K = 4")
+        below.grid(alpha=0.3, axis="x")
     axes[0][0].set_ylabel("variance of the score")
-    figure.savefig(RESULTS / "variance.png", dpi=120)
+    figure.savefig(RESULTS / "variance.png", dpi=110)
+
+
+def spread(row: dict, name: str) -> tuple[float, float, float]:
+    """A value and how far its interval reaches below and above."""
+    value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    return value, value - low, high - value
 
 
 def allocation(args: argparse.Namespace) -> None:

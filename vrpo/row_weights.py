@@ -45,13 +45,6 @@ def _rows(draw: MaskDraw, omega_RKL: Tensor) -> Tensor:
     return omega_RKL.flatten(0, 1)[segment_N, draw.position_N].float()
 
 
-def keep_totals(omega_RKL: Tensor, total_RK: Tensor) -> Tensor:
-    """Scale every sample so that its weights sum to total_RK again: any pattern weights become exact."""
-    sum_RK = omega_RKL.sum(2)
-    scale_RK = total_RK / torch.where(total_RK > 0, sum_RK, 1.0)
-    return omega_RKL * scale_RK[:, :, None]
-
-
 def solve_totals(precision_RKL: Tensor, shrink_RL: Tensor, total_RK: Tensor) -> Tensor:
     """Weights of least variance for given sample totals under a one-factor covariance, (R, K, L).
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from vrpo import data, variance
 from vrpo.batch import ResponseBatch
@@ -120,7 +121,7 @@ def measure(args: VarianceArguments) -> dict[Scheme, Sampled]:
     mask_token_id = args.mask_token_id
     if mask_token_id is None:
         mask_token_id = special_tokens(policy.config, tokenizer).mask
-    batch = _pairs(args, tokenizer, policy.config.vocab_size, mask_token_id)
+    batch = _pairs(args, tokenizer, policy.config.vocab_size)
     found = {}
     for scheme in (bar := tqdm(schemes, desc="Designs", unit="design")):
         bar.set_postfix_str(f"{scheme.design}, {scheme.num_samples} forwards")
@@ -140,7 +141,7 @@ def measure(args: VarianceArguments) -> dict[Scheme, Sampled]:
     return found
 
 
-def _pairs(args: VarianceArguments, tokenizer, vocab_size: int, mask_token_id: int) -> ResponseBatch:
+def _pairs(args: VarianceArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ResponseBatch:
     rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
     rows = rows.select(range(min(args.num_pairs, len(rows))))
     prepared, _ = data.prepare_pairs(
@@ -148,7 +149,6 @@ def _pairs(args: VarianceArguments, tokenizer, vocab_size: int, mask_token_id: i
         tokenizer,
         max_length=args.max_length,
         vocab_size=vocab_size,
-        mask_token_id=mask_token_id,
     )
     data.check_token_budget(prepared, max(args.num_samples), args.max_tokens_per_pack)
     return data.PairCollator()(list(prepared))["responses"]
