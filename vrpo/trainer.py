@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import fsdp2_prepare_model
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -379,7 +380,13 @@ class VRPOTrainer(DiffusionTrainer):
                 "reference is then the model with its adapter switched off), ZeRO-2, or FSDP"
             )
         if self.is_fsdp_enabled:
-            return self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            if not self.accelerator.is_fsdp2:
+                raise ValueError(
+                    "a second model as reference is not supported under FSDP1: set version 2 in fsdp_config, "
+                    "or use peft_config (the reference is then the model with its adapter switched off)"
+                )
+            # accelerator.prepare_model would leave it whole, and accelerator.prepare wants an optimizer.
+            return fsdp2_prepare_model(self.accelerator, ref_model)
         return ref_model.to(self.args.device)
 
     def _check_same_precision(self, ref_model: nn.Module) -> None:

@@ -196,6 +196,29 @@ class MaskedDiffusionOutput(ModelOutput):
     logits: Tensor | None = None
 
 
+class MaskedDiffusionHead(nn.Linear):
+    """The head (V, D): logits, or the NLL of targets without logits.
+
+    A module call and not a look at `.weight` from outside, because wrappers act on calls: accelerate makes
+    the head an FSDP2 unit of its own, whose weight exists only while it runs, and PEFT's modules_to_save
+    puts a copy in its place.
+    """
+
+    @classmethod
+    def around(cls, weight: nn.Parameter) -> "MaskedDiffusionHead":
+        """A head that uses this very parameter: no copy, and nothing drawn from the random generators."""
+        num_classes, hidden_size = weight.shape
+        head = cls(hidden_size, num_classes, bias=False, device="meta")
+        head.weight = weight
+        return head
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, backend: str = "auto") -> Tensor:
+        """Logits (..., V) of hidden (..., D), or NLLs (N,) fp32 of hidden (N, D) and targets (N,) int64."""
+        if targets is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight, targets, backend=backend)
+
+
 class LLaDAForMaskedDiffusion(LlamaForCausalLM):
     """LLaDA: p(token at i | all tokens, some of them masked), for every position i at once."""
 
@@ -208,7 +231,12 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
                 "with a causal mask"
             )
         super().__init__(config)
+        self.set_output_embeddings(self.lm_head)
         self.register_load_state_dict_pre_hook(_accept_checkpoint_names)
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Makes the weight of this layer the head; resize_token_embeddings comes here too."""
+        self.lm_head = MaskedDiffusionHead.around(new_embeddings.weight)
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: the inherited left-to-right decoding would run and be wrong."""
@@ -233,7 +261,7 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
 
             nll_n = -log softmax(head hidden_{rows[n]})[targets[n]]
 
-        The head is used in here, so DDP, FSDP and ZeRO see every parameter; call the *wrapped*
+        The head runs in here, so DDP, FSDP and ZeRO see every parameter; call the *wrapped*
         model. With `rows`, only N rows meet the head and no (B, L, V) tensor exists.
 
         Args:
@@ -277,8 +305,12 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         hidden_ND = gather_rows(hidden_BLD.flatten(0, 1), rows)
         if targets is None:
             return MaskedDiffusionOutput(logits=self.lm_head(hidden_ND))
-        head_VD = _head_weight(self.lm_head)
-        return MaskedDiffusionOutput(nll=linear_cross_entropy(hidden_ND, head_VD, targets, backend=backend))
+        if hasattr(self.lm_head, "base_layer"):
+            raise ValueError(
+                "an adapter on lm_head would be bypassed by the fused loss: leave lm_head out of "
+                "target_modules, or train it whole with modules_to_save=['lm_head']"
+            )
+        return MaskedDiffusionOutput(nll=self.lm_head(hidden_ND, targets, backend=backend))
 
     def _segments(self, attention_mask, cu_q, cu_k, max_q, max_k) -> Segments | None:
         """Boundaries of a pack, after the checks that keep segments apart; None if padded."""
@@ -297,13 +329,3 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
                 "model.set_attn_implementation('vrpo')"
             )
         return Segments(cu_q, max_q)
-
-
-def _head_weight(lm_head: nn.Module) -> Tensor:
-    """The head's (V, D) matrix, looked up on each call because FSDP and PEFT replace it."""
-    if hasattr(lm_head, "base_layer"):
-        raise ValueError(
-            "an adapter on lm_head would be bypassed by the fused loss: leave lm_head out of "
-            "target_modules, or train it whole with modules_to_save=['lm_head']"
-        )
-    return lm_head.weight
