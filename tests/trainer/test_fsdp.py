@@ -1,4 +1,4 @@
-"""FSDP2: a model entered through its wrapper gives the bits of the whole model; a sharded head is refused."""
+"""FSDP2: a sharded model gives the bits of the whole one, a sharded trainer ends where DDP ends."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 
@@ -47,3 +48,35 @@ def test_linear_cross_entropy__refuses_a_sharded_head_and_takes_the_gathered_one
     assert "full_tensor()" in head["message"]
     assert torch.equal(*head["nll"])
     assert torch.equal(*head["gradients"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict]:
+    output_dir = tmp_path_factory.mktemp("trained")
+    run_two_processes("train_sharded.py", output_dir)
+    return output_dir, torch.load(output_dir / "trained.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["frozen", "adapter"])
+def test_train__sharded_equals_ddp(reference, trained):
+    output_dir, ends = trained
+    whole, sharded = ends[reference]["whole"], ends[reference]["sharded"]
+    # accelerate keeps the last norm and the head gathered until a backward pass reaches them.
+    kept = [name for name in sharded["whole_weights"] if not name.endswith(("norm.weight", "lm_head.weight"))]
+    assert not kept and not any(".layers." in name for name in sharded["whole_weights"])
+    assert set(whole["weights"]) == set(sharded["weights"])
+    for name, weight in whole["weights"].items():
+        torch.testing.assert_close(sharded["weights"][name], weight, rtol=1e-9, atol=1e-12, msg=name)
+    for expected, found in zip(whole["log"], sharded["log"], strict=True):
+        for key in (key for key in expected if not key.endswith(("runtime", "per_second"))):
+            assert found[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-9), key
+    assert sharded["log"][0]["rewards/margins"] == 0.0  # policy and reference are the same, bit for bit
+
+    name = "model.safetensors" if reference == "frozen" else "adapter_model.safetensors"
+    saved = [
+        load_file(output_dir / f"{reference}-{kind}" / name) for kind in ("VRPOTrainer", "ShardedTrainer")
+    ]
+    assert set(saved[0]) == set(saved[1])
+    for name, weight in saved[0].items():
+        torch.testing.assert_close(saved[1][name], weight, rtol=1e-9, atol=1e-12, msg=name)
