@@ -445,6 +445,18 @@ def test_lora__switched_off_equals_the_base_model_bitwise(scored_pack):
         assert torch.equal(adapted(**inputs, **scored).nll, base)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied_head"])
+def test_resize_token_embeddings__keeps_the_fused_head(scored_pack, tied):
+    inputs, scored = scored_pack
+    model = tiny_model(weight_tying=tied)
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    logits = model(**inputs, rows=scored["rows"]).logits
+    assert logits.shape[1] == VOCAB + 6
+    expected = F.cross_entropy(logits, scored["targets"], reduction="none")
+    torch.testing.assert_close(model(**inputs, **scored).nll.double(), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_lora__a_fully_trained_head_gets_a_gradient(scored_pack):
     pytest.importorskip("peft")
     inputs, scored = scored_pack
