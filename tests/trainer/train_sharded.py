@@ -52,7 +52,9 @@ def train(trainer_class: type[VRPOTrainer], output_dir: str, reference: str) -> 
         args=VRPOConfig(
             output_dir=output_dir,
             per_device_train_batch_size=2,
-            num_train_epochs=1,
+            gradient_accumulation_steps=1,
+            num_train_epochs=2,
+            eval_strategy="epoch",  # between steps: what an evaluation leaves gathered must not go stale
             num_samples=2,
             max_tokens_per_pack=110,
             learning_rate=1e-2,
