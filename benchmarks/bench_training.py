@@ -1,6 +1,6 @@
 """Does a design with less variance train better? Same model, pairs, K and steps; only mask_design differs.
 
-    python benchmarks/bench_training.py /tmp/models/arithmetic --designs paper balanced ratio --seeds 1
+    python benchmarks/bench_training.py runs/variance/arithmetic --designs paper balanced ratio --seeds 1
 
 Needs a model directory of benchmarks/variance_models.py. Scores the held-out pairs with 16 forwards of the
 design `balanced`, the same masks for all, and appends rows to benchmarks/results/variance_training.jsonl.

@@ -1,8 +1,8 @@
 """Variance of score, loss and gradient under the mask designs, on models of benchmarks/variance_models.py.
 
-    python benchmarks/bench_variance.py measure /tmp/models/gsm8k --set table2 --pairs 128 --repeats 8
-    python benchmarks/bench_variance.py measure /tmp/models/gsm8k --set designs --drift late early
-    python benchmarks/bench_variance.py weights /tmp/models/gsm8k --drift late early --pairs 32 --repeats 20
+    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set table2 --pairs 128 --repeats 8
+    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set designs --drift late early
+    python benchmarks/bench_variance.py weights runs/variance/gsm8k --drift late early --pairs 32 --repeats 20
     python benchmarks/bench_variance.py report
     python benchmarks/bench_variance.py allocation
 

@@ -1,7 +1,7 @@
 """Train the small models on which the estimators are compared: a reference and policies at three drifts.
 
-    python benchmarks/variance_models.py gsm8k --data ../shared/data/gsm8k --out /tmp/models/gsm8k
-    python benchmarks/variance_models.py arithmetic --out /tmp/models/arithmetic
+    python benchmarks/variance_models.py gsm8k --data ../shared/data/gsm8k --out runs/variance/gsm8k
+    python benchmarks/variance_models.py arithmetic --out runs/variance/arithmetic
 
 Writes <out>/reference (masked-diffusion SFT), <out>/small, <out>/early and <out>/late (VRPO checkpoints),
 <out>/pairs.jsonl (held-out pairs) and <out>/training.json (what was done, and how long it took).
