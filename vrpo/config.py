@@ -35,8 +35,9 @@ class DiffusionConfig(TrainingArguments):
         default="paper",
         metadata=_help(
             "How levels and masks are drawn: a name of vrpo.designs.DESIGNS. 'paper' is the l-form of LLaDA "
-            "1.5 with independent levels; 'balanced', with 4 or more samples, has about half its variance "
-            "and no bias; 'ratio' has less still and a small bias; `vrpo variance` measures them."
+            "1.5 with independent levels. Recommended with 4 or more samples: 'balanced', about half its "
+            "variance and no bias (vrpo/score_std is then not logged, its samples are not independent); "
+            "'ratio' has less still and a small bias. `vrpo variance` measures them on your own model."
         ),
     )
     share_levels: bool = field(
