@@ -321,7 +321,7 @@ def say(row: dict) -> None:
     label += "" if row["masks_per_level"] == 1 else f"n_yt={row['masks_per_level']} "
     label += "" if row["shared"] else "unshared "
     label += "same level " if row["share_levels"] else ""
-    names = ("score_variance", "loss_variance", "gradient_variance", "loss_bias", "sign_flips", "score_error")
+    names = ("score_variance", "loss_variance", "gradient_variance", "loss_bias", "sign_flips", "score_bias")
     told = [f"{name} {row[name]}" for name in names if name in row]
     names = ("score_ratio", "loss_ratio", "gradient_ratio")
     told += [f"{n} {row[n]} [{row[n + '_low']}, {row[n + '_high']}]" for n in names if n in row]

@@ -1,16 +1,21 @@
 """Train the small models on which the estimators are compared: a reference and policies at three drifts.
 
-    python benchmarks/variance_models.py gsm8k --data ../shared/data/gsm8k --out runs/variance/gsm8k
     python benchmarks/variance_models.py arithmetic --out runs/variance/arithmetic
+    python benchmarks/variance_models.py gsm8k --out runs/variance/gsm8k --data ../shared/data/gsm8k
+    python benchmarks/variance_models.py gsm8k-long --data ../shared/data/gsm8k --out runs/variance/gsm8k-long \
+        --start runs/variance/gsm8k/reference
 
 Writes <out>/reference (masked-diffusion SFT), <out>/small, <out>/early and <out>/late (VRPO checkpoints),
 <out>/pairs.jsonl (held-out pairs) and <out>/training.json (what was done, and how long it took).
-`--stage sft` and `--stage vrpo` run the two halves one at a time.
+`--stage sft` and `--stage vrpo` run the two halves one at a time. Lengths of training are steps, so that
+another machine makes the same models.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -58,23 +63,46 @@ def arithmetic(_: Path) -> tuple[Dataset, Dataset, Dataset]:
     return tuple(map(Dataset.from_list, (completions, rows[10_000:11_600], rows[11_600:11_800])))
 
 
+def gsm8k_long(data: Path) -> tuple[Dataset, Dataset, Dataset]:
+    """Five GSM8K problems in one prompt, their five solutions in one response: 500 tokens and more."""
+
+    def join(rows: Dataset) -> Dataset:
+        starts = range(0, len(rows) - 4, 5)
+        return Dataset.from_list(
+            [{name: "\n\n".join(rows[i : i + 5][name]) for name in rows.column_names} for i in starts]
+        )
+
+    return tuple(join(rows) for rows in gsm8k(data))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and sizes of a model. batch_size counts rows of SFT; VRPO always takes 8 pairs a step."""
+
+    rows: Callable[[Path], tuple[Dataset, Dataset, Dataset]]
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    mlp_hidden_size: int
+    max_length: int
+    batch_size: int
+    sft_steps: int
+    vrpo_steps: int
+
+    def new_model(self) -> NewModel:
+        names = ("vocab_size", "d_model", "n_layers", "mlp_hidden_size")
+        return NewModel(n_heads=4, **{name: getattr(self, name) for name in names})
+
+
 TASKS = {
-    "gsm8k": (gsm8k, dict(vocab_size=1024, d_model=160, n_layers=2, n_heads=4, mlp_hidden_size=432)),
-    "arithmetic": (arithmetic, dict(vocab_size=300, d_model=96, n_layers=3, n_heads=4, mlp_hidden_size=256)),
+    "arithmetic": Task(
+        arithmetic, 300, 96, 3, 256, max_length=160, batch_size=8, sft_steps=4000, vrpo_steps=100
+    ),
+    "gsm8k": Task(gsm8k, 1024, 160, 2, 432, max_length=160, batch_size=8, sft_steps=2000, vrpo_steps=75),
+    "gsm8k-long": Task(
+        gsm8k_long, 1024, 160, 2, 432, max_length=1024, batch_size=4, sft_steps=400, vrpo_steps=40
+    ),
 }
-
-
-class StopAfter(TrainerCallback):
-    """Ends training after so many seconds, so that a run fits its time slot."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.deadline = time.monotonic() + self.seconds
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = time.monotonic() > self.deadline
 
 
 class SaveAt(TrainerCallback):
@@ -104,38 +132,37 @@ def common(out: Path, max_length: int) -> dict:
     )
 
 
-def train_reference(
-    task: str, data: Path, out: Path, seconds: float, max_length: int, start: Path | None
-) -> dict:
-    rows, sizes = TASKS[task]
-    completions, _, held_out = rows(data)
-    if start is None:
+def train_reference(args: argparse.Namespace) -> dict:
+    task = TASKS[args.task]
+    completions, _, held_out = task.rows(args.data)
+    if args.start is None:
         texts = [text for row in completions for text in (row["prompt"], row["completion"])]
-        tokenizer = train_tokenizer(texts, sizes["vocab_size"])
-        model = build_model(NewModel(**sizes), tokenizer, max_length=max_length, seed=1)
+        tokenizer = train_tokenizer(texts, task.vocab_size)
+        model = build_model(task.new_model(), tokenizer, max_length=task.max_length, seed=1)
     else:
-        model, tokenizer = load_model(str(start)), load_tokenizer(str(start))
+        model, tokenizer = load_model(str(args.start)), load_tokenizer(str(args.start))
     started = time.monotonic()
     trainer = DiffusionSFTTrainer(
         model,
         DiffusionSFTConfig(
-            **common(out, max_length),
+            **common(args.out, task.max_length),
             mask_design="coupled",
             num_samples=2,
-            per_device_train_batch_size=8,
+            per_device_train_batch_size=task.batch_size,
             learning_rate=2e-3,
             lr_scheduler_type="constant_with_warmup",
-            max_steps=10**6,
+            max_steps=args.sft_steps or task.sft_steps,
         ),
         train_dataset=completions,
         processing_class=tokenizer,
-        callbacks=[StopAfter(seconds)],
     )
     trainer.train()
-    trainer.model.save_pretrained(out / "reference")
-    tokenizer.save_pretrained(out / "reference")
-    held_out.to_json(out / "pairs.jsonl")
+    trainer.model.save_pretrained(args.out / "reference")
+    tokenizer.save_pretrained(args.out / "reference")
+    held_out.to_json(args.out / "pairs.jsonl")
     return {
+        "max_length": task.max_length,
+        "sft_start": args.start and str(args.start),
         "sft_steps": trainer.state.global_step,
         "sft_seconds": round(time.monotonic() - started),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -143,14 +170,15 @@ def train_reference(
     }
 
 
-def train_policies(task: str, data: Path, out: Path, steps: int, max_length: int, **config) -> dict:
-    rows, _ = TASKS[task]
-    _, pairs, _ = rows(data)
+def train_policies(args: argparse.Namespace) -> dict:
+    task, out = TASKS[args.task], args.out
+    steps = args.steps or task.vrpo_steps
+    _, pairs, _ = task.rows(args.data)
     started = time.monotonic()
     trainer = VRPOTrainer(
         load_model(str(out / "reference")),
         args=VRPOConfig(
-            **common(out, max_length),
+            **common(out, task.max_length),
             mask_design="paper",
             num_samples=2,
             per_device_train_batch_size=8,
@@ -158,7 +186,6 @@ def train_policies(task: str, data: Path, out: Path, steps: int, max_length: int
             learning_rate=5e-4,
             lr_scheduler_type="constant_with_warmup",
             max_steps=steps,
-            **config,
         ),
         train_dataset=pairs,
         processing_class=load_tokenizer(str(out / "reference")),
@@ -178,19 +205,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=("sft", "vrpo", "both"), default="both")
-    parser.add_argument("--seconds", type=float, default=240.0, help="time of the SFT stage")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from in the SFT stage")
-    parser.add_argument("--steps", type=int, default=100, help="VRPO steps")
-    parser.add_argument("--max-length", type=int, default=160)
+    parser.add_argument("--sft-steps", type=int, help="unset: the task's")
+    parser.add_argument("--steps", type=int, help="VRPO steps; unset: the task's")
     args = parser.parse_args()
     set_seed(1)
     args.out.mkdir(parents=True, exist_ok=True)
     log_file = args.out / "training.json"
     log = json.loads(log_file.read_text()) if log_file.exists() else {}
     if args.stage in ("sft", "both"):
-        log |= train_reference(args.task, args.data, args.out, args.seconds, args.max_length, args.start)
+        log |= train_reference(args)
     if args.stage in ("vrpo", "both"):
-        log |= train_policies(args.task, args.data, args.out, args.steps, args.max_length)
+        log |= train_policies(args)
     log_file.write_text(json.dumps(log, indent=1))
     print(json.dumps({key: value for key, value in log.items() if key != "vrpo_log"}, indent=1))
 

@@ -6,7 +6,7 @@ draws, per pair; confidence intervals come from resampling pairs, which are what
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -18,6 +18,7 @@ from vrpo.batch import MaskDraw, PackedBatch, ResponseBatch
 from vrpo.designs import DESIGNS
 from vrpo.elbo import elbo
 from vrpo.packing import pack
+from vrpo.row_weights import balanced
 from vrpo.step import split_by_tokens
 
 _REFERENCE_EPOCHS = 2**31
@@ -59,11 +60,24 @@ class Sampled:
         the probed layer; None if none was probed.
     iid_variance_B: variance of the score from the spread of all Q*K samples where these are independent and
         identically distributed, which is far less noisy than that of Q scores; None elsewhere.
+    bias_BQ: for a biased design that re-weights the rows of an unbiased one: its score minus the score that
+        the same masks have under exactly unbiased weights. The mean over draws is the bias of the design, with
+        far less noise than a difference of independent means; None elsewhere.
     """
 
     score_BQ: Tensor
     gradient_B: Tensor | None
     iid_variance_B: Tensor | None = None
+    bias_BQ: Tensor | None = None
+
+
+def unbiased_twin(design: str) -> str | None:
+    """The design that draws the same masks as a biased one and weighs them without bias; None if none does."""
+    known = DESIGNS[design]
+    if known.unbiased or known.row_weights is None:
+        return None
+    twins = (name for name, twin in DESIGNS.items() if twin.levels is known.levels and twin.unbiased)
+    return max(twins, key=lambda name: DESIGNS[name].row_weights is balanced)
 
 
 class _Probe:
@@ -123,9 +137,10 @@ def sample(
     """
     grad = _Probe(probe) if probe is not None else None
     is_iid = DESIGNS[scheme.design].iid and scheme.masks_per_level == 1
-    scores, samples, sum_B, square_B = [], [], None, []
+    twin = unbiased_twin(scheme.design) if scheme.shared else None
+    scores, samples, biases, sum_B, square_B = [], [], [], None, []
     for repeat in range(num_repeats):
-        score_parts, sample_parts, gradients = [], [], []
+        score_parts, sample_parts, bias_parts, gradients = [], [], [], []
         for part in split_by_tokens(batch, scheme.num_samples, max_tokens_per_pack):
             packed = pack(part, scheme.draw(part, seed, repeat), mask_token_id).to(device)
             other = packed
@@ -133,12 +148,20 @@ def sample(
                 drawn = scheme.draw(part, seed, _REFERENCE_EPOCHS + repeat)
                 other = pack(part, drawn, mask_token_id).to(device)
             with torch.no_grad():
-                reference_RK = _elbo(reference, other)
+                reference_N = _nll(reference, other)
             with contextlib.nullcontext() if grad else torch.no_grad():
                 with grad.attached() if grad else contextlib.nullcontext():
-                    policy_RK = _elbo(policy, packed)
+                    policy_N = _nll(policy, packed)
+                policy_RK, reference_RK = elbo(policy_N, packed), elbo(reference_N, other)
                 score_B = preference.preference_score(policy_RK, reference_RK, beta)
                 score_parts.append(score_B.detach().double().cpu())
+            if twin is not None:
+                exact = replace(scheme, design=twin).draw(part, seed, repeat).weight_N.to(device)
+                exact = replace(packed, weight_N=exact)
+                exact_B = preference.preference_score(
+                    elbo(policy_N.detach(), exact), elbo(reference_N, exact), beta
+                )
+                bias_parts.append(score_parts[-1] - exact_B.double().cpu())
             if is_iid:
                 singles = tuple(range(scheme.num_samples))
                 score_BK = preference.replicate_scores(policy_RK, reference_RK, beta, singles)
@@ -151,6 +174,8 @@ def sample(
         scores.append(torch.cat(score_parts))
         if is_iid:
             samples.append(torch.cat(sample_parts))
+        if twin is not None:
+            biases.append(torch.cat(bias_parts))
         if grad:
             gradient_BG = torch.stack(gradients).double()
             sum_B = gradient_BG if sum_B is None else sum_B + gradient_BG
@@ -162,11 +187,12 @@ def sample(
             num_repeats - 1
         )
     iid_variance_B = torch.cat(samples, dim=1).var(dim=1) / scheme.num_samples if is_iid else None
-    return Sampled(torch.stack(scores, dim=1), gradient_B, iid_variance_B)
+    bias_BQ = torch.stack(biases, dim=1) if biases else None
+    return Sampled(torch.stack(scores, dim=1), gradient_B, iid_variance_B, bias_BQ)
 
 
-def _elbo(model: nn.Module, packed: PackedBatch) -> Tensor:
-    return elbo(model(**packed.model_inputs()).nll, packed)
+def _nll(model: nn.Module, packed: PackedBatch) -> Tensor:
+    return model(**packed.model_inputs()).nll
 
 
 @dataclass(frozen=True)
@@ -212,8 +238,13 @@ def sign_flips(sampled: Sampled, true_score_B: Tensor) -> Tensor:
     return (sampled.score_BQ.sign() != true_score_B.sign()[:, None]).double().mean(1)
 
 
-def score_error(sampled: Sampled, true_score_B: Tensor) -> Tensor:
-    """Mean score minus the true one, (B,): noise of the repeats, plus the bias of a biased design."""
+def score_bias(sampled: Sampled, true_score_B: Tensor) -> Tensor:
+    """Mean score minus the true one, (B,): the bias of a biased design, else noise of the repeats.
+
+    Measured on the same masks where the design has an unbiased twin (Sampled.bias_BQ).
+    """
+    if sampled.bias_BQ is not None:
+        return sampled.bias_BQ.mean(1)
     return sampled.score_BQ.mean(1) - true_score_B
 
 
@@ -234,7 +265,7 @@ def summarise(scheme: Scheme, found: Mapping[Scheme, Sampled], true_score_B: Ten
     """Every figure of a scheme, and its ratio to the paper's design at equal forwards where both are known.
 
     score_variance, loss_variance, gradient_variance (squared norm), loss_bias (nats), sign_flips (a share),
-    score_error; score_ratio, loss_ratio, gradient_ratio. Pairs that only one of two schemes has are left out
+    score_bias; score_ratio, loss_ratio, gradient_ratio. Pairs that only one of two schemes has are left out
     of their ratio.
     """
     sampled = found[scheme]
@@ -245,7 +276,7 @@ def summarise(scheme: Scheme, found: Mapping[Scheme, Sampled], true_score_B: Ten
     told = {f"{name}_variance": mean_over_pairs(value_B) for name, value_B in measured.items()}
     told["loss_bias"] = mean_over_pairs(loss_bias(sampled, true_score_B))
     told["sign_flips"] = mean_over_pairs(sign_flips(sampled, true_score_B))
-    told["score_error"] = mean_over_pairs(score_error(sampled, true_score_B))
+    told["score_bias"] = mean_over_pairs(score_bias(sampled, true_score_B))
     paper = found.get(Scheme("paper", scheme.num_samples))
     if paper is None or paper is sampled:
         return told
