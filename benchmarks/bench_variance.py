@@ -1,7 +1,8 @@
 """Variance of score, loss and gradient under the mask designs, on models of benchmarks/variance_models.py.
 
     python benchmarks/bench_variance.py measure runs/variance/gsm8k --set table2 --pairs 128 --repeats 8
-    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set designs --drift late early
+    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set goal --pairs 128 --repeats 20
+    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set designs k2 k8 --pairs 64 --repeats 8
     python benchmarks/bench_variance.py weights runs/variance/gsm8k --drift late early --pairs 32 --repeats 20
     python benchmarks/bench_variance.py report
     python benchmarks/bench_variance.py allocation
@@ -49,19 +50,25 @@ TABLE2 = [
     Scheme("paper", 4, masks_per_level=2),
     Scheme("paper", 4, shared=False),
 ]
+# "positions": both sides of a pair read the same random words. The default of VRPOConfig is the last of "k8".
+GOAL = [
+    Scheme(design, 4, pair_masks=pair_masks)
+    for pair_masks in ("independent", "positions")
+    for design in ("paper", "balanced", "ratio")
+]
 SETS = {
     "table2": TABLE2,
-    "headline": [Scheme(name, 4) for name in ("paper", "balanced", "ratio", "folded", "spaced")],
-    "designs": [
-        Scheme(name, 4)
-        for name in DESIGNS
-        if name not in ("paper", "balanced", "ratio", "folded", "spaced", "cyclic")
-    ]
-    + [Scheme("paper", 4, share_levels=True)],
-    "goal": [Scheme(name, 4) for name in ("paper", "balanced", "ratio")],
-    "k2": [Scheme(name, 2) for name in ("paper", "folded")],
-    "k8": [Scheme(name, 8) for name in ("paper", "balanced", "ratio", "folded")],
-    "k16": [Scheme(name, 16) for name in ("paper", "balanced", "ratio")],
+    "goal": GOAL,
+    "designs": [Scheme(name, 4) for name in DESIGNS if name not in ("paper", "balanced", "ratio", "cyclic")]
+    + [Scheme(name, 4, pair_masks="levels") for name in ("paper", "balanced")],
+    "k2": [Scheme("paper", 2), Scheme("balanced", 2, pair_masks="positions")],
+    "k8": [
+        Scheme("paper", 8),
+        Scheme("balanced", 8),
+        Scheme("ratio", 8),
+        Scheme("balanced", 8, pair_masks="positions"),
+        Scheme("balanced", 8, num_replicates=2, pair_masks="positions"),
+    ],
 }
 
 
@@ -69,13 +76,14 @@ def load_pairs(args: argparse.Namespace) -> tuple[torch.nn.Module, ResponseBatch
     """The reference model and the first held-out pairs."""
     reference = load_model(str(args.models / "reference")).eval()
     tokenizer = load_tokenizer(str(args.models / "reference"))
+    max_length = json.loads((args.models / "training.json").read_text())["max_length"]
     rows = load_dataset("json", data_files=str(args.models / "pairs.jsonl"), split="train")
     rows = rows.select(range(min(args.pairs, len(rows))))
     prepared, _ = data.prepare_pairs(
         rows,
         tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_length // 4,
+        max_length=max_length,
+        max_prompt_length=max_length // 4,
         vocab_size=reference.config.vocab_size,
     )
     return reference, data.PairCollator()(list(prepared))["responses"]
@@ -137,6 +145,7 @@ def write(args: argparse.Namespace, drift: str, scheme: Scheme, sampled: Sampled
         "scores": [short(score_Q) for score_Q in sampled.score_BQ],
         "gradient": None if sampled.gradient_B is None else short(sampled.gradient_B),
         "iid_variance": None if sampled.iid_variance_B is None else short(sampled.iid_variance_B),
+        "bias": None if sampled.bias_BQ is None else short(sampled.bias_BQ.mean(1)),
     }
     RESULTS.mkdir(exist_ok=True)
     with SCORES.open("a") as file:
@@ -260,7 +269,10 @@ def merge(rows: list[dict]) -> Sampled:
         values = torch.stack([torch.tensor(row[name]).double() for row in known])
         return (values * repeats[:, None]).sum(0) / repeats.sum()
 
-    return Sampled(scores, average("gradient"), average("iid_variance"))
+    bias_B = average("bias")
+    return Sampled(
+        scores, average("gradient"), average("iid_variance"), None if bias_B is None else bias_B[:, None]
+    )
 
 
 def report(args: argparse.Namespace) -> None:
@@ -448,7 +460,6 @@ def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--drift", nargs="+", default=["late"])
     command.add_argument("--pairs", type=int, default=128)
     command.add_argument("--repeats", type=int, default=8)
-    command.add_argument("--max-length", type=int, default=160)
     command.add_argument("--threads", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
 

@@ -1,12 +1,13 @@
 """Train the small models on which the estimators are compared: a reference and policies at three drifts.
 
     python benchmarks/variance_models.py arithmetic --out runs/variance/arithmetic
-    python benchmarks/variance_models.py gsm8k --out runs/variance/gsm8k --data ../shared/data/gsm8k
-    python benchmarks/variance_models.py gsm8k-long --data ../shared/data/gsm8k --out runs/variance/gsm8k-long \
+    python benchmarks/variance_models.py gsm8k --out runs/variance/gsm8k
+    python benchmarks/variance_models.py gsm8k-long --out runs/variance/gsm8k-long \
         --start runs/variance/gsm8k/reference
 
-Writes <out>/reference (masked-diffusion SFT), <out>/small, <out>/early and <out>/late (VRPO checkpoints),
-<out>/pairs.jsonl (held-out pairs) and <out>/training.json (what was done, and how long it took).
+GSM8K comes from `--data` (default ../shared/data/gsm8k). Writes <out>/reference (masked-diffusion SFT),
+<out>/small, <out>/early and <out>/late (VRPO checkpoints), <out>/pairs.jsonl (held-out pairs) and
+<out>/training.json (what was done, and how long it took).
 `--stage sft` and `--stage vrpo` run the two halves one at a time. Lengths of training are steps, so that
 another machine makes the same models.
 """

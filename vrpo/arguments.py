@@ -74,6 +74,10 @@ class ScoreArguments:
         VRPOConfig.num_samples, "Masked copies of each response per estimate; more is more exact."
     )
     mask_design: str = _field(VRPOConfig.mask_design, "How levels and masks are drawn, as in training.")
+    pair_masks: str = _field(VRPOConfig.pair_masks, "What the masks of a pair share, as in training.")
+    num_replicates: int | None = _field(
+        VRPOConfig.num_replicates, "Independent repetitions of the design, as in training."
+    )
     max_length: int = _field(VRPOConfig.max_length, "Longest prompt + response in tokens.")
     max_tokens_per_pack: int = _field(VRPOConfig.max_tokens_per_pack, "Tokens of one forward pass.")
     mask_token_id: int | None = _field(None, "Id of the mask token. Unset: the model's.")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from vrpo.masking import check_design, check_loss
+from vrpo.masking import check_design, check_loss, default_replicates
 
 
 def _help(text: str) -> dict[str, str]:
@@ -35,16 +35,8 @@ class DiffusionConfig(TrainingArguments):
         default="paper",
         metadata=_help(
             "How levels and masks are drawn: a name of vrpo.designs.DESIGNS. 'paper' is the l-form of LLaDA "
-            "1.5 with independent levels. Recommended with 4 or more samples: 'balanced', about half its "
-            "variance and no bias (vrpo/score_std is then not logged, its samples are not independent); "
-            "'ratio' has less still and a small bias. `vrpo variance` measures them on your own model."
-        ),
-    )
-    share_levels: bool = field(
-        default=False,
-        metadata=_help(
-            "Give the chosen and the rejected response of a pair the same mask levels, as fractions of "
-            "their lengths. Unbiased; a tenth less score variance with independent levels."
+            "1.5 with independent levels. 'balanced' has about half its variance with 4 or more samples and "
+            "no bias; 'ratio' has less still and a small bias. `vrpo variance` measures them on your model."
         ),
     )
     max_length: int = field(
@@ -126,7 +118,9 @@ def _check_writable(output_dir: str) -> None:
 class VRPOConfig(DiffusionConfig):
     """Preference training of a masked-diffusion LM: arXiv 2505.19223, LLaDA 1.5.
 
-    The paper's batch is 64 pairs: 8 per device times 8 accumulated here, on one device.
+    The paper's batch is 64 pairs: 8 per device times 8 accumulated here, on one device. Only the mask draw
+    departs from its recipe, to another one of the same expectation and a fraction of the variance;
+    mask_design="paper", pair_masks="independent" is the paper's.
     """
 
     beta: float = field(
@@ -140,8 +134,35 @@ class VRPOConfig(DiffusionConfig):
         default="sigmoid",
         metadata=_help(
             "'sigmoid': -log sigmoid(score), biased upward by the noise of the score. 'sigmoid_jackknife': "
-            "the same with the first order of that bias removed; needs num_samples > 1 and a mask_design "
-            "whose samples are independent (paper, t, coupled)."
+            "the same with the first order of that bias removed; needs num_replicates > 1, or a mask_design "
+            "whose samples are independent (paper, t, coupled) and num_samples > 1."
+        ),
+    )
+    mask_design: str = field(
+        default="balanced",
+        metadata=_help(
+            "How levels and masks are drawn: a name of vrpo.designs.DESIGNS. 'balanced' has the least "
+            "variance of the exactly unbiased ones; 'paper' is the l-form of LLaDA 1.5 with independent "
+            "levels; 'ratio' has less variance still and a small bias. `vrpo variance` measures them on "
+            "your own model."
+        ),
+    )
+    pair_masks: str = field(
+        default="positions",
+        metadata=_help(
+            "What the masks of the two responses of a pair have in common. 'positions': token i is masked in "
+            "both or in neither, as far as lengths allow, so that noise of what they share cancels in the "
+            "score; 'levels': the mask levels, as fractions of their lengths; 'independent': nothing, as in "
+            "LLaDA 1.5. Each response's masks have the same law in all three: none adds a bias."
+        ),
+    )
+    num_replicates: int | None = field(
+        default=None,
+        metadata=_help(
+            "Independent repetitions of the mask design among the num_samples; divides num_samples / "
+            "masks_per_level. With 2 or more every design logs its own noise (vrpo/score_std) and allows the "
+            "jackknife loss, but each has fewer samples to balance. None: 2 where the design has no "
+            "independent samples of its own and num_samples is even and at least 8, else 1."
         ),
     )
     sft_weight: float = field(
@@ -166,11 +187,17 @@ class VRPOConfig(DiffusionConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_replicates is None:
+            self.num_replicates = default_replicates(self.mask_design, self.num_samples)
+        check_design(
+            self.mask_design, self.num_samples, self.masks_per_level, self.num_replicates, self.pair_masks
+        )
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
         if not self.sft_weight >= 0:
             raise ValueError(f"sft_weight must not be negative, got {self.sft_weight}")
-        check_loss(self.loss_type, self.mask_design, self.num_samples // self.masks_per_level)
+        num_levels = self.num_samples // self.masks_per_level
+        check_loss(self.loss_type, self.mask_design, num_levels, self.num_replicates)
 
 
 @dataclass

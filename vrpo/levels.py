@@ -39,20 +39,22 @@ class Levels:
 
 
 class Uniform:
-    """Uniform integers of each response, keyed by (seed, epoch, example, side, index).
+    """Uniform integers of each response, keyed by (seed, epoch, example, side, first_index + index).
 
     Give side_R = 0 for every response and the two sides of a pair get the same words: their levels are then
-    the same fraction of their lengths.
+    the same fraction of their lengths. Independent replicates of a design start at different first_index.
     """
 
-    def __init__(self, seed: int, epoch: int, example_R: Tensor, side_R: Tensor):
+    def __init__(self, seed: int, epoch: int, example_R: Tensor, side_R: Tensor, first_index: int = 0):
+        self._first_index = first_index
         self._seed = seed
         self._epoch = torch.tensor(epoch, dtype=torch.int64)
         self._example_R = example_R
         self._side_R = side_R
 
     def _words(self, index: int) -> tuple[Tensor, Tensor]:
-        counter_R = stream_counter(PURPOSE_LEVELS, self._side_R, torch.full_like(self._side_R, index))
+        index_R = torch.full_like(self._side_R, self._first_index + index)
+        counter_R = stream_counter(PURPOSE_LEVELS, self._side_R, index_R)
         zero = torch.zeros_like(counter_R)
         high_R, low_R, _, _ = philox4x32(self._seed, zero, counter_R, self._example_R, self._epoch)
         return high_R, low_R

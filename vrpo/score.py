@@ -16,7 +16,7 @@ from vrpo.arguments import ScoreArguments
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.checkpoint import check_writable, default_device, load_policy
 from vrpo.elbo import elbo
-from vrpo.masking import EVALUATION_EPOCH, check_design
+from vrpo.masking import EVALUATION_EPOCH, check_design, default_replicates
 from vrpo.models import load_tokenizer, special_tokens
 from vrpo.step import Estimator, split_by_tokens
 
@@ -133,7 +133,10 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
 
     Returns: that summary, and the report on the data.
     """
-    check_design(args.mask_design, args.num_samples, 1)
+    num_replicates = args.num_replicates
+    if num_replicates is None:
+        num_replicates = default_replicates(args.mask_design, args.num_samples)
+    check_design(args.mask_design, args.num_samples, 1, num_replicates, args.pair_masks)
     if not args.beta > 0:
         raise ValueError(f"beta must be positive, got {args.beta}")
     output = check_writable(args.output_file)
@@ -171,6 +174,8 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
         mask_design=args.mask_design,
         masks_per_level=1,
         seed=args.seed,
+        num_replicates=num_replicates,
+        pair_masks=args.pair_masks,
     )
     scorer = Scorer(model, reference, estimator, args.beta, args.max_tokens_per_pack, device)
     started = time.perf_counter()

@@ -31,7 +31,8 @@ class Estimator:
     mask_design: str
     masks_per_level: int
     seed: int
-    share_levels: bool = False
+    num_replicates: int = 1
+    pair_masks: str = "independent"
 
     def pack(self, batch: ResponseBatch, epoch: int, device: torch.device | str) -> PackedBatch:
         """Draw the masks of a batch once and lay out all its masked copies."""
@@ -40,7 +41,8 @@ class Estimator:
             design=self.mask_design,
             num_samples=self.num_samples,
             masks_per_level=self.masks_per_level,
-            share_levels=self.share_levels,
+            num_replicates=self.num_replicates,
+            pair_masks=self.pair_masks,
             seed=self.seed,
             epoch=epoch,
         )

@@ -8,6 +8,7 @@ accumulation and processes.
 
 import contextlib
 import copy
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -110,7 +111,6 @@ class DiffusionTrainer(Trainer):
             mask_design=args.mask_design,
             masks_per_level=args.masks_per_level,
             seed=args.seed,
-            share_levels=args.share_levels,
         )
         self._sums: dict[str, dict[str, Tensor | float]] = {
             "train": defaultdict(float),
@@ -321,9 +321,9 @@ class VRPOTrainer(DiffusionTrainer):
     Metrics, means over pairs: `rewards/{chosen,rejected,margins,accuracies}` (a tie counts as 0, so the
     first step logs 0), `logps/{chosen,rejected}` and `elbo/ref_{chosen,rejected}` (ELBO estimates of policy
     and reference, nats), `elbo/{chosen,rejected}_per_token`, `vrpo/sft_loss`, `vrpo/tokens_per_second`
-    (packed policy tokens). Where the mask design has independent samples, also `vrpo/score_std` (standard
-    error of the score, from the spread of its own samples) and what follows from it, see
-    `preference.noise_diagnostics`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
+    (packed policy tokens). Where the draw has independent replicates (num_replicates, or the design's own),
+    also `vrpo/score_std` (standard error of the score, from the spread between replicates) and what follows
+    from it, see `preference.noise_diagnostics`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
     """
 
     args: VRPOConfig
@@ -359,6 +359,9 @@ class VRPOTrainer(DiffusionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
+        )
+        self.estimator = dataclasses.replace(
+            self.estimator, num_replicates=args.num_replicates, pair_masks=args.pair_masks
         )
         self.ref_model = self._build_reference(ref_model)
 

@@ -29,14 +29,15 @@ _NUM_RESAMPLES = 1000
 class Scheme:
     """One way to spend K forward passes per response and model.
 
-    design, num_samples, masks_per_level, share_levels: as in masking.draw.
+    design, num_samples, masks_per_level, num_replicates, pair_masks: as in masking.draw.
     shared: policy and reference see the same masks, as in training; False only to show what that is worth.
     """
 
     design: str
     num_samples: int
     masks_per_level: int = 1
-    share_levels: bool = False
+    num_replicates: int = 1
+    pair_masks: str = "independent"
     shared: bool = True
 
     def draw(self, batch: ResponseBatch, seed: int, epoch: int) -> MaskDraw:
@@ -45,7 +46,8 @@ class Scheme:
             design=self.design,
             num_samples=self.num_samples,
             masks_per_level=self.masks_per_level,
-            share_levels=self.share_levels,
+            num_replicates=self.num_replicates,
+            pair_masks=self.pair_masks,
             seed=seed,
             epoch=epoch,
         )
@@ -61,8 +63,8 @@ class Sampled:
     iid_variance_B: variance of the score from the spread of all Q*K samples where these are independent and
         identically distributed, which is far less noisy than that of Q scores; None elsewhere.
     bias_BQ: for a biased design that re-weights the rows of an unbiased one: its score minus the score that
-        the same masks have under exactly unbiased weights. The mean over draws is the bias of the design, with
-        far less noise than a difference of independent means; None elsewhere.
+        the same masks have under exactly unbiased weights. The mean over draws is the bias of the design,
+        with far less noise than a difference of independent means; None elsewhere.
     """
 
     score_BQ: Tensor
@@ -72,7 +74,7 @@ class Sampled:
 
 
 def unbiased_twin(design: str) -> str | None:
-    """The design that draws the same masks as a biased one and weighs them without bias; None if none does."""
+    """The design that draws the masks of a biased one and weighs them without bias; None if none does."""
     known = DESIGNS[design]
     if known.unbiased or known.row_weights is None:
         return None

@@ -205,7 +205,7 @@ def test_draw__does_not_depend_on_the_other_responses(design):
     assert torch.allclose(whole.weight_N, torch.cat([half.weight_N for half in halves]), rtol=1e-6)
 
 
-def test_share_levels__gives_both_sides_the_same_fraction():
+def test_pair_masks__levels_are_the_same_fraction_of_both_sides():
     lengths = torch.tensor([100, 50, 100, 50])
     batch = ResponseBatch(
         tokens_U=torch.zeros(304, dtype=torch.int64),
@@ -215,7 +215,7 @@ def test_share_levels__gives_both_sides_the_same_fraction():
         side_R=torch.tensor([0, 1, 0, 1]),
         num_sides=2,
     )
-    drawn = masking.draw(batch, design="paper", num_samples=6, share_levels=True, seed=1, epoch=0)
+    drawn = masking.draw(batch, design="paper", num_samples=6, pair_masks="levels", seed=1, epoch=0)
     count_BSK = drawn.offsets_S1.diff().view(2, 2, 6)
     assert torch.equal((count_BSK[:, 0] - 1) // 2, count_BSK[:, 1] - 1)
     apart = masking.draw(batch, design="paper", num_samples=6, seed=1, epoch=0).offsets_S1.diff()
