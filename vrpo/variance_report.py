@@ -1,6 +1,7 @@
 """`vrpo variance`: how noisy score, loss and gradient of a model pair are, by design and forwards."""
 
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from vrpo.batch import ResponseBatch
 from vrpo.checkpoint import check_writable, default_device, load_policy
 from vrpo.config import VRPOConfig
 from vrpo.designs import DESIGNS
-from vrpo.masking import check_design
+from vrpo.masking import PAIR_MASKS, check_design
 from vrpo.models import load_tokenizer, special_tokens
 from vrpo.variance import Estimate, Sampled, Scheme
 
@@ -37,6 +38,13 @@ class VarianceArguments:
     )
     num_samples: list[int] = field(
         default_factory=lambda: [2, 4, 8], metadata={"help": "Forwards per response and model, several."}
+    )
+    pair_masks: list[str] = field(
+        default_factory=lambda: ["positions"],
+        metadata={
+            "help": f"What the masks of a pair share, one or more of {', '.join(PAIR_MASKS)}. The paper's "
+            "design is always measured with independent ones too, as the baseline."
+        },
     )
     num_pairs: int = field(default=32, metadata={"help": "Pairs to measure on, the first of the data."})
     num_repeats: int = field(default=8, metadata={"help": "Fresh draws per pair and design, at least 2."})
@@ -65,18 +73,24 @@ class Advice:
     """The cheapest measured or extrapolated way to a target variance."""
 
     design: str
+    pair_masks: str
     num_samples: int
     variance: float
     extrapolated: bool
 
 
-def schemes_of(designs: list[str], num_samples: list[int]) -> list[Scheme]:
-    """All pairs, and always the paper's design, which the others are compared with."""
+def schemes_of(designs: list[str], num_samples: list[int], pair_masks: list[str]) -> list[Scheme]:
+    """All combinations, and always the paper's design, which the others are compared with."""
     for design in designs:
         for number in num_samples:
-            check_design(design, number, 1)
-    names = dict.fromkeys(["paper", *designs])
-    return [Scheme(name, number) for number in sorted(set(num_samples)) for name in names]
+            for coupling in pair_masks:
+                check_design(design, number, 1, pair_masks=coupling)
+    kinds = dict.fromkeys([("paper", "independent"), *itertools.product(designs, pair_masks)])
+    return [
+        Scheme(design, number, pair_masks=coupling)
+        for number in sorted(set(num_samples))
+        for design, coupling in kinds
+    ]
 
 
 def advise(figures: Figures, target: float, *, unbiased: bool) -> Advice | None:
@@ -86,27 +100,27 @@ def advise(figures: Figures, target: float, *, unbiased: bool) -> Advice | None:
     measured, which is exact for the paper's design and cautious for stratified ones; K is rounded up to even.
     Returns: None if no design qualifies (none measured is unbiased).
     """
-    best: dict[str, list[tuple[int, float]]] = {}
+    best: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for scheme, told in figures.items():
         if DESIGNS[scheme.design].unbiased or not unbiased:
             point = (scheme.num_samples, told["score_variance"].value)
-            best.setdefault(scheme.design, []).append(point)
+            best.setdefault((scheme.design, scheme.pair_masks), []).append(point)
     options = []
-    for design, points in best.items():
+    for kind, points in best.items():
         points.sort()
         enough = [(number, value) for number, value in points if value <= target]
         if enough:
-            options.append(Advice(design, *enough[0], extrapolated=False))
+            options.append(Advice(*kind, *enough[0], extrapolated=False))
             continue
         number, value = points[-1]
         needed = 2 * math.ceil(number * value / target / 2)
-        options.append(Advice(design, needed, number * value / needed, extrapolated=True))
+        options.append(Advice(*kind, needed, number * value / needed, extrapolated=True))
     return min(options, key=lambda advice: (advice.num_samples, advice.variance), default=None)
 
 
 def measure(args: VarianceArguments) -> dict[Scheme, Sampled]:
     """Load models and pairs, and sample every scheme with a progress bar."""
-    schemes = schemes_of(args.designs, args.num_samples)
+    schemes = schemes_of(args.designs, args.num_samples, args.pair_masks)
     if args.num_repeats < 2:
         raise ValueError(f"num_repeats must be at least 2, got {args.num_repeats}")
     device = default_device(args.device)
@@ -165,7 +179,7 @@ def report(args: VarianceArguments) -> str:
         number, value = max(
             (scheme.num_samples, told["score_variance"].value)
             for scheme, told in figures.items()
-            if scheme.design == "paper"
+            if (scheme.design, scheme.pair_masks) == ("paper", "independent")
         )
         target = value * number / 8
     lines = [table(figures), "", f"target: score variance {target:.4g}"]
@@ -174,8 +188,8 @@ def report(args: VarianceArguments) -> str:
         if advice is not None:
             how = "extrapolated from fewer" if advice.extrapolated else "measured"
             lines.append(
-                f"recommended, {label}: mask_design={advice.design} num_samples={advice.num_samples} "
-                f"(variance {advice.variance:.4g}, {how})"
+                f"recommended, {label}: mask_design={advice.design} pair_masks={advice.pair_masks} "
+                f"num_samples={advice.num_samples} (variance {advice.variance:.4g}, {how})"
             )
     _write_json(output, args, figures, target)
     if _can_plot():
@@ -186,22 +200,44 @@ def report(args: VarianceArguments) -> str:
     return "\n".join(lines) + "\n"
 
 
+VARIANCES = (
+    "score_variance",
+    "score_ratio",
+    "loss_variance",
+    "loss_ratio",
+    "gradient_variance",
+    "gradient_ratio",
+)
+BIASES = ("score_bias", "loss_bias", "sign_flips")
+
+
 def table(figures: Figures) -> str:
-    """One line per scheme; intervals are 95 %, from resampled pairs; ratios are to the paper's design."""
-    columns = ("score_variance", "score_ratio", "loss_ratio", "gradient_ratio", "loss_bias", "sign_flips")
-    shown = [name for name in columns if any(name in told for told in figures.values())]
-    lines = [f"{'design':<17}{'K':>3}  {'bias':<5}" + "".join(f"{name:>25}" for name in shown)]
-    for scheme, told in figures.items():
-        cells = []
-        for name in shown:
-            estimate = told.get(name)
-            text = (
-                "" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+    """Variances, then biases: one line per scheme, with 95 % intervals from resampled pairs.
+
+    Ratios are to the paper's design with independent sides at equal forwards. score_bias and loss_bias are in
+    nats x beta and nats; of a design that is exactly unbiased, score_bias shows noise alone.
+    """
+    lines = []
+    for columns in (VARIANCES, BIASES):
+        shown = [name for name in columns if any(name in told for told in figures.values())]
+        if not shown:
+            continue
+        if lines:
+            lines.append("")
+        lines.append(f"{'design':<17}{'pair masks':<12}{'K':>3}  " + "".join(f"{name:>25}" for name in shown))
+        for scheme, told in figures.items():
+            label = scheme.design + ("" if DESIGNS[scheme.design].unbiased else "*")
+            lines.append(
+                f"{label:<17}{scheme.pair_masks:<12}{scheme.num_samples:>3}  "
+                + "".join(f"{_cell(told.get(name)):>25}" for name in shown)
             )
-            cells.append(f"{text:>25}")
-        bias = "none" if DESIGNS[scheme.design].unbiased else "small"
-        lines.append(f"{scheme.design:<17}{scheme.num_samples:>3}  {bias:<5}" + "".join(cells))
+    if not all(DESIGNS[scheme.design].unbiased for scheme in figures):
+        lines.append("* biased design")
     return "\n".join(lines)
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
 def _write_json(output: Path, args: VarianceArguments, figures: Figures, target: float) -> None:
@@ -218,27 +254,34 @@ def _can_plot() -> bool:
 
 
 def plot(figures: Figures, path: Path) -> None:
-    """Score variance against forwards, one line per design, on logarithmic axes."""
+    """Every figure of the table against forwards, a panel each; one line per design and coupling."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
-    axis = figure.subplots()
-    for design in dict.fromkeys(scheme.design for scheme in figures):
-        points = [
-            (scheme.num_samples, told["score_variance"])
-            for scheme, told in figures.items()
-            if scheme.design == design
-        ]
-        points.sort(key=lambda point: point[0])
-        value = [estimate.value for _, estimate in points]
-        below = [estimate.value - estimate.low for _, estimate in points]
-        above = [estimate.high - estimate.value for _, estimate in points]
-        number = [number for number, _ in points]
-        axis.errorbar(number, value, [below, above], marker="o", ms=3, lw=1, capsize=2, label=design)
+    names = ("score_variance", "loss_variance", "gradient_variance", *BIASES)
+    names = [name for name in names if any(name in told for told in figures.values())]
+    columns = math.ceil(len(names) / 2)
+    figure = Figure(figsize=(4.2 * columns, 7), layout="constrained")
     numbers = sorted({scheme.num_samples for scheme in figures})
-    axis.set(xscale="log", yscale="log", xlabel="forwards per response and model", ylabel="score variance")
-    axis.set_xticks(numbers, [str(number) for number in numbers])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    for name, axis in zip(names, figure.subplots(2, columns, squeeze=False).flat, strict=False):
+        for kind in dict.fromkeys((scheme.design, scheme.pair_masks) for scheme in figures):
+            points = sorted(
+                (scheme.num_samples, told[name].value, told[name].low, told[name].high)
+                for scheme, told in figures.items()
+                if (scheme.design, scheme.pair_masks) == kind
+            )
+            number, value, low, high = zip(*points, strict=True)
+            below = [max(v - edge, 0.0) for v, edge in zip(value, low, strict=True)]
+            above = [max(edge - v, 0.0) for v, edge in zip(value, high, strict=True)]
+            axis.errorbar(
+                number, value, [below, above], marker="o", ms=3, lw=1, capsize=2, label=", ".join(kind)
+            )
+        axis.set(xscale="log", xlabel="forwards per response and model", title=name.replace("_", " "))
+        if name.endswith("variance"):
+            axis.set_yscale("log")
+        axis.set_xticks(numbers, [str(number) for number in numbers])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in figure.axes[len(names) :]:
+        axis.remove()
+    figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -147,26 +147,32 @@ def same_length_batch(length, num_responses):
     )
 
 
+def assert_law(sampled, every, copies=1):
+    """Mean and variance of draws lie within five standard errors of those of the mean of independent copies.
+
+    every: all equally likely outcomes of one copy.
+    """
+    num_draws, mean = len(sampled), every.mean(0)
+    second, fourth = ((every - mean).pow(power).mean(0) for power in (2, 4))
+    fourth = (fourth + 3 * (copies - 1) * second**2) / copies**3
+    variance = second / copies
+    assert ((sampled.mean(0) - mean).abs() < 5 * (variance / num_draws).sqrt() + FP32_WEIGHTS).all()
+    error_of_variance = ((fourth - variance**2) / num_draws).sqrt()
+    assert ((sampled.var(0) - variance).abs() < 5 * error_of_variance + FP32_WEIGHTS).all()
+
+
 @pytest.mark.parametrize(
     ("design", "length", "num_samples"),
     [case for case in CASES + BIASED if case[1] > 1],
     ids=str,
 )
 def test_draw__has_the_mean_and_the_variance_that_enumeration_gives(design, length, num_samples):
-    num_draws = 8_000
     table = random_table(length)
     drawn, _ = every_draw(design, length, num_samples)
     every = estimates(drawn, length, table)
-    mean, variance = every.mean(0), every.var(0, correction=0)
-    batch = same_length_batch(length, num_draws)
-    sampled = estimates(
-        masking.draw(batch, design=design, num_samples=num_samples, seed=1, epoch=0), length, table
-    )
-    error = (variance / num_draws).sqrt()
-    assert ((sampled.mean(0) - mean).abs() < 5 * error + FP32_WEIGHTS).all()
-    fourth = (every - mean).pow(4).mean(0)
-    error_of_variance = ((fourth - variance**2) / num_draws).sqrt()
-    assert ((sampled.var(0) - variance).abs() < 5 * error_of_variance + FP32_WEIGHTS).all()
+    batch = same_length_batch(length, 8_000)
+    drawn = masking.draw(batch, design=design, num_samples=num_samples, seed=1, epoch=0)
+    assert_law(estimates(drawn, length, table), every)
 
 
 @pytest.mark.parametrize("design", sorted(DESIGNS))
@@ -205,23 +211,110 @@ def test_draw__does_not_depend_on_the_other_responses(design):
     assert torch.allclose(whole.weight_N, torch.cat([half.weight_N for half in halves]), rtol=1e-6)
 
 
-def test_pair_masks__levels_are_the_same_fraction_of_both_sides():
-    lengths = torch.tensor([100, 50, 100, 50])
-    batch = ResponseBatch(
-        tokens_U=torch.zeros(304, dtype=torch.int64),
-        prompt_length_R=torch.ones(4, dtype=torch.int64),
-        response_length_R=lengths,
-        example_R=torch.tensor([0, 0, 1, 1]),
-        side_R=torch.tensor([0, 1, 0, 1]),
+@pytest.mark.parametrize(
+    ("design", "length", "size"),
+    [("balanced", 3, 4), ("folded-loo", 3, 4), ("ratio", 4, 4), ("stratified", 3, 2), ("coupled", 3, 3)],
+    ids=str,
+)
+def test_num_replicates__are_independent_repetitions_of_the_design(design, length, size):
+    """The mean of two has the design's expectation and half its variance, both enumerated."""
+    num_draws = 8_000
+    table = random_table(length)
+    every = estimates(every_draw(design, length, size)[0], length, table)
+    batch = same_length_batch(length, num_draws)
+    drawn = masking.draw(batch, design=design, num_samples=2 * size, num_replicates=2, seed=1, epoch=0)
+    assert_law(estimates(drawn, length, table), every, copies=2)
+    assert not set(drawn.replicate_K[:size]) & set(drawn.replicate_K[size:])
+
+
+@pytest.mark.parametrize("design", sorted(DESIGNS))
+@pytest.mark.parametrize("num_replicates", [2, 3, 6])
+def test_num_replicates__begin_with_what_a_smaller_draw_would_be(design, num_replicates):
+    batch, size = same_length_batch(9, 3), 6 // num_replicates
+    drawn = masking.draw(batch, design=design, num_samples=6, num_replicates=num_replicates, seed=1, epoch=0)
+    alone = masking.draw(batch, design=design, num_samples=size, seed=1, epoch=0)
+    rows = slice(0, int(alone.offsets_S1[size]))
+    assert torch.equal(drawn.position_N[rows], alone.position_N[rows])
+    assert torch.allclose(drawn.weight_N[rows], alone.weight_N[rows], rtol=1e-6)
+    assert max(drawn.replicate_K) + 1 >= num_replicates
+
+
+def pair_batch(lengths, num_pairs):
+    """num_pairs pairs whose chosen and rejected responses have these two lengths."""
+    length_R = torch.tensor(lengths).repeat(num_pairs)
+    return ResponseBatch(
+        tokens_U=torch.zeros(int((length_R + 1).sum()), dtype=torch.int64),
+        prompt_length_R=torch.ones(2 * num_pairs, dtype=torch.int64),
+        response_length_R=length_R,
+        example_R=torch.arange(num_pairs).repeat_interleave(2),
+        side_R=torch.tensor([0, 1]).repeat(num_pairs),
         num_sides=2,
     )
-    drawn = masking.draw(batch, design="paper", num_samples=6, pair_masks="levels", seed=1, epoch=0)
-    count_BSK = drawn.offsets_S1.diff().view(2, 2, 6)
-    assert torch.equal((count_BSK[:, 0] - 1) // 2, count_BSK[:, 1] - 1)
-    apart = masking.draw(batch, design="paper", num_samples=6, seed=1, epoch=0).offsets_S1.diff()
-    assert not torch.equal(apart.view(2, 2, 6)[:, 0], count_BSK[:, 0]) or not torch.equal(
-        apart.view(2, 2, 6)[:, 1], count_BSK[:, 1]
+
+
+def test_pair_masks__levels_are_the_same_fraction_of_both_sides():
+    draws = {
+        name: masking.draw(
+            pair_batch([100, 50], 2), design="paper", num_samples=6, pair_masks=name, seed=1, epoch=0
+        )
+        for name in masking.PAIR_MASKS
+    }
+    counts = {name: drawn.offsets_S1.diff().view(2, 2, 6) for name, drawn in draws.items()}
+    for name in ("levels", "positions"):
+        assert torch.equal((counts[name][:, 0] - 1) // 2, counts[name][:, 1] - 1)
+    assert not torch.equal((counts["independent"][:, 0] - 1) // 2, counts["independent"][:, 1] - 1)
+    assert not torch.equal(draws["levels"].position_N, draws["positions"].position_N)
+
+
+@pytest.mark.parametrize("design", sorted(DESIGNS))
+def test_pair_masks__positions_are_equal_for_equal_lengths_and_near_for_others(design):
+    options = {"design": design, "num_samples": 4, "pair_masks": "positions", "seed": 1, "epoch": 0}
+    drawn = masking.draw(pair_batch([9, 9], 3), **options)
+    weight = dense(drawn, torch.full((6,), 9), drawn.weight_N).view(3, 2, 4, 9)
+    assert torch.allclose(weight[:, 0], weight[:, 1], rtol=1e-6)
+    drawn = masking.draw(pair_batch([300, 280], 40), **options)
+    masked = dense(drawn, torch.tensor([300, 280]).repeat(40), drawn.weight_N).view(40, 2, 4, 300) != 0
+    agree = (masked[:, 0, :, :280] == masked[:, 1, :, :280]).double().mean()
+    assert agree > 0.93  # ranks among 300 and among 280 words are not quite the same fraction
+
+
+@pytest.mark.parametrize(
+    ("design", "enumerated"), [("paper", 2), ("balanced", 4), ("ratio", 4), ("folded-loo", 4)]
+)
+def test_pair_masks__positions_leave_the_law_of_each_side(design, enumerated):
+    """Mean and variance of either side, with lengths of their own, are those that enumeration gives."""
+    drawn = masking.draw(
+        pair_batch([4, 3], 8_000), design=design, num_samples=4, pair_masks="positions", seed=1, epoch=0
     )
+    for side, length in enumerate((4, 3)):
+        table = random_table(length, seed=side)
+        padded = torch.zeros(2**4, 4, 4, dtype=torch.float64)
+        padded[: 2**length, :length] = table
+        every = estimates(every_draw(design, length, enumerated)[0], length, table)
+        # 4 samples of `paper` are too many to list, but they are two independent halves.
+        assert_law(estimates(drawn, 4, padded)[side::2], every, copies=4 // enumerated)
+
+
+@pytest.mark.parametrize("slope", [0.7, -0.7], ids=["sides alike", "sides opposite"])
+def test_pair_masks__help_if_and_only_if_the_sides_correlate(slope):
+    """Var[B_w - B_l] = Var + Var - 2 Cov: with opposite sides the shared masks cost variance."""
+    length, num_pairs = 4, 8_000
+    chosen = random_table(length, seed=4)[:, :, :1] + 2.0
+    rejected = slope * chosen + 0.3 * (random_table(length, seed=5)[:, :, :1] + 2.0)
+    every = every_draw("balanced", length, 4)[0]
+    sides = torch.cat([estimates(every, length, side) for side in (chosen, rejected)], dim=1)
+    covariance = torch.cov(sides.T, correction=0)
+    mean = exact_elbo(chosen) - exact_elbo(rejected)
+    spread = {}
+    for name, shared in (("independent", 0.0), ("positions", 2.0)):
+        drawn = masking.draw(
+            pair_batch([4, 4], num_pairs), design="balanced", num_samples=4, pair_masks=name, seed=1, epoch=0
+        )
+        score = estimates(drawn, length, chosen)[0::2] - estimates(drawn, length, rejected)[1::2]
+        assert ((score.mean(0) - mean).abs() < 5 * score.std() / num_pairs**0.5).all()
+        spread[name] = float(score.var())
+        assert spread[name] == pytest.approx(float(covariance.trace() - shared * covariance[0, 1]), rel=0.1)
+    assert (spread["positions"] < spread["independent"]) == (slope > 0)
 
 
 def test_spaced__strata_of_the_product_cover_the_interval_and_none_is_empty(monkeypatch):

@@ -141,6 +141,10 @@ def test_check_loss__accepts_independent_samples(design, num_levels):
     check_loss("sigmoid_jackknife", design, num_levels)
 
 
+def test_check_loss__accepts_replicates_of_any_design():
+    check_loss("sigmoid_jackknife", "balanced", 8, num_replicates=2)
+
+
 @pytest.mark.parametrize("std", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("true_score", [-2.0, 0.0, 3.0])
 def test_noise_diagnostics__bound_the_bias_and_the_variance_of_the_loss(true_score, std):

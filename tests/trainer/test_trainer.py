@@ -56,7 +56,7 @@ def parameters(model):
 
 @pytest.mark.parametrize("reference", ["frozen copy", "explicit", "adapter"])
 def test_train__starts_at_log_two_with_margin_zero(tmp_path, tiny_model, tokenizer, pair_rows, reference):
-    extra = {}
+    extra = {"num_replicates": 2}
     if reference == "adapter":
         extra["peft_config"] = LORA
     if reference == "explicit":
@@ -295,6 +295,8 @@ def test_init__refuses_a_pair_larger_than_the_token_budget(tmp_path, tiny_model,
         ({"sft_weight": -0.1}, "sft_weight must not be negative"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"num_samples": 4, "masks_per_level": 3}, "masks_per_level must divide num_samples = 4"),
+        ({"num_samples": 4, "num_replicates": 3}, "num_replicates must divide the number of levels"),
+        ({"pair_masks": "same"}, "pair_masks must be one of"),
         ({"mask_design": "papre"}, "mask_design must be one of"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"max_prompt_length": 4096}, "max_prompt_length must be in"),

@@ -159,6 +159,15 @@ def test_sample__iid_variance_agrees_with_that_of_the_scores(models):
     assert run_sample(models, Scheme("folded", 2)).iid_variance_B is None
 
 
+@pytest.mark.parametrize(("design", "twin"), [("ratio", "balanced"), ("folded-jackknife", "folded-balanced")])
+def test_sample__bias_is_the_difference_to_the_unbiased_twin_on_the_same_masks(models, design, twin):
+    assert variance.unbiased_twin(design) == twin
+    biased, exact = (run_sample(models, Scheme(name, 4)) for name in (design, twin))
+    torch.testing.assert_close(biased.bias_BQ, biased.score_BQ - exact.score_BQ, rtol=1e-5, atol=1e-7)
+    assert biased.bias_BQ.abs().max() > 1e-3 and exact.bias_BQ is None
+    assert variance.unbiased_twin("gauss-legendre") is None
+
+
 def test_mean_over_pairs__of_equal_values_has_no_spread():
     told = variance.mean_over_pairs(torch.full((9,), 2.0).double(), torch.full((9,), 4.0).double())
     assert told == Estimate(0.5, 0.5, 0.5)
@@ -210,6 +219,7 @@ def test_cli_variance__writes_figures_and_plot(tmp_path, capsys, tokenizer, pair
     assert main([*command, "--designs", "folded", "balanced"]) == 0
     shown = capsys.readouterr().out
     assert "recommended, exactly unbiased: mask_design=" in shown and "gradient_ratio" in shown
+    assert "score_bias" in shown and "sign_flips" in shown and "positions" in shown
     assert (tmp_path / "v.json").exists() and (tmp_path / "v.png").exists()
     assert main([*command, "--designs", "nothing"]) == 2
     assert "mask_design must be one of" in capsys.readouterr().err
