@@ -5,6 +5,7 @@ import sys
 
 BENCHMARKS = {
     "kernels": ("benchmarks.bench_linear_cross_entropy", "linear_cross_entropy against every rival"),
+    "designs": ("benchmarks.bench_designs", "draw and step time of every mask design"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
 }
 

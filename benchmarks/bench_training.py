@@ -1,9 +1,9 @@
-"""Does a design with less variance train better? Same model, pairs, K and steps; only mask_design differs.
+"""Does a design with less variance train better? Same model, pairs, K and steps; only the mask draw differs.
 
-    python benchmarks/bench_training.py runs/variance/arithmetic --designs paper balanced ratio --seeds 1
+    python benchmarks/bench_training.py runs/variance/arithmetic --seeds 1 2 3
 
 Needs a model directory of benchmarks/variance_models.py. Scores the held-out pairs with 16 forwards of the
-design `balanced`, the same masks for all, and appends rows to benchmarks/results/variance_training.jsonl.
+default design, the same masks for all, and appends rows to benchmarks/results/variance_training.jsonl.
 """
 
 import argparse
@@ -23,6 +23,13 @@ from vrpo.models import load_model, load_tokenizer
 from vrpo.trainer import VRPOTrainer
 from vrpo.variance import Scheme
 
+DRAWS = {
+    "paper": ("paper", "independent"),
+    "balanced": ("balanced", "independent"),
+    "balanced-positions": ("balanced", "positions"),
+    "ratio-positions": ("ratio", "positions"),
+}
+
 
 def held_out(policy, reference, tokenizer, args) -> dict[str, float]:
     """Margin, accuracy and loss on the held-out pairs at a low-variance score."""
@@ -30,15 +37,15 @@ def held_out(policy, reference, tokenizer, args) -> dict[str, float]:
     prepared, _ = data.prepare_pairs(
         rows.select(range(args.pairs)),
         tokenizer,
-        max_length=args.max_length,
-        max_prompt_length=args.max_length // 4,
+        max_length=TASKS[args.models.name].max_length,
+        max_prompt_length=TASKS[args.models.name].max_length // 4,
         vocab_size=reference.config.vocab_size,
     )
     sampled = variance.sample(
         policy.eval(),
         reference,
         data.PairCollator()(list(prepared))["responses"],
-        Scheme("balanced", 16),
+        Scheme("balanced", 16, pair_masks="positions"),
         mask_token_id=reference.config.mask_token_id,
         beta=args.beta,
         num_repeats=1,
@@ -53,17 +60,20 @@ def held_out(policy, reference, tokenizer, args) -> dict[str, float]:
     }
 
 
-def train(design: str, seed: int, args: argparse.Namespace) -> dict:
-    _, pairs, _ = TASKS[args.models.name][0](args.data)
+def train(name: str, seed: int, args: argparse.Namespace) -> dict:
+    task = TASKS[args.models.name]
+    _, pairs, _ = task.rows(args.data)
+    design, pair_masks = DRAWS[name]
     tokenizer = load_tokenizer(str(args.models / "reference"))
     with tempfile.TemporaryDirectory() as out:
-        settings = common(Path(out), args.max_length) | {"seed": seed}
+        settings = common(Path(out), task.max_length) | {"seed": seed}
         trainer = VRPOTrainer(
             load_model(str(args.models / "reference")),
             args=VRPOConfig(
                 **settings,
                 beta=args.beta,
                 mask_design=design,
+                pair_masks=pair_masks,
                 num_samples=args.num_samples,
                 per_device_train_batch_size=8,
                 gradient_accumulation_steps=1,
@@ -79,7 +89,7 @@ def train(design: str, seed: int, args: argparse.Namespace) -> dict:
         seconds = time.perf_counter() - started
     outcome = held_out(trainer.model, trainer.ref_model, tokenizer, args)
     return (
-        {"design": design, "num_samples": args.num_samples, "steps": args.steps}
+        {"design": name, "num_samples": args.num_samples, "steps": args.steps}
         | outcome
         | {"training_seconds": round(seconds, 1)}
     )
@@ -89,14 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"))
-    parser.add_argument("--designs", nargs="+", default=["paper", "balanced", "ratio"])
+    parser.add_argument("--designs", nargs="+", choices=DRAWS, default=list(DRAWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--beta", type=float, default=0.2)
     parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
