@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    args.dtype = "float32"
     torch.set_num_threads(args.threads)
     RESULTS.mkdir(exist_ok=True)
     for seed in args.seeds:

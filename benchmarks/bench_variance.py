@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 from matplotlib import pyplot as plt
+from online_covariance import OnlineCovariance
 
 from vrpo import data, variance
 from vrpo.batch import MaskDraw, ResponseBatch
@@ -74,7 +75,7 @@ SETS = {
 
 def load_pairs(args: argparse.Namespace) -> tuple[torch.nn.Module, ResponseBatch]:
     """The reference model and the first held-out pairs."""
-    reference = load_model(str(args.models / "reference")).eval()
+    reference = load_model(str(args.models / "reference"), dtype=args.dtype).eval()
     tokenizer = load_tokenizer(str(args.models / "reference"))
     max_length = json.loads((args.models / "training.json").read_text())["max_length"]
     rows = load_dataset("json", data_files=str(args.models / "pairs.jsonl"), split="train")
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace) -> None:
     reference, batch = load_pairs(args)
     schemes = [scheme for name in args.set for scheme in SETS[name]]
     for drift in args.drift:
-        policy = load_model(str(args.models / drift)).eval().requires_grad_(False)
+        policy = load_model(str(args.models / drift), dtype=args.dtype).eval().requires_grad_(False)
         for scheme in schemes:
             started = time.perf_counter()
             sampled = variance.sample(
@@ -132,7 +133,7 @@ def stamp(args: argparse.Namespace, drift: str) -> dict:
         ).stdout.strip(),
         "torch": torch.__version__,
         "device": "cpu",
-        "model": args.models.name,
+        "model": args.models.name + ("" if args.dtype == "float32" else f"-{args.dtype}"),
         "drift": drift,
         "seed": args.seed,
     }
@@ -172,7 +173,9 @@ def weights(args: argparse.Namespace) -> None:
     reference, batch = load_pairs(args)
     policies = [load_model(str(args.models / drift)).eval() for drift in args.drift]
     scheme = Scheme("spaced", args.num_samples)
-    scores = torch.zeros(len(policies), len(WEIGHTINGS), args.repeats, batch.num_examples).double()
+    names = [*WEIGHTINGS, "balanced, tables on line"]
+    online = [OnlineCovariance() for _ in policies]
+    scores = torch.zeros(len(policies), len(names), args.repeats, batch.num_examples).double()
     moments = torch.zeros(len(policies), 2, args.repeats, len(batch.example_R)).double()
     started = time.perf_counter()
     for repeat in range(args.repeats):
@@ -185,14 +188,15 @@ def weights(args: argparse.Namespace) -> None:
                 ratio_N = [base_N - p(**packed.model_inputs()).nll.double() for p in policies]
             pairs = slice(first, first + part.num_examples)
             rows = slice(2 * first, 2 * (first + part.num_examples))
-            for index, reweight in enumerate(WEIGHTINGS.values()):
-                weight_N = reweight(drawn, part.response_length_R) if reweight else drawn.weight_N
-                for drift, value_N in enumerate(ratio_N):
+            for drift, value_N in enumerate(ratio_N):
+                for index, reweight in enumerate([*WEIGHTINGS.values(), online[drift].weights]):
+                    weight_N = reweight(drawn, part.response_length_R) if reweight else drawn.weight_N
                     elbo_R = segment_sum(weight_N.double() * value_N, drawn.offsets_S1)
                     elbo_R = elbo_R.view(-1, args.num_samples).mean(1)
                     scores[drift, index, repeat, pairs] = BETA * (elbo_R[0::2] - elbo_R[1::2])
             for drift, value_N in enumerate(ratio_N):
                 moments[drift, :, repeat, rows] = paper_moments(drawn, part.response_length_R, value_N)
+                online[drift].update(drawn, part.response_length_R, value_N)
             first += part.num_examples
     num_draws = args.repeats
     for drift, name in enumerate(args.drift):
@@ -208,7 +212,7 @@ def weights(args: argparse.Namespace) -> None:
             "variance": {"paper": short(paper_B)},
             "mean": {},
         }
-        for index, weighting in enumerate(WEIGHTINGS):
+        for index, weighting in enumerate(names):
             row["variance"][weighting] = short(scores[drift, index].var(0))
             row["mean"][weighting] = short(scores[drift, index].mean(0))
         RESULTS.mkdir(exist_ok=True)
@@ -332,7 +336,8 @@ def say(row: dict) -> None:
     )
     label += "" if row["masks_per_level"] == 1 else f"n_yt={row['masks_per_level']} "
     label += "" if row["shared"] else "unshared "
-    label += "same level " if row["share_levels"] else ""
+    label += "" if row["pair_masks"] == "independent" else f"{row['pair_masks']} "
+    label += "" if row["num_replicates"] == 1 else f"{row['num_replicates']} replicates "
     names = ("score_variance", "loss_variance", "gradient_variance", "loss_bias", "sign_flips", "score_bias")
     told = [f"{name} {row[name]}" for name in names if name in row]
     names = ("score_ratio", "loss_ratio", "gradient_ratio")
@@ -342,25 +347,26 @@ def say(row: dict) -> None:
 
 _LINES = {
     "paper": "black",
-    "folded": "tab:blue",
-    "spaced": "tab:green",
-    "balanced": "tab:red",
-    "ratio": "tab:purple",
+    "balanced": "tab:orange",
+    "ratio": "tab:blue",
+    "paper, positions": "gray",
+    "balanced, positions": "tab:red",
+    "ratio, positions": "tab:purple",
 }
 
 
 def plot(rows: list[dict]) -> None:
     """Above: score variance against forwards. Below: ratio to the paper's design at K = 4, every design.
 
-    Where both exist, the figures of `weights`, which are less noisy, replace those of single draws.
+    Of a design that was measured on several sets of pairs the largest set counts.
     """
     shown = [
         row
-        for row in sorted(rows, key=lambda row: row["source"])
+        for row in sorted(rows, key=lambda row: row["pairs"])
         if row["masks_per_level"] == 1
         and row["shared"]
-        and "," not in row["design"]
-        and row["drift"] != "small"
+        and row["source"] == "draws"
+        and row["num_replicates"] == 1
     ]
     panels = sorted({(row["model"], row["drift"]) for row in shown})
     figure, axes = plt.subplots(2, len(panels), figsize=(3.6 * len(panels), 7.5), layout="constrained")
@@ -370,8 +376,9 @@ def plot(rows: list[dict]) -> None:
         for row in shown:
             if (row["model"], row["drift"]) != panel:
                 continue
-            name = row["design"] + (" + same level" if row["share_levels"] else "")
-            if row["design"] in _LINES and not row["share_levels"]:
+            name = row["design"]
+            name += "" if row["pair_masks"] == "independent" else f", {row['pair_masks']}"
+            if name in _LINES:
                 lines.setdefault(name, {})[row["num_samples"]] = spread(row, "score_variance")
             if row["num_samples"] == 4 and "score_ratio" in row:
                 ratios[name] = spread(row, "score_ratio")
@@ -390,7 +397,7 @@ def plot(rows: list[dict]) -> None:
         above.grid(alpha=0.3)
         ordered = sorted(ratios.items(), key=lambda item: -item[1][0])
         for place, (name, (value, low, high)) in enumerate(ordered):
-            color = _LINES.get(name, "gray")
+            color = _LINES.get(name, "silver")
             below.errorbar(value, place, xerr=[[low], [high]], marker="o", ms=4, capsize=2, color=color)
         below.axvline(1, color="black", lw=0.8)
         below.axvline(0.5, color="black", lw=0.5, ls=":")
@@ -462,6 +469,7 @@ def add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--repeats", type=int, default=8)
     command.add_argument("--threads", type=int, default=1)
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--dtype", default="float32", help="of weights and activations")
 
 
 if __name__ == "__main__":

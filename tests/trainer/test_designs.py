@@ -1,11 +1,13 @@
 """Mask designs and row weights against full enumeration: expectation, variance, calibration."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from enumeration import estimates, every_draw, exact_elbo, random_table
 
+from benchmarks.online_covariance import OnlineCovariance
 from vrpo import designs, masking
 from vrpo.batch import ResponseBatch
 from vrpo.designs import DESIGNS
@@ -134,6 +136,19 @@ def test_row_weights__calibration_tells_exact_from_nearly_unbiased(design):
         assert deviation < FP32_WEIGHTS
     else:
         assert deviation > 0.05
+
+
+def test_online_covariance__is_exact_whatever_tables_it_has_learnt():
+    """The benchmark's rival of `balanced`: tables from other draws, of levels that matter, leave B exact."""
+    table, online = random_table(3), OnlineCovariance()
+    drawn, length_R = every_draw("folded", 3, 4)
+    count_N = drawn.offsets_S1.diff().repeat_interleave(drawn.offsets_S1.diff())
+    online.update(drawn, length_R, (drawn.position_N + 1.0) * count_N**2)
+    weight_N = online.weights(drawn, length_R)
+    flat_N = every_draw("folded-balanced", 3, 4)[0].weight_N
+    assert (weight_N - flat_N).abs().max() > 0.05
+    mean = estimates(replace(drawn, weight_N=weight_N), 3, table).mean(0)
+    assert torch.allclose(mean, exact_elbo(table), rtol=FP32_WEIGHTS, atol=FP32_WEIGHTS)
 
 
 def same_length_batch(length, num_responses):
