@@ -147,6 +147,7 @@ def write(args: argparse.Namespace, drift: str, scheme: Scheme, sampled: Sampled
         "gradient": None if sampled.gradient_B is None else short(sampled.gradient_B),
         "iid_variance": None if sampled.iid_variance_B is None else short(sampled.iid_variance_B),
         "bias": None if sampled.bias_BQ is None else short(sampled.bias_BQ.mean(1)),
+        "jackknife": None if sampled.jackknife_BQ is None else short(sampled.jackknife_BQ.mean(1)),
     }
     RESULTS.mkdir(exist_ok=True)
     with SCORES.open("a") as file:
@@ -273,10 +274,10 @@ def merge(rows: list[dict]) -> Sampled:
         values = torch.stack([torch.tensor(row[name]).double() for row in known])
         return (values * repeats[:, None]).sum(0) / repeats.sum()
 
-    bias_B = average("bias")
-    return Sampled(
-        scores, average("gradient"), average("iid_variance"), None if bias_B is None else bias_B[:, None]
+    bias_BQ, jackknife_BQ = (
+        None if mean_B is None else mean_B[:, None] for mean_B in (average("bias"), average("jackknife"))
     )
+    return Sampled(scores, average("gradient"), average("iid_variance"), bias_BQ, jackknife_BQ)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -338,7 +339,8 @@ def say(row: dict) -> None:
     label += "" if row["shared"] else "unshared "
     label += "" if row["pair_masks"] == "independent" else f"{row['pair_masks']} "
     label += "" if row["num_replicates"] == 1 else f"{row['num_replicates']} replicates "
-    names = ("score_variance", "loss_variance", "gradient_variance", "loss_bias", "sign_flips", "score_bias")
+    names = ("score_variance", "loss_variance", "gradient_variance", "loss_bias", "jackknife_bias")
+    names += ("sign_flips", "score_bias")
     told = [f"{name} {row[name]}" for name in names if name in row]
     names = ("score_ratio", "loss_ratio", "gradient_ratio")
     told += [f"{n} {row[n]} [{row[n + '_low']}, {row[n + '_high']}]" for n in names if n in row]

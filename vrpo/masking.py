@@ -72,11 +72,18 @@ def default_replicates(design: str, num_samples: int) -> int:
     return 2 if dependent and num_samples >= 8 and num_samples % 2 == 0 else 1
 
 
+def has_replicates(design: str, num_levels: int, num_replicates: int) -> bool:
+    """True if a draw consists of two or more independent, identically distributed parts."""
+    size = DESIGNS[design].samples_per_replicate
+    own = size is not None and num_levels >= 2 * size and num_levels % size == 0
+    return num_replicates > 1 or own
+
+
 def check_loss(loss_type: str, design: str, num_levels: int, num_replicates: int = 1) -> None:
     """ValueError unless the loss exists and the draw has the independent replicates it needs."""
     if loss_type not in ("sigmoid", "sigmoid_jackknife"):
         raise ValueError(f"loss_type must be 'sigmoid' or 'sigmoid_jackknife', got {loss_type!r}")
-    if loss_type == "sigmoid" or num_replicates > 1:
+    if loss_type == "sigmoid" or has_replicates(design, num_levels, num_replicates):
         return
     per_replicate = DESIGNS[design].samples_per_replicate
     if per_replicate is None:
@@ -85,11 +92,10 @@ def check_loss(loss_type: str, design: str, num_levels: int, num_replicates: int
             f"loss_type='sigmoid_jackknife' needs num_replicates of 2 or more, or a mask_design with "
             f"independent samples, one of {able}, got {design!r}"
         )
-    if num_levels < 2 * per_replicate or num_levels % per_replicate:
-        raise ValueError(
-            f"loss_type='sigmoid_jackknife' needs at least 2 whole replicates of {per_replicate} levels of "
-            f"{design!r}, got {num_levels} levels"
-        )
+    raise ValueError(
+        f"loss_type='sigmoid_jackknife' needs at least 2 whole replicates of {per_replicate} levels of "
+        f"{design!r}, got {num_levels} levels"
+    )
 
 
 def _concatenate(parts: list[Levels], design: Design) -> Levels:

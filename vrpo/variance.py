@@ -65,12 +65,14 @@ class Sampled:
     bias_BQ: for a biased design that re-weights the rows of an unbiased one: its score minus the score that
         the same masks have under exactly unbiased weights. The mean over draws is the bias of the design,
         with far less noise than a difference of independent means; None elsewhere.
+    jackknife_BQ: preference.jackknife_dpo_loss of every draw, nats; None without independent replicates.
     """
 
     score_BQ: Tensor
     gradient_B: Tensor | None
     iid_variance_B: Tensor | None = None
     bias_BQ: Tensor | None = None
+    jackknife_BQ: Tensor | None = None
 
 
 def unbiased_twin(design: str) -> str | None:
@@ -140,9 +142,13 @@ def sample(
     grad = _Probe(probe) if probe is not None else None
     is_iid = DESIGNS[scheme.design].iid and scheme.masks_per_level == 1
     twin = unbiased_twin(scheme.design) if scheme.shared else None
-    scores, samples, biases, sum_B, square_B = [], [], [], None, []
+    num_levels = scheme.num_samples // scheme.masks_per_level
+    has_replicates = scheme.shared and masking.has_replicates(
+        scheme.design, num_levels, scheme.num_replicates
+    )
+    scores, samples, biases, jackknives, sum_B, square_B = [], [], [], [], None, []
     for repeat in range(num_repeats):
-        score_parts, sample_parts, bias_parts, gradients = [], [], [], []
+        score_parts, sample_parts, bias_parts, jackknife_parts, gradients = [], [], [], [], []
         for part in split_by_tokens(batch, scheme.num_samples, max_tokens_per_pack):
             packed = pack(part, scheme.draw(part, seed, repeat), mask_token_id).to(device)
             other = packed
@@ -164,6 +170,11 @@ def sample(
                     elbo(policy_N.detach(), exact), elbo(reference_N, exact), beta
                 )
                 bias_parts.append(score_parts[-1] - exact_B.double().cpu())
+            if has_replicates:
+                loss_B = preference.jackknife_dpo_loss(
+                    policy_RK.detach(), reference_RK, beta, packed.replicate_K
+                )
+                jackknife_parts.append(loss_B.double().cpu())
             if is_iid:
                 singles = tuple(range(scheme.num_samples))
                 score_BK = preference.replicate_scores(policy_RK, reference_RK, beta, singles)
@@ -178,6 +189,8 @@ def sample(
             samples.append(torch.cat(sample_parts))
         if twin is not None:
             biases.append(torch.cat(bias_parts))
+        if jackknife_parts:
+            jackknives.append(torch.cat(jackknife_parts))
         if grad:
             gradient_BG = torch.stack(gradients).double()
             sum_B = gradient_BG if sum_B is None else sum_B + gradient_BG
@@ -189,8 +202,8 @@ def sample(
             num_repeats - 1
         )
     iid_variance_B = torch.cat(samples, dim=1).var(dim=1) / scheme.num_samples if is_iid else None
-    bias_BQ = torch.stack(biases, dim=1) if biases else None
-    return Sampled(torch.stack(scores, dim=1), gradient_B, iid_variance_B, bias_BQ)
+    bias_BQ, jackknife_BQ = (torch.stack(parts, dim=1) if parts else None for parts in (biases, jackknives))
+    return Sampled(torch.stack(scores, dim=1), gradient_B, iid_variance_B, bias_BQ, jackknife_BQ)
 
 
 def _nll(model: nn.Module, packed: PackedBatch) -> Tensor:
@@ -266,9 +279,9 @@ def true_scores(found: Mapping[Scheme, Sampled]) -> Tensor:
 def summarise(scheme: Scheme, found: Mapping[Scheme, Sampled], true_score_B: Tensor) -> dict[str, Estimate]:
     """Every figure of a scheme, and its ratio to the paper's design at equal forwards where both are known.
 
-    score_variance, loss_variance, gradient_variance (squared norm), loss_bias (nats), sign_flips (a share),
-    score_bias; score_ratio, loss_ratio, gradient_ratio. Pairs that only one of two schemes has are left out
-    of their ratio.
+    score_variance, loss_variance, gradient_variance (squared norm), loss_bias and jackknife_bias (nats; the
+    latter of "sigmoid_jackknife"), sign_flips (a share), score_bias; score_ratio, loss_ratio, gradient_ratio.
+    Pairs that only one of two schemes has are left out of their ratio.
     """
     sampled = found[scheme]
     true_score_B = true_score_B[: len(sampled.score_BQ)]
@@ -277,6 +290,9 @@ def summarise(scheme: Scheme, found: Mapping[Scheme, Sampled], true_score_B: Ten
         measured["gradient"] = sampled.gradient_B
     told = {f"{name}_variance": mean_over_pairs(value_B) for name, value_B in measured.items()}
     told["loss_bias"] = mean_over_pairs(loss_bias(sampled, true_score_B))
+    if sampled.jackknife_BQ is not None:
+        jackknife_B = sampled.jackknife_BQ.mean(1) - softplus(-true_score_B)
+        told["jackknife_bias"] = mean_over_pairs(jackknife_B)
     told["sign_flips"] = mean_over_pairs(sign_flips(sampled, true_score_B))
     told["score_bias"] = mean_over_pairs(score_bias(sampled, true_score_B))
     paper = found.get(Scheme("paper", scheme.num_samples))

@@ -208,7 +208,7 @@ VARIANCES = (
     "gradient_variance",
     "gradient_ratio",
 )
-BIASES = ("score_bias", "loss_bias", "sign_flips")
+BIASES = ("score_bias", "loss_bias", "jackknife_bias", "sign_flips")
 
 
 def table(figures: Figures) -> str:
@@ -267,8 +267,10 @@ def plot(figures: Figures, path: Path) -> None:
             points = sorted(
                 (scheme.num_samples, told[name].value, told[name].low, told[name].high)
                 for scheme, told in figures.items()
-                if (scheme.design, scheme.pair_masks) == kind
+                if (scheme.design, scheme.pair_masks) == kind and name in told
             )
+            if not points:
+                continue
             number, value, low, high = zip(*points, strict=True)
             below = [max(v - edge, 0.0) for v, edge in zip(value, low, strict=True)]
             above = [max(edge - v, 0.0) for v, edge in zip(value, high, strict=True)]

@@ -168,6 +168,18 @@ def test_sample__bias_is_the_difference_to_the_unbiased_twin_on_the_same_masks(m
     assert variance.unbiased_twin("gauss-legendre") is None
 
 
+def test_sample__jackknife_is_the_loss_of_the_step(models):
+    scheme = Scheme("balanced", 4, num_replicates=2)
+    policy, reference, batch = models
+    sampled = run_sample(models, scheme, num_repeats=2)
+    packed = pack(batch, scheme.draw(batch, 3, 1), policy.config.mask_token_id)
+    with torch.no_grad():
+        sides = [elbo(nll(model, packed), packed) for model in (policy, reference)]
+    want_B = preference.jackknife_dpo_loss(*sides, 0.2, packed.replicate_K)
+    torch.testing.assert_close(sampled.jackknife_BQ[:, 1], want_B, rtol=1e-9, atol=1e-12)
+    assert run_sample(models, Scheme("balanced", 4), num_repeats=1).jackknife_BQ is None
+
+
 def test_mean_over_pairs__of_equal_values_has_no_spread():
     told = variance.mean_over_pairs(torch.full((9,), 2.0).double(), torch.full((9,), 4.0).double())
     assert told == Estimate(0.5, 0.5, 0.5)
