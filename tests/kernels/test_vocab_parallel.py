@@ -50,9 +50,25 @@ def run_rank(rank, folder):
         with torch.no_grad():
             plain = nll_of(x, w)
         results.append((nll.detach(), plain, x.grad, w.grad))
+    results.append(run_compiled(rank, dist.group.WORLD))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_compiled(rank, group):
+    """The first case once more, traced as one graph."""
+    hidden, weight, targets, upstream = make_inputs(torch.float32)
+    shard = shard_of(rank)
+    x, w = hidden.requires_grad_(True), weight[shard].clone().requires_grad_(True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def nll_of(x, w, y):
+        return vocab_parallel_linear_cross_entropy(x, w, y, group=group, first_class=shard.start)
+
+    nll = nll_of(x, w, targets)
+    nll.backward(upstream)
+    return nll.detach(), x.grad, w.grad
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +95,15 @@ def test_vocab_parallel__within_policy_of_the_whole_head(outcomes, case):
             nll, dhidden if need_hidden else None, dweight, *make_inputs(dtype)
         )
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_vocab_parallel__compiles_to_one_graph_of_the_same_bits(outcomes, rank):
+    nll, _, dhidden, dweight = outcomes[rank][0]
+    for name, got, want in zip(
+        ("nll", "dhidden", "dweight"), outcomes[rank][-1], (nll, dhidden, dweight), strict=True
+    ):
+        testing.assert_bitwise_equal(got, want, name)
 
 
 def test_vocab_parallel__reference_backend_is_refused():
