@@ -375,6 +375,7 @@ def plot(rows: list[dict]) -> None:
         and row["shared"]
         and row["source"] == "draws"
         and row["num_replicates"] == 1
+        and row["model"] in ("arithmetic", "gsm8k")
     ]
     panels = sorted({(row["model"], row["drift"]) for row in shown})
     figure, axes = plt.subplots(2, len(panels), figsize=(3.6 * len(panels), 7.5), layout="constrained")
