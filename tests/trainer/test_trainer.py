@@ -317,7 +317,7 @@ def test_config__refuses_an_unwritable_output_dir(tmp_path):
         config(tmp_path, output_dir=str(blocked / "run"))
 
 
-def test_config__defaults_are_the_recipe_of_the_paper(tmp_path):
+def test_config__defaults_are_the_recipe_of_the_paper_but_for_the_mask_draw(tmp_path):
     recipe = VRPOConfig(output_dir=str(tmp_path), use_cpu=True)
     assert (recipe.beta, recipe.sft_weight, recipe.num_samples, recipe.masks_per_level) == (0.2, 0.05, 8, 1)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.adam_beta1, recipe.adam_beta2) == (
