@@ -5,13 +5,13 @@ policy forward and backward), for every design at the same number of samples, be
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks.bench_linear_cross_entropy import provenance
+from benchmarks.bench_masking import append
 from benchmarks.timing import interleaved
 from vrpo import masking
 from vrpo.batch import ResponseBatch
@@ -147,11 +147,5 @@ def main(arguments: list[str]) -> int:
             f"{row['to_paper']:6.2f} x paper"
         )
     if options.save:
-        facts = {**provenance("cpu"), "threads": str(options.threads)}
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, [*facts, *rows[0]])
-            if new:
-                writer.writeheader()
-            writer.writerows({**facts, **row} for row in rows)
+        append(rows, {**provenance("cpu"), "threads": str(options.threads)}, RESULTS)
     return 0

@@ -129,11 +129,11 @@ def run(device: str = "cpu", shapes: tuple = SHAPES, *, threads: int = 1, repeat
     return rows
 
 
-def append(rows: list[dict], facts: dict[str, str]) -> None:
-    """Append to results/masking.csv, with a header if the file is new."""
-    new = not RESULTS.exists()
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", newline="") as stream:
+def append(rows: list[dict], facts: dict[str, str], path: Path = RESULTS) -> None:
+    """Append to a CSV file of results, with a header if the file is new."""
+    new = not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, [*facts, *rows[0]])
         if new:
             writer.writeheader()

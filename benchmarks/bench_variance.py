@@ -1,9 +1,9 @@
 """Variance of score, loss and gradient under the mask designs, on models of benchmarks/variance_models.py.
 
     python benchmarks/bench_variance.py measure runs/variance/gsm8k --set table2 --pairs 128 --repeats 8
-    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set goal --pairs 128 --repeats 20
-    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set designs k2 k8 --pairs 64 --repeats 8
-    python benchmarks/bench_variance.py weights runs/variance/gsm8k --drift late early --pairs 32 --repeats 20
+    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set goal --pairs 128 --repeats 16
+    python benchmarks/bench_variance.py measure runs/variance/gsm8k --set designs k8 --pairs 64 --repeats 6
+    python benchmarks/bench_variance.py weights runs/variance/gsm8k --drift late early --pairs 24 --repeats 6
     python benchmarks/bench_variance.py report
     python benchmarks/bench_variance.py allocation
 

@@ -189,7 +189,7 @@ def report(args: VarianceArguments) -> str:
             how = "extrapolated from fewer" if advice.extrapolated else "measured"
             lines.append(
                 f"recommended, {label}: mask_design={advice.design} pair_masks={advice.pair_masks} "
-                f"num_samples={advice.num_samples} (variance {advice.variance:.4g}, {how})"
+                f"num_samples={advice.num_samples} num_replicates=1 (variance {advice.variance:.4g}, {how})"
             )
     _write_json(output, args, figures, target)
     if _can_plot():
