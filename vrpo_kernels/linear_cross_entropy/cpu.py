@@ -11,29 +11,47 @@ from torch import Tensor
 
 from vrpo_kernels.backend import extension_loaded
 
-TILE = 512  # vocabulary rows per tile; kLinearCrossEntropyTile in csrc must be the same
+TILE = 512  # vocabulary rows per tile; kTile in csrc must be the same
 LANES = 16  # kept tiles are padded to whole vectors of rows
-GEMMS = ("fp32", "onednn")
-"""Matrix multiplications of the C++ backend, both in fp32 (16-bit inputs are upcast tile by tile, which is
-exact): "fp32" is torch.mm (MKL on x86), "onednn" drives oneDNN's micro-kernels on packed panels. The first
+GEMMS = ("fp32", "onednn", "bf16")
+"""Matrix multiplications of the C++ backend. "fp32" is torch.mm (MKL on x86) and "onednn" drives oneDNN's
+micro-kernels on packed panels, both in fp32: 16-bit inputs are upcast tile by tile, which is exact. "bf16", for
+bfloat16 inputs on x86 processors with AVX512_BF16 or AMX, multiplies bf16 by bf16 into fp32: logits, sums and nll
+are as exact as with the others, and probabilities are rounded to bf16 before they enter a gradient's matmul. "fp32"
 obeys torch.set_float32_matmul_precision as torch.mm does: below "highest", nll may lose its fp32 accuracy."""
-_DEFAULT_GEMM = torch.ops.vrpo.linear_cross_entropy_default_gemm() if extension_loaded() else "fp32"
+_LOADED = extension_loaded()
+_BF16_RUNS = _LOADED and torch.ops.vrpo.linear_cross_entropy_bf16_route_runs()
+_DEFAULT_GEMM = {
+    dtype: torch.ops.vrpo.linear_cross_entropy_default_gemm(dtype) if _LOADED else "fp32"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}  # asked once: torch.compile cannot trace ops that return strings
+
+
+def gemms(dtype: torch.dtype) -> tuple[str, ...]:
+    """The names of GEMMS that run for inputs of this dtype on this machine."""
+    return GEMMS if dtype is torch.bfloat16 and _BF16_RUNS else GEMMS[:2]
 
 
 def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
     """ "auto" -> the matrix multiplication for this machine; explicit names are checked.
 
-    "auto" is "onednn" on AMD processors with AVX-512 and "fp32" elsewhere: a pure function of the processor,
+    "auto" is "bf16" for bfloat16 inputs on AMD processors with AVX512_BF16 and on processors with AMX, else
+    "onednn" on AMD processors with AVX-512 and "fp32" elsewhere: a pure function of the processor and the dtype,
     never of a timing, so that every process and every resumed run on equal machines takes the same one (the
     choice changes the last bits). `probe_gemms` measures; a better choice is then set by hand.
 
     Errors:
-        ValueError if the name is unknown.
+        ValueError if the name is unknown, or cannot run with this dtype or on this processor.
     """
     if requested == "auto":
-        return _DEFAULT_GEMM
+        return _DEFAULT_GEMM[dtype]
     if requested not in GEMMS:
         raise ValueError(f"gemm must be one of {('auto', *GEMMS)} on the cpu backend, got {requested!r}")
+    if requested not in gemms(dtype):
+        raise ValueError(
+            f"gemm {requested!r} needs bfloat16 inputs, got {dtype}, and a Linux machine with AVX512_BF16 "
+            "(see vrpo_kernels.describe())"
+        )
     return requested
 
 
@@ -49,7 +67,7 @@ def probe_gemms(dtype: torch.dtype, *, repeats: int = 3) -> dict[str, float]:
     weight = torch.linspace(-1, 1, 8192 * 1024).view(8192, 1024).to(dtype)
     targets = torch.arange(256)
     seconds = {}
-    for name in GEMMS:
+    for name in gemms(dtype):
         forward(hidden, weight, targets, gemm=name, want_dhidden=True, keep_tiles=False)
         samples = []
         for _ in range(repeats):
@@ -63,7 +81,7 @@ def probe_gemms(dtype: torch.dtype, *, repeats: int = 3) -> dict[str, float]:
 def kept_shapes(num_rows: int, num_classes: int, gemm: str, input_dtype: torch.dtype):
     """((shape, dtype) of the kept tiles, (shape, dtype) of their shifts)."""
     padded = (num_rows + LANES - 1) // LANES * LANES
-    dtype = torch.float32
+    dtype = torch.bfloat16 if gemm == "bf16" else torch.float32
     num_tiles = (num_classes + TILE - 1) // TILE
     return ((num_classes, padded), dtype), ((num_tiles, padded), torch.float32)
 
