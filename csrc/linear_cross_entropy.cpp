@@ -9,25 +9,12 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <string>
 
 #include "linear_cross_entropy.h"
 
 namespace vrpo {
-
-void prefer_huge_pages(const Tensor& t) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / kPage * kPage;
-  // Only advice: where it is refused, nothing changes but the time.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 VRPO_CLONES float dot(const float* a, const float* b, int64_t size) {
   Floats sum{};
@@ -220,8 +207,7 @@ ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& 
   Tensor kept_shift = at::empty({keep_tiles ? tiles.count() : 0, keep_tiles ? padded : 0}, fp32);
   Tensor scratch = keep_tiles ? Tensor() : at::empty({std::min(V, kTile), chunk}, fp32);
 
-  float* target_logit = statistics.data_ptr<float>();
-  fill_target_logits(hidden, weight, index, target_logit);
+  fill_target_logits(hidden, weight, index, statistics.data_ptr<float>());
   std::vector<float> shift(chunk), total(chunk), factor(chunk);
 
   for (int64_t n0 = 0; n0 < N; n0 += chunk) {

@@ -47,9 +47,6 @@ struct NoDispatch {  // plain CPU kernels inside: neither autograd nor autocast 
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
 };
 
-// Asks for huge pages under a large new tensor: its first touch then costs one page fault per 2 MiB, not per 4 KiB.
-void prefer_huge_pages(const Tensor& t);
-
 // Vectorised helpers, defined in linear_cross_entropy.cpp.
 float dot(const float* a, const float* b, int64_t size);
 void scale_row(float* to, const float* from, float factor, int64_t size);  // to = factor * from

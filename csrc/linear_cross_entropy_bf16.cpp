@@ -426,7 +426,6 @@ ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Ten
   Tensor kept = at::empty({keep_tiles ? V : 0, keep_tiles ? padded : 0}, x.options());
   Tensor kept_shift = at::empty({keep_tiles ? head.count() : 0, keep_tiles ? padded : 0}, fp32);
   Tensor by_row = at::empty({want_dhidden ? chunk : 0, kTile}, x.options());
-  prefer_huge_pages(kept);
 
   fill_target_logits(hidden, weight, index, statistics.data_ptr<float>());
   std::vector<float> shift(chunk), total(chunk), factor(chunk);
@@ -469,7 +468,6 @@ Tensor bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weig
   const Tensor g = dnll.contiguous(), x = hidden.contiguous();
   const float* upstream = g.const_data_ptr<float>();
   Tensor dw = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
-  prefer_huge_pages(dw);
   if (N == 0) return dw.zero_();
   Tensor scratch = at::empty({at::get_num_threads(), kHeight, kWidth}, kept_shift.options());
 
@@ -533,7 +531,6 @@ std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, 
 
   Tensor dx = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
   Tensor dw = at::empty({want_dweight ? V : 0, want_dweight ? D : 0}, x.options());
-  prefer_huge_pages(dw);
   if (N == 0) return {dx.to(at::kBFloat16), dw.zero_()};
   Tensor dw_tile = at::empty({want_dweight ? std::min(V, kTile) : 0, D}, fp32);
   Tensor by_row = at::empty({want_dhidden ? chunk : 0, kTile}, x.options());
