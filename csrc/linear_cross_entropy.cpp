@@ -390,11 +390,13 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
 // ahead. bf16 matmuls are twice as fast as fp32 on AMD (AVX512_BF16) and many times with AMX, but on Intel without AMX
 // half as fast.
 std::string default_gemm(at::ScalarType dtype) {
-#ifdef VRPO_BF16_ROUTE
+#if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   const bool amd = __builtin_cpu_is("amd");
   if (dtype == at::kBFloat16 && bf16_route_runs() && (amd || __builtin_cpu_supports("amx-bf16"))) return "bf16";
+#ifdef CPUBLAS_BRGEMM_F32F32F32
   if (amd && __builtin_cpu_supports("avx512f")) return "onednn";
+#endif
 #endif
   return "fp32";
 }

@@ -99,14 +99,14 @@ VRPO_INLINE VRPO_AVX512_BF16 __m512 widen(__m256i values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
-VRPO_INLINE VRPO_AVX512_BF16 __m256i round(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+VRPO_INLINE VRPO_AVX512_BF16 __m256i to_bf16(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
 
 VRPO_INLINE VRPO_AVX512_BF16 __m512i pair(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
 VRPO_INLINE VRPO_AVX512_BF16 void store_rounded(BFloat16* to, Floats values) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round((__m512)values));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bf16((__m512)values));
 }
 
 // to[i] = (factor_a a[i], factor_b b[i]), rounded
@@ -116,8 +116,8 @@ VRPO_AVX512_BF16 void interleave_scaled(const BFloat16* a, float factor_a, const
     const __mmask16 inside = size - i >= 16 ? 0xffff : (1u << (size - i)) - 1;
     const __m512 first = widen(_mm256_maskz_loadu_epi16(inside, a + i));
     const __m512 second = widen(_mm256_maskz_loadu_epi16(inside, b + i));
-    _mm512_mask_storeu_epi32(to + i, inside, pair(round(_mm512_mul_ps(first, _mm512_set1_ps(factor_a))),
-                                                  round(_mm512_mul_ps(second, _mm512_set1_ps(factor_b)))));
+    _mm512_mask_storeu_epi32(to + i, inside, pair(to_bf16(_mm512_mul_ps(first, _mm512_set1_ps(factor_a))),
+                                                  to_bf16(_mm512_mul_ps(second, _mm512_set1_ps(factor_b)))));
   }
 }
 
@@ -132,7 +132,7 @@ VRPO_AVX512_BF16 void add_row(float* to, const BFloat16* from, float factor, int
 VRPO_AVX512_BF16 void round_row(BFloat16* to, const float* from, int64_t size) {
   for (int64_t i = 0; i < size; i += 16) {
     const __mmask16 inside = size - i >= 16 ? 0xffff : (1u << (size - i)) - 1;
-    _mm256_mask_storeu_epi16(to + i, inside, round(_mm512_maskz_loadu_ps(inside, from + i)));
+    _mm256_mask_storeu_epi16(to + i, inside, to_bf16(_mm512_maskz_loadu_ps(inside, from + i)));
   }
 }
 
@@ -174,10 +174,10 @@ class RowPanels {
     Word* to = reinterpret_cast<Word*>(words_.data_ptr<int32_t>());
     at::parallel_for(0, count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin * width_; n < std::min(end * width_, rows); ++n) {
+        const BFloat16* row = from + n * D;
         Word* lane = to + n / width_ * (depth_ / 2 * kWidth) + n % width_;
-        for (int64_t d = 0; d < D; ++d) {
-          lane[d / 2 * kWidth] |= static_cast<Word>(from[n * D + d].x) << (d % 2 * 16);
-        }
+        for (int64_t d = 0; d + 1 < D; d += 2, lane += kWidth) std::memcpy(lane, row + d, sizeof(Word));
+        if (D % 2 == 1) *lane = row[D - 1].x;
       }
     });
   }
@@ -283,7 +283,7 @@ VRPO_AVX512_BF16 void exponentials(const float* z, int64_t classes, const Lanes<
         const Floats second = exp(load(from + kWidth) - subtract.group[g]);
         subtotal += first;
         subtotal += second;
-        pairs[v / 2] = pair(round((__m512)first), round((__m512)second));
+        pairs[v / 2] = pair(to_bf16((__m512)first), to_bf16((__m512)second));
         if (out.by_class != nullptr) {
           BFloat16* to = out.by_class + (v0 + v) * out.by_class_stride + g * kLanes;
           if (v0 + v < classes) store_rounded(to, first * multiply.group[g]);

@@ -15,10 +15,12 @@ TILE = 512  # vocabulary rows per tile; kTile in csrc must be the same
 LANES = 16  # kept tiles are padded to whole vectors of rows
 GEMMS = ("fp32", "onednn", "bf16")
 """Matrix multiplications of the C++ backend. "fp32" is torch.mm (MKL on x86) and "onednn" drives oneDNN's
-micro-kernels on packed panels, both in fp32: 16-bit inputs are upcast tile by tile, which is exact. "bf16", for
-bfloat16 inputs on x86 processors with AVX512_BF16 or AMX, multiplies bf16 by bf16 into fp32: logits, sums and nll
-are as exact as with the others, and probabilities are rounded to bf16 before they enter a gradient's matmul. "fp32"
-obeys torch.set_float32_matmul_precision as torch.mm does: below "highest", nll may lose its fp32 accuracy."""
+micro-kernels on packed panels, both in fp32: 16-bit inputs are upcast tile by tile, which is exact. "bf16",
+for bfloat16 inputs on x86 processors with AVX512_BF16, multiplies bf16 by bf16 into fp32: logits, sums and
+nll are as exact as with the others, and probabilities are rounded to bf16 before they enter a gradient's
+matmul. "fp32" obeys torch.set_float32_matmul_precision as torch.mm does: below "highest", nll may lose its
+fp32 accuracy."""
+
 _LOADED = extension_loaded()
 _BF16_RUNS = _LOADED and torch.ops.vrpo.linear_cross_entropy_bf16_route_runs()
 _DEFAULT_GEMM = {
@@ -35,10 +37,11 @@ def gemms(dtype: torch.dtype) -> tuple[str, ...]:
 def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
     """ "auto" -> the matrix multiplication for this machine; explicit names are checked.
 
-    "auto" is "bf16" for bfloat16 inputs on AMD processors with AVX512_BF16 and on processors with AMX, else
-    "onednn" on AMD processors with AVX-512 and "fp32" elsewhere: a pure function of the processor and the dtype,
-    never of a timing, so that every process and every resumed run on equal machines takes the same one (the
-    choice changes the last bits). `probe_gemms` measures; a better choice is then set by hand.
+    "auto" is "bf16" for bfloat16 inputs on AMD processors with AVX512_BF16 and on processors with AMX (there
+    argued, not measured), else "onednn" on AMD processors with AVX-512 and "fp32" elsewhere: a pure function
+    of processor and dtype, never of a timing, so that every process and every resumed run on equal machines
+    takes the same one (the choice changes the last bits). `probe_gemms` measures; a better choice is then
+    set by hand.
 
     Errors:
         ValueError if the name is unknown, or cannot run with this dtype or on this processor.
@@ -47,10 +50,12 @@ def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
         return _DEFAULT_GEMM[dtype]
     if requested not in GEMMS:
         raise ValueError(f"gemm must be one of {('auto', *GEMMS)} on the cpu backend, got {requested!r}")
+    if requested == "bf16" and dtype is not torch.bfloat16:
+        raise ValueError(f"gemm 'bf16' needs bfloat16 inputs, got {dtype}")
     if requested not in gemms(dtype):
         raise ValueError(
-            f"gemm {requested!r} needs bfloat16 inputs, got {dtype}, and a Linux machine with AVX512_BF16 "
-            "(see vrpo_kernels.describe())"
+            "gemm 'bf16' needs Linux on x86-64 with AVX512_BF16, and a torch with bf16 micro-kernels; "
+            f"here gemm may be one of {('auto', *gemms(dtype))}"
         )
     return requested
 

@@ -128,8 +128,9 @@ def linear_cross_entropy(
     Numerics:
         Logits, sums and the result in fp32 also for 16-bit inputs; softplus of the log-odds, so that rows
         with p close to 1 keep their relative accuracy. nll is bitwise the same whether or not gradients are
-        wanted, and from run to run. dweight is summed in fp32 and rounded once. No atomics: every output has
-        one owner.
+        wanted, and from run to run. Gradients are summed in fp32 and rounded once. Where the matmuls take
+        16-bit factors (Triton; gemm "bf16" on CPUs), probabilities enter them rounded to the input dtype. No
+        atomics: every output has one owner.
     Errors:
         ValueError naming the argument and both shapes, for a target out of range (CPU), or listing every
         reason why a requested backend cannot run.
