@@ -5,6 +5,10 @@ import sys
 
 BENCHMARKS = {
     "kernels": ("benchmarks.bench_linear_cross_entropy", "linear_cross_entropy against every rival"),
+    "cross-entropy": (
+        "benchmarks.bench_cross_entropy",
+        "cross_entropy of logits against every rival",
+    ),
     "designs": ("benchmarks.bench_designs", "draw and step time of every mask design"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
 }

@@ -5,13 +5,11 @@ policy forward and backward), for every design at the same number of samples, be
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.bench_linear_cross_entropy import provenance
-from benchmarks.bench_masking import append
+from benchmarks.record import RESULTS, append, provenance
 from benchmarks.timing import interleaved
 from vrpo import masking
 from vrpo.batch import ResponseBatch
@@ -19,7 +17,7 @@ from vrpo.designs import DESIGNS
 from vrpo.models import LLaDAConfig, LLaDAForMaskedDiffusion
 from vrpo.step import Estimator, preference_step
 
-RESULTS = Path(__file__).parent / "results" / "designs.csv"
+FILE = RESULTS / "designs.csv"
 PROMPT = 32
 VOCABULARY = 1024
 DRAWS = ((64, 8, 128), (16, 8, 512), (16, 8, 4096))
@@ -147,5 +145,6 @@ def main(arguments: list[str]) -> int:
             f"{row['to_paper']:6.2f} x paper"
         )
     if options.save:
-        append(rows, {**provenance("cpu"), "threads": str(options.threads)}, RESULTS)
+        facts = {**provenance("cpu"), "threads": options.threads}
+        append([facts | row for row in rows], FILE, [*facts, *rows[0]])
     return 0

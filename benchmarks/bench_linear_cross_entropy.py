@@ -8,12 +8,6 @@ all; on CUDA LLaDA's head.
 """
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
-import importlib.util
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +16,12 @@ import torch
 
 from benchmarks.cases import COLUMNS, Case, Inputs, make_inputs
 from benchmarks.providers import PROVIDERS, Op
+from benchmarks.record import RESULTS, append, provenance
 from benchmarks.timing import Timing, clock_name, interleaved
 from vrpo_kernels import testing
 from vrpo_kernels.linear_cross_entropy import plan_linear_cross_entropy, reference
 
-RESULTS = Path(__file__).parent / "results" / "kernels.csv"
+FILE = RESULTS / "kernels.csv"
 GATE_ROWS = 256
 FIELDS = (
     *("date", "git", "dirty", "device", "torch", "triton", "threads", "clock", "load"),
@@ -35,35 +30,6 @@ FIELDS = (
     *("nll_error", "policy_ratio", "note"),
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def provenance(device: str) -> dict[str, str]:
-    """When, from which revision, on what."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent, check=False
-        )
-        return done.stdout.strip()
-
-    installed = importlib.util.find_spec("triton") is not None
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": git("rev-parse", "--short", "HEAD") or "unknown",
-        "dirty": str(bool(git("status", "--porcelain", "--untracked-files=no", "--", "..", "../../csrc"))),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if installed else "-",
-    }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.backends.cpu.get_cpu_capability()}"
-    return platform.processor()
 
 
 def bare_gemms(inputs: Inputs) -> dict[str, Callable[[], object]]:
@@ -103,6 +69,7 @@ def gate(op: Op, inputs: Inputs) -> tuple[float, float]:
 def bench(case: Case, *, threads: int, repeats: int, wanted: list[str]) -> list[dict]:
     """All providers and columns of one case: one CSV row each."""
     inputs = make_inputs(case)
+    torch.compiler.reset()  # else many cases in one process end in torch.compile's limit, and in eager
     if case.device == "cpu":
         torch.set_num_threads(threads)
     plain = bare_gemms(inputs)
@@ -181,17 +148,6 @@ def print_table(rows: list[dict]) -> None:
         print(f"  {name:26s}{cells}   {first['nll_error']:>9s}  {first['policy_ratio']} {first['note']}")
 
 
-def append(rows: list[dict], output: Path) -> None:
-    """Append to a CSV file, with a header if it is new."""
-    output.parent.mkdir(exist_ok=True)
-    fresh = not output.exists()
-    with output.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, FIELDS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(arguments: list[str]) -> int:
     """Parse, run every case, print and save one table per case."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,7 +164,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--logits", nargs="+", choices=["random", "peaked"], default=["random"])
     parser.add_argument("--repeats", type=int, default=5 if laptop else 20)
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file to append to")
+    parser.add_argument("--output", type=Path, default=FILE, help="CSV file to append to")
     options = parser.parse_args(arguments)
     facts = provenance(device)
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -238,7 +194,7 @@ def _run_case(case: Case, dtype: str, threads: int, options: argparse.Namespace,
         **facts, "threads": threads, "clock": clock_name(case.device, threads), "load": load, "dtype": dtype,
         "N": case.num_rows, "D": case.size, "V": case.num_classes, "logits": case.logits, "seed": case.seed,
     }  # fmt: skip
-    append([{**common, **row} for row in rows], options.output)
+    append([{**common, **row} for row in rows], options.output, FIELDS)
 
 
 def _load() -> float:

@@ -5,13 +5,11 @@ torch.randperm. Each backend must first give the reference's bits. Times in ms.
 """
 
 import argparse
-import csv
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench_linear_cross_entropy import provenance
+from benchmarks.record import RESULTS, append, provenance
 from benchmarks.timing import interleaved
 from vrpo_kernels import mask_select, pack_masked
 from vrpo_kernels.backend import availability
@@ -19,7 +17,7 @@ from vrpo_kernels.testing import assert_bitwise_equal
 
 MASK_TOKEN = 0
 LOOP = "torch.randperm loop"
-RESULTS = Path(__file__).parent / "results" / "masking.csv"
+FILE = RESULTS / "masking.csv"
 SHAPES = ((32, 8, 94), (32, 8, 512), (16, 8, 4096))
 """(responses R, samples K, mean response length)"""
 
@@ -129,17 +127,6 @@ def run(device: str = "cpu", shapes: tuple = SHAPES, *, threads: int = 1, repeat
     return rows
 
 
-def append(rows: list[dict], facts: dict[str, str], path: Path = RESULTS) -> None:
-    """Append to a CSV file of results, with a header if the file is new."""
-    new = not path.exists()
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, [*facts, *rows[0]])
-        if new:
-            writer.writeheader()
-        writer.writerows({**facts, **row} for row in rows)
-
-
 def main(arguments: list[str]) -> int:
     """Print the table, and append it to results/masking.csv with --save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks masking", description=__doc__)
@@ -155,5 +142,6 @@ def main(arguments: list[str]) -> int:
             f"{row['provider']:20} {row['ms_p50']:9.3f} ms {row['speedup']:6.1f}x"
         )
     if options.save:
-        append(rows, {**provenance(options.device), "threads": str(options.threads)})
+        facts = {**provenance(options.device), "threads": options.threads}
+        append([facts | row for row in rows], FILE, [*facts, *rows[0]])
     return 0

@@ -18,8 +18,6 @@ time is written. Rows are appended; each carries date, git revision, device, dri
 """
 
 import argparse
-import csv
-import datetime
 import importlib.util
 import itertools
 import subprocess
@@ -27,17 +25,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import triton
 
+from benchmarks.record import RESULTS, append, output_of, provenance
 from vrpo_kernels.cross_entropy.op import cross_entropy
 from vrpo_kernels.linear_cross_entropy import kernel, linear_cross_entropy
 from vrpo_kernels.linear_cross_entropy.tiles import Tiles, tiles_for
 from vrpo_kernels.mask_select.op import mask_select
 
-RESULTS = Path(__file__).parent / "results"
 HIDDEN, CLASSES = 4096, 126464  # LLaDA-8B's head
 NLL_TOLERANCE = 3e-6  # of the largest nll, against fp64 on the same 16-bit inputs
 FIELDS = (
@@ -47,25 +44,10 @@ FIELDS = (
 )
 
 
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=RESULTS.parent)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def _provenance() -> dict[str, str]:
     """The columns that say what was run where."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "dirty": str(bool(_output("git", "status", "--porcelain", "--untracked-files=no"))),
-        "device": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {**provenance("cuda"), "driver": driver}
 
 
 class Report:
@@ -77,13 +59,7 @@ class Report:
 
     def row(self, file: str, **values) -> None:
         """One measured row; unknown columns raise."""
-        path = RESULTS / file
-        fresh = not path.exists()
-        with path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, FIELDS)
-            if fresh:
-                writer.writeheader()
-            writer.writerow({**self.provenance, **values})
+        append([{**self.provenance, **values}], RESULTS / file, FIELDS)
         shown = (f"{key}={value}" for key, value in values.items() if key not in ("D", "V", "dtype"))
         print(f"[{file}]", *shown, flush=True)
 

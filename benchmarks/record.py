@@ -1,0 +1,70 @@
+"""Where, when and from which revision a figure comes, and the CSV files it goes to."""
+
+import csv
+import datetime
+import importlib.metadata
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def output_of(*command: str) -> str:
+    """Standard output of a command; empty if it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def provenance(device: str) -> dict[str, str]:
+    """When, from which revision, on what. dirty: uncommitted changes outside the result files."""
+    installed = importlib.util.find_spec("triton") is not None
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "dirty": str(bool(changed)),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if installed else "-",
+    }
+
+
+def cpu_name() -> str:
+    """Model name, family and model number (hypervisors hide names), and what torch dispatches to."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.processor()
+    first = path.read_text().split("\n\n")[0]
+    facts = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in facts.items()}
+    name = facts.get("model name", platform.processor())
+    numbers = f" (family {facts['cpu family']} model {facts['model']})" if "cpu family" in facts else ""
+    return f"{name}{numbers}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def append(rows: Iterable[dict], path: Path, fields: Sequence[str]) -> None:
+    """Append rows to a CSV file, with a header if it is new. Missing fields stay empty.
+
+    Errors:
+        ValueError if a row has a field that is not in `fields`, or the file has another header.
+    """
+    path.parent.mkdir(exist_ok=True)
+    fresh = not path.exists()
+    if not fresh:
+        with path.open(newline="") as stream:
+            header = next(csv.reader(stream))
+        if header != list(fields):
+            raise ValueError(f"{path} has the columns {header}, the new rows have {list(fields)}")
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, fields)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
