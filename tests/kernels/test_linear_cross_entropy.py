@@ -122,6 +122,38 @@ def test_linear_cross_entropy__peaked_rows_keep_relative_accuracy(scale, gemm, d
 
 
 @needs_extension
+@FUSED
+@pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("size", [24, 33])
+def test_linear_cross_entropy__reads_nothing_beside_its_inputs(size, budget, gemm, dtype):
+    """Views into larger matrices whose other elements are NaN: 0 * NaN would show."""
+    hidden, weight, targets, upstream = make_inputs(35, 517, size, dtype)
+
+    def embedded(matrix):
+        larger = torch.full((matrix.shape[0] + 2, matrix.shape[1] + 2), float("nan"), dtype=dtype)
+        return larger[: matrix.shape[0], : matrix.shape[1]].copy_(matrix)
+
+    testing.assert_linear_cross_entropy(
+        lambda x, w, y: linear_cross_entropy(x, w, y, backend="cpu", gemm=gemm, kept_tile_bytes=budget),
+        embedded(hidden), embedded(weight), targets, upstream,
+    )  # fmt: skip
+
+
+@needs_extension
+@FUSED
+@pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
+def test_linear_cross_entropy__corrects_what_was_summed_under_a_lower_maximum(budget, gemm, dtype):
+    """The logits of odd rows climb by 20 nats per tile, those of even rows fall."""
+    hidden, weight, targets, upstream = make_inputs(33, 4 * cpu.TILE + 7, 24, dtype, scale=0.3)
+    weight[:, 0] = torch.arange(len(weight)) // cpu.TILE * 20
+    hidden[:, 0] = 1 - 2 * (torch.arange(33) % 2 == 0).to(dtype)
+    testing.assert_linear_cross_entropy(
+        lambda x, w, y: linear_cross_entropy(x, w, y, backend="cpu", gemm=gemm, kept_tile_bytes=budget),
+        hidden, weight, targets, upstream,
+    )  # fmt: skip
+
+
+@needs_extension
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     num_rows=st.integers(0, 40),
