@@ -74,15 +74,18 @@ Gemm gemm_named(c10::string_view name) {
 }
 
 #ifdef CPUBLAS_BRGEMM_F32F32F32
-// out = a b, or out += a b, by oneDNN's micro-kernels: blocks of kHeight x kWidth outputs, each packing its panel of
-// b. The blocks depend on the shapes alone, so the bits do not depend on the number of threads.
+// out = a b, or out += a b, by oneDNN's micro-kernels: blocks of at most 512 x kWidth outputs, each packing its panel
+// of b. Whatever the block, an output is one sum in the order of k: the bits do not depend on the number of threads.
+// Threads own rows, not columns: two threads that touch a fresh page first cost more than one.
 void multiply_panels(const Tensor& out, const Tensor& a_any, const Tensor& b, bool accumulate) {
   // kDepth bounds how many products are summed one after the other: at 1024 dweight of long batches, and at 256
   // dhidden on AVX2 processors, were less exact than torch.mm, at the edge of the tolerance policy.
-  constexpr int64_t kHeight = 256, kWidth = 64, kDepth = 128;
+  constexpr int64_t kWidth = 64, kDepth = 128;
   const Tensor a = a_any.stride(1) == 1 ? a_any : a_any.contiguous();
   const int64_t M = a.size(0), N = b.size(1), K = a.size(1);
-  const int64_t panels = (N + kWidth - 1) / kWidth, blocks = (M + kHeight - 1) / kHeight;
+  const int64_t share = (M + at::get_num_threads() - 1) / at::get_num_threads();
+  const int64_t block = std::clamp<int64_t>(round_up(share, kLanes), 128, 512);
+  const int64_t panels = (N + kWidth - 1) / kWidth, blocks = (M + block - 1) / block;
   const float *a_data = a.const_data_ptr<float>(), *b_data = b.const_data_ptr<float>();
   float* out_data = out.data_ptr<float>();
   const int64_t lda = a.stride(0), ldo = out.stride(0), b_row = b.stride(0), b_column = b.stride(1);
@@ -90,8 +93,8 @@ void multiply_panels(const Tensor& out, const Tensor& a_any, const Tensor& b, bo
     Tensor buffer = at::empty({std::min(K, kDepth), kWidth}, out.options());
     float* panel = buffer.data_ptr<float>();
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t j0 = task / blocks * kWidth, i0 = task % blocks * kHeight;
-      const int64_t width = std::min(kWidth, N - j0), height = std::min(kHeight, M - i0);
+      const int64_t i0 = task / panels * block, j0 = task % panels * kWidth;
+      const int64_t width = std::min(kWidth, N - j0), height = std::min(block, M - i0);
       for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
         const int64_t depth = std::min(kDepth, K - k0);
         const float* from = b_data + k0 * b_row + j0 * b_column;
