@@ -8,6 +8,7 @@ import torch
 
 from vrpo.models import choose_attention
 from vrpo_kernels import describe
+from vrpo_kernels.linear_cross_entropy.cpu import resolve_gemm
 
 _PACKAGES = (
     "vrpo",
@@ -21,6 +22,7 @@ _PACKAGES = (
     "peft",
     "flash-attn",
 )
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def report() -> str:
@@ -29,11 +31,17 @@ def report() -> str:
     lines += [f"{name}: {_version(name)}" for name in _PACKAGES]
     lines += _devices()
     lines += [f"kernels, {name}: {state}" for name, state in describe().items()]
+    gemms = (f"{_short(dtype)} {resolve_gemm('auto', dtype)}" for dtype in _DTYPES)
+    lines.append("kernels, cpu linear_cross_entropy multiplies by: " + ", ".join(gemms))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype in (torch.float32, torch.bfloat16):
         name, reason = choose_attention(device, dtype)
-        lines.append(f"attention, {device} {str(dtype).removeprefix('torch.')}: {name} ({reason})")
+        lines.append(f"attention, {device} {_short(dtype)}: {name} ({reason})")
     return "\n".join(lines) + "\n"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str:

@@ -14,6 +14,7 @@ from vrpo.cli import COMMANDS, main
 from vrpo.config import VRPOConfig
 from vrpo.models import load_model, load_tokenizer
 from vrpo.options import parse
+from vrpo_kernels.linear_cross_entropy.cpu import resolve_gemm
 
 SIZES = {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 64}
 
@@ -226,6 +227,7 @@ def test_env__names_versions_devices_and_backends(capsys):
     assert f"torch: {torch.__version__}" in text
     for line in ("kernels, cpu: ", "kernels, triton: ", "attention, ", "flash-attn: ", "cpu: "):
         assert line in text
+    assert f"bfloat16 {resolve_gemm('auto', torch.bfloat16)}" in text
 
 
 # --- runs
