@@ -45,6 +45,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # the metadata of PyPI's wheels does not name the CUDA build
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
