@@ -1,4 +1,5 @@
-// linear_cross_entropy on a CPU. The contract of every function is in vrpo_kernels/linear_cross_entropy/op.py.
+// linear_cross_entropy on a CPU, multiplying in fp32; linear_cross_entropy_bf16.cpp multiplies in bf16. The contract
+// of every function is in vrpo_kernels/linear_cross_entropy/op.py.
 //
 // The vocabulary is walked in tiles of kTile classes. A tile of logits is Z^T = W_tile x^T, [classes, rows]: the
 // lanes of a vector are rows, so maxima and sums need no horizontal step, and the same memory, now E = exp(z - m),

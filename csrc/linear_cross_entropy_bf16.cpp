@@ -225,7 +225,9 @@ class ColumnPanels {
 class HeadTiles {
  public:
   explicit HeadTiles(const Tensor& weight)
-      : weight_(weight), direct_(weight.stride(1) == 1 && weight.size(1) % 2 == 0), depth_(round_up(weight.size(1), 2)) {
+      : weight_(weight),
+        direct_(weight.stride(1) == 1 && weight.size(1) % 2 == 0),
+        depth_(round_up(weight.size(1), 2)) {
     if (!direct_) buffer_ = at::zeros({kTile, depth_}, weight.options());
   }
   int64_t count() const { return (weight_.size(0) + kTile - 1) / kTile; }
@@ -502,8 +504,8 @@ Tensor bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weig
       float* block = scratch.data_ptr<float>() + thread * kHeight * kWidth;
       for (int64_t j = 0; j < D; j += kWidth) {
         const int64_t width = std::min(kWidth, D - j);
-        multiply(block, kWidth, bf16_data(kept) + v0 * padded, padded, columns.at(j / kWidth, 0), classes, width, padded,
-                 false);
+        multiply(block, kWidth, bf16_data(kept) + v0 * padded, padded, columns.at(j / kWidth, 0), classes, width,
+                 padded, false);
         index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
           add_row(block + (v - v0) * kWidth, bf16_data(x) + n * D + j, static_cast<float>(-upstream[n] * others[n]),
                   width);
