@@ -401,15 +401,44 @@ struct Workspace {
 void require_route(const Tensor& hidden) {
   TORCH_CHECK_VALUE(hidden.scalar_type() == at::kBFloat16, "gemm 'bf16' needs bfloat16 hidden and weight, got ",
                     hidden.scalar_type());
-  TORCH_CHECK_VALUE(bf16_route_runs(), "gemm 'bf16' needs a processor with AVX512_BF16");
+  TORCH_CHECK_VALUE(bf16_route_runs(), "gemm 'bf16' needs a processor with AVX512_BF16 and oneDNN's use of it");
 }
 
 }  // namespace
 
+// The processor's flags do not tell whether this torch has the micro-kernels or ONEDNN_MAX_CPU_ISA forbids them. One
+// product of small integers does, and every order of summation gets it exactly right.
 bool bf16_route_runs() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool runs = [] {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+      return false;
+    }
+    constexpr int64_t M = 21, N = 48, K = 70;
+    std::vector<BFloat16> a(M * K), b(K / 2 * kWidth * 2);
+    std::vector<float> out(M * N);
+    for (int64_t i = 0; i < M * K; ++i) a[i] = static_cast<float>(i % 13 - 6);
+    const auto right = [](int64_t k, int64_t j) { return static_cast<float>((3 * k + 5 * j) % 11 - 5); };
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t j = 0; j < N; ++j) b[(k / 2 * kWidth + j) * 2 + k % 2] = right(k, j);
+    }
+    try {
+      multiply(out.data(), N, a.data(), K, reinterpret_cast<const Word*>(b.data()), M, N, K, false);
+      at::native::cpublas::brgemm_release(true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    for (int64_t i = 0; i < M; ++i) {
+      for (int64_t j = 0; j < N; ++j) {
+        float expected = 0;
+        for (int64_t k = 0; k < K; ++k) expected += static_cast<float>(a[i * K + k]) * right(k, j);
+        if (out[i * N + j] != expected) return false;
+      }
+    }
+    return true;
+  }();
+  return runs;
 }
 
 ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, bool want_dhidden,

@@ -1,5 +1,10 @@
 """linear_cross_entropy on the CPU backends: values, gradients, autograd behaviour, determinism, errors."""
 
+import math
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -520,6 +525,25 @@ def test_linear_cross_entropy__rejects_a_gemm_that_cannot_run(monkeypatch):
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
     with pytest.raises(ValueError, match="AVX512_BF16"):
         linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm="bf16")
+
+
+@needs_extension
+@pytest.mark.parametrize("limit", ["DEFAULT", "AVX512_CORE", "AVX2"])
+def test_linear_cross_entropy__runs_where_onednn_may_not_use_the_instructions(limit):
+    """The processor's flags alone would choose micro-kernels that refuse."""
+    code = (
+        "import torch, vrpo_kernels; from vrpo_kernels.linear_cross_entropy import cpu;"
+        "x, w = torch.ones(3, 8).bfloat16(), torch.ones(5, 8).bfloat16();"
+        "print(*vrpo_kernels.linear_cross_entropy(x, w, torch.arange(3)).tolist(), cpu._BF16_RUNS)"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *nll, runs = done.stdout.split()
+    assert [float(value) for value in nll] == pytest.approx([math.log(5)] * 3)
+    assert runs == str(cpu._BF16_RUNS if limit == "DEFAULT" else False)
 
 
 @needs_extension

@@ -54,7 +54,8 @@ def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
         raise ValueError(f"gemm 'bf16' needs bfloat16 inputs, got {dtype}")
     if requested not in gemms(dtype):
         raise ValueError(
-            "gemm 'bf16' needs Linux on x86-64 with AVX512_BF16, and a torch with bf16 micro-kernels; "
+            "gemm 'bf16' needs Linux on x86-64 with AVX512_BF16, a torch with bf16 micro-kernels, and "
+            "ONEDNN_MAX_CPU_ISA not below that; "
             f"here gemm may be one of {('auto', *gemms(dtype))}"
         )
     return requested
