@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import vrpo_kernels
+from benchmarks.cases import DTYPES
 from benchmarks.record import RESULTS, append, provenance
 from benchmarks.timing import clock_name, interleaved
 from vrpo_kernels import testing
@@ -27,7 +28,6 @@ FIELDS = (
     *("provider", "column", "dtype", "M", "N", "V"),
     *("ms_p20", "ms_p50", "ms_p80", "reps", "units_p50", "unit_ms_p50", "peak_MiB", "policy_ratio", "note"),
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATE_ROWS = 64
 
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import COLUMNS, Case, Inputs, make_inputs
+from benchmarks.cases import COLUMNS, DTYPES, Case, Inputs, make_inputs
 from benchmarks.providers import PROVIDERS, Op
 from benchmarks.record import RESULTS, append, provenance
 from benchmarks.timing import Timing, clock_name, interleaved
@@ -29,7 +29,6 @@ FIELDS = (
     *("ms_min", "ms_p20", "ms_p50", "ms_p80", "reps", "units_min", "units_p50", "unit_ms_min", "peak_MiB"),
     *("nll_error", "policy_ratio", "note"),
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bare_gemms(inputs: Inputs) -> dict[str, Callable[[], object]]:

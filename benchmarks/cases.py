@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vrpo_kernels.testing import wide_range_upstream
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = {"no gradient": (False, False), "frozen head": (True, False), "trained head": (True, True)}
 """Name -> (hidden needs a gradient, weight needs a gradient)."""
 

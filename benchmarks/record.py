@@ -15,12 +15,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def output_of(*command: str) -> str:
-    """Standard output of a command; empty if it fails or does not exist."""
+    """Standard output of a command; empty if it fails, hangs or does not exist."""
+    options = {"capture_output": True, "text": True, "cwd": Path(__file__).parent, "timeout": 20}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    except OSError:
+        return subprocess.run(command, check=True, **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
 
 
 def provenance(device: str) -> dict[str, str]:

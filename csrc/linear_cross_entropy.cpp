@@ -7,8 +7,10 @@
 // d = m + log s - z_y, nll = softplus(d) and 1 - p_y = sigmoid(d) keep their accuracy when p_y is close to 1.
 // Every mode calls the same matmuls and the same fold on the same shapes, so nll has the same bits in all of them.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <string>
@@ -16,6 +18,17 @@
 #include "linear_cross_entropy.h"
 
 namespace vrpo {
+
+VRPO_CLONES void scale_row(float* to, const float* from, float factor, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = factor * from[i];
+}
+
+VRPO_CLONES void combine_rows(float* to, const float* a, double factor_a, const float* b, double factor_b,
+                              int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<float>(a[i] * factor_a + b[i] * factor_b);
+}
+
+namespace {
 
 VRPO_CLONES float dot(const float* a, const float* b, int64_t size) {
   Floats sum{};
@@ -27,18 +40,7 @@ VRPO_CLONES float dot(const float* a, const float* b, int64_t size) {
   return total;
 }
 
-VRPO_CLONES void scale_row(float* to, const float* from, float factor, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] = factor * from[i];
-}
-
-VRPO_CLONES void add_row(float* to, const float* from, float factor, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] += factor * from[i];
-}
-
-VRPO_CLONES void combine_rows(float* to, const float* a, double factor_a, const float* b, double factor_b,
-                              int64_t size) {
-  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<float>(a[i] * factor_a + b[i] * factor_b);
-}
+}  // namespace
 
 void fill_target_logits(const Tensor& hidden, const Tensor& weight, const TargetIndex& targets, float* out) {
   at::parallel_for(0, hidden.size(0), 16, [&](int64_t begin, int64_t end) {
@@ -188,11 +190,20 @@ VRPO_CLONES void weigh(float* z, int64_t stride, int64_t classes, int64_t first,
   }
 }
 
+VRPO_CLONES void add_row(float* to, const float* from, float factor, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) to[i] += factor * from[i];
+}
+
 template <typename Body>
 void parallel_lanes(int64_t lanes, const Body& body) {
   at::parallel_for(0, lanes / kLanes, 1,
                    [&](int64_t begin, int64_t end) { body(begin * kLanes, end * kLanes); });
 }
+
+struct NoDispatch {  // plain CPU kernels inside: neither autograd nor autocast looks at the matmuls
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
+};
 
 ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, c10::string_view gemm_name,
                       bool want_dhidden, bool keep_tiles) {
@@ -289,6 +300,27 @@ Tensor dhidden(const Tensor& dnll, const Tensor& expected, const Tensor& statist
   });
   return out;
 }
+
+// Rows of dweight for one tile: the output itself in fp32, else a buffer that is rounded into it once.
+class HeadGradient {
+ public:
+  explicit HeadGradient(const Tensor& weight)
+      : out_(at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous))) {
+    if (out_.scalar_type() != at::kFloat) {
+      buffer_ = at::empty({kTile, weight.size(1)}, weight.options().dtype(at::kFloat));
+    }
+  }
+  Tensor tile(int64_t begin, int64_t size) {
+    return buffer_.defined() ? buffer_.narrow(0, 0, size) : out_.narrow(0, begin, size);
+  }
+  void finish(int64_t begin, int64_t size) {
+    if (buffer_.defined()) out_.narrow(0, begin, size).copy_(buffer_.narrow(0, 0, size));
+  }
+  Tensor out() const { return out_; }
+
+ private:
+  Tensor out_, buffer_;
+};
 
 Tensor dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
                const Tensor& statistics, const Tensor& kept, const Tensor& kept_shift, c10::string_view gemm_name) {
@@ -391,16 +423,12 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
 }  // namespace
 
 // MKL, behind torch.mm on x86, reaches half of oneDNN's rate on AMD processors with AVX-512; elsewhere it is level or
-// ahead. bf16 matmuls are twice as fast as fp32 on AMD (AVX512_BF16) and many times with AMX, but on Intel without AMX
-// half as fast.
+// ahead.
 std::string default_gemm(at::ScalarType dtype) {
-#if defined(__x86_64__) && defined(__GNUC__)
+  if (dtype == at::kBFloat16 && bf16_route_is_fastest()) return "bf16";
+#if defined(__x86_64__) && defined(CPUBLAS_BRGEMM_F32F32F32)
   __builtin_cpu_init();
-  const bool amd = __builtin_cpu_is("amd");
-  if (dtype == at::kBFloat16 && bf16_route_runs() && (amd || __builtin_cpu_supports("amx-bf16"))) return "bf16";
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if (amd && __builtin_cpu_supports("avx512f")) return "onednn";
-#endif
+  if (__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f")) return "onednn";
 #endif
   return "fp32";
 }

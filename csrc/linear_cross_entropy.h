@@ -3,10 +3,8 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
@@ -42,15 +40,8 @@ inline int64_t chunk_rows(int64_t num_rows) {
   return std::max(kLanes, round_up((num_rows + chunks - 1) / chunks, kLanes));
 }
 
-struct NoDispatch {  // plain CPU kernels inside: neither autograd nor autocast looks at the matmuls
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
-};
-
 // Vectorised helpers, defined in linear_cross_entropy.cpp.
-float dot(const float* a, const float* b, int64_t size);
 void scale_row(float* to, const float* from, float factor, int64_t size);  // to = factor * from
-void add_row(float* to, const float* from, float factor, int64_t size);  // to += factor * from
 // to = factor_a * a + factor_b * b, rounded once; a may be to.
 void combine_rows(float* to, const float* a, double factor_a, const float* b, double factor_b, int64_t size);
 
@@ -131,27 +122,6 @@ class RowReader {
   std::vector<float> buffer_;
 };
 
-// Rows of dweight for one tile: the output itself in fp32, else a buffer that is rounded into it once.
-class HeadGradient {
- public:
-  explicit HeadGradient(const Tensor& weight)
-      : out_(at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous))) {
-    if (out_.scalar_type() != at::kFloat) {
-      buffer_ = at::empty({kTile, weight.size(1)}, weight.options().dtype(at::kFloat));
-    }
-  }
-  Tensor tile(int64_t begin, int64_t size) {
-    return buffer_.defined() ? buffer_.narrow(0, 0, size) : out_.narrow(0, begin, size);
-  }
-  void finish(int64_t begin, int64_t size) {
-    if (buffer_.defined()) out_.narrow(0, begin, size).copy_(buffer_.narrow(0, 0, size));
-  }
-  Tensor out() const { return out_; }
-
- private:
-  Tensor out_, buffer_;
-};
-
 // The end of a forward pass over rows n0, n0 + 1, ...: statistics, nll, and the sums in `expected` (if wanted) made
 // means.
 inline void finish_rows(int64_t n0, int64_t rows, const float* shift, const float* total, const Tensor& statistics,
@@ -217,6 +187,7 @@ void fill_target_logits(const Tensor& hidden, const Tensor& weight, const Target
 
 // The bf16 route (linear_cross_entropy_bf16.cpp); the arguments are those of the ops.
 bool bf16_route_runs();
+bool bf16_route_is_fastest();  // of those that run for bf16 inputs on this processor
 ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, bool want_dhidden,
                            bool keep_tiles);
 Tensor bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
