@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -549,6 +550,18 @@ def test_linear_cross_entropy__runs_where_onednn_may_not_use_the_instructions(li
 
 
 @needs_extension
+@pytest.mark.skipif(
+    "ONEDNN_MAX_CPU_ISA" in os.environ
+    or not Path("/proc/cpuinfo").exists()
+    or "avx512_bf16" not in Path("/proc/cpuinfo").read_text(),
+    reason="the processor has no AVX512_BF16, or oneDNN may not use it",
+)
+def test_gemms__offer_bf16_where_the_processor_has_it():
+    """Else a wrong refusal would take the route and its tests away in silence."""
+    assert "bf16" in cpu.gemms(torch.bfloat16)
+
+
+@needs_extension
 def test_plan__keeps_bf16_tiles_in_bf16():
     hidden, weight, *_ = make_inputs(40, 600, 24, torch.bfloat16)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -572,6 +585,10 @@ def test_linear_cross_entropy__nan_inputs_give_nan(gemm, dtype):
     hidden[3, 2] = float("nan")
     nll = linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm=gemm)
     assert nll[3].isnan() and nll.isnan().sum() == 1
+    hidden, weight, targets, _ = make_inputs(20, 600, 8, dtype)
+    weight[555, 2] = float("nan")  # nobody's target: only the sums can tell
+    targets[targets == 555] = 0
+    assert linear_cross_entropy(hidden, weight, targets, backend="cpu", gemm=gemm).isnan().all()
 
 
 def test_public_names__exist():
