@@ -11,9 +11,9 @@ from torch import nn
 
 from benchmarks.record import RESULTS, append, provenance
 from benchmarks.timing import interleaved
-from vrpo import masking
 from vrpo.batch import ResponseBatch
-from vrpo.designs import DESIGNS
+from vrpo.estimator import masking
+from vrpo.estimator.designs import DESIGNS
 from vrpo.models import LLaDAConfig, LLaDAForMaskedDiffusion
 from vrpo.step import Estimator, preference_step
 

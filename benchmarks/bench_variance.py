@@ -28,14 +28,15 @@ from datasets import load_dataset
 from matplotlib import pyplot as plt
 from online_covariance import OnlineCovariance
 
-from vrpo import data, variance
+from vrpo import data
 from vrpo.batch import MaskDraw, ResponseBatch
-from vrpo.designs import DESIGNS
+from vrpo.estimator.designs import DESIGNS
+from vrpo.estimator.packing import pack
+from vrpo.estimator.row_weights import balanced, token_ratio
+from vrpo.evaluation import variance
+from vrpo.evaluation.variance import Sampled, Scheme
 from vrpo.models import load_model, load_tokenizer
-from vrpo.packing import pack
-from vrpo.row_weights import balanced, token_ratio
 from vrpo.step import split_by_tokens
-from vrpo.variance import Sampled, Scheme
 from vrpo_kernels import segment_sum
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,14 +1,14 @@
 """Best linear unbiased row weights under covariance tables estimated on line, from earlier draws alone.
 
-What `bench_variance.py weights` compares the flat model of `vrpo.row_weights.balanced` with. Exact for any
-tables: they come from draws that are independent of the masks they weigh, and every sample keeps its total.
+What `bench_variance.py weights` compares the flat model of `vrpo.estimator.row_weights.balanced` with. Exact
+for any tables: they come from draws independent of the masks they weigh, and every sample keeps its total.
 """
 
 import torch
 from torch import Tensor
 
 from vrpo.batch import MaskDraw
-from vrpo.row_weights import _rows, dense
+from vrpo.estimator.row_weights import _rows, dense
 
 NUM_BINS = 8
 PRIOR = 500.0

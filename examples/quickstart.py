@@ -28,12 +28,12 @@ from transformers import (
 from examples import arithmetic, quickstart_report
 from examples.arithmetic import Problem
 from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
-from vrpo.data import PairCollator, prepare_pairs
-from vrpo.generate import SamplerConfig, generate, trim_response
+from vrpo.data.rows import PairCollator, prepare_pairs
+from vrpo.evaluation.score import Scorer, score_dataset, summarise
+from vrpo.generation.sampler import SamplerConfig, generate, trim_response
 from vrpo.models import LLaDAForMaskedDiffusion, create_model
-from vrpo.score import Scorer, score_dataset, summarise
 from vrpo.step import Estimator
-from vrpo.trainer import DiffusionTrainer
+from vrpo.training.trainer import DiffusionTrainer
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def estimator(run: Run, num_samples: int, seed: int) -> Estimator:
 def held_out(
     run: Run, model: LLaDAForMaskedDiffusion, reference: LLaDAForMaskedDiffusion, pairs: Dataset
 ) -> dict[str, float]:
-    """Preference metrics on pairs whose problems no training has seen; see `vrpo.score.summarise`."""
+    """Preference metrics on pairs of problems that no training has seen; see `evaluation.score.summarise`."""
     precise = estimator(run, run.settings.evaluation_samples, seed=0)
     scorer = Scorer(model.eval(), reference.eval(), precise, run.settings.beta, 65536, "cpu")
     rows = score_dataset(scorer, pairs)

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from vrpo.new_model import NewModel, build_model, train_tokenizer
+from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
 
 
 def sums(first: int, last: int) -> list[dict[str, str]]:

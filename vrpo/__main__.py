@@ -2,7 +2,7 @@
 
 import sys
 
-from vrpo.cli import main
+from vrpo.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

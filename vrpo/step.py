@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vrpo import masking, preference
 from vrpo.batch import PackedBatch, ResponseBatch
-from vrpo.elbo import elbo
-from vrpo.packing import pack
+from vrpo.estimator import masking
+from vrpo.estimator.elbo import elbo
+from vrpo.estimator.packing import pack
+from vrpo.objectives import preference
 
 NLL = Callable[[PackedBatch], Tensor]
 """A model as the step sees it: a packed batch in, nll_N (N,) float32 in nats out."""

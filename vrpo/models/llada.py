@@ -240,7 +240,7 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: the inherited left-to-right decoding would run and be wrong."""
-        raise TypeError("LLaDA does not decode left to right: use vrpo.generate.generate")
+        raise TypeError("LLaDA does not decode left to right: use vrpo.generation.generate")
 
     def forward(
         self,

@@ -1,0 +1,1 @@
+"""The `vrpo` command: the only wing that prints."""

@@ -1,0 +1,51 @@
+"""What the training commands accept beside the trainers' configs; names follow TRL's."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ScriptArguments:
+    """The data of a training run."""
+
+    dataset_name: str = field(
+        metadata={"help": "Training data: a .jsonl, .json or .parquet file, a folder, or a hub name."}
+    )
+    dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = _field("train", "Split to train on; slices such as train[:500] work.")
+    dataset_test_split: str | None = _field(
+        None, "Split of dataset_name to evaluate on, instead of eval_dataset_name."
+    )
+    eval_dataset_name: str | None = _field(
+        None, "Data to evaluate on every eval_steps and at the end: a file, folder or hub name."
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The model, and LoRA adapters on it."""
+
+    model_name_or_path: str | None = _field(
+        None, "Checkpoint to start from: a folder or a hub name, in LLaDA's format."
+    )
+    model_revision: str = _field("main", "Branch, tag or commit of a hub model.")
+    dtype: str = _field(
+        "float32",
+        "Dtype of the weights: float32, bfloat16, float16 or auto (the checkpoint's). Training rounds "
+        "small updates away in anything but float32.",
+    )
+    attn_implementation: str = _field(
+        "vrpo", "Attention over packs: vrpo (the best one here), vrpo_sdpa, vrpo_varlen or vrpo_fa."
+    )
+    use_peft: bool = _field(False, "Train LoRA adapters instead of all weights.")
+    lora_r: int = _field(16, "Rank of the adapters.")
+    lora_alpha: int = _field(32, "Adapter output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = _field(0.0, "Dropout of the adapters; off while disable_dropout is set.")
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get adapters. Unset: every linear one but the head."},
+    )

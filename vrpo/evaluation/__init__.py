@@ -1,0 +1,1 @@
+"""Scores of responses, and the noise of the estimators."""

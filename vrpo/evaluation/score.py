@@ -1,0 +1,226 @@
+"""`vrpo score`: ELBOs of the responses in a file, and rewards and margins against a reference."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vrpo import data
+from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.estimator.elbo import elbo
+from vrpo.estimator.masking import EVALUATION_EPOCH, check_design, default_replicates
+from vrpo.models import load_tokenizer, special_tokens
+from vrpo.models.checkpoint import check_writable, default_device, load_policy
+from vrpo.objectives import preference
+from vrpo.step import Estimator, split_by_tokens
+from vrpo.training.config import VRPOConfig
+
+_ROWS_AT_ONCE = 64
+
+
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ScoreArguments:
+    """What to score, with which model, against which reference."""
+
+    model_name_or_path: str = field(metadata={"help": "Model to score with: a folder or a hub name."})
+    dataset_name: str = field(
+        metadata={"help": "Preference pairs or prompt/completion rows: file, folder or hub name."}
+    )
+    output_file: str = field(metadata={"help": "JSONL file to write, one line per row of the data."})
+    dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
+    dataset_split: str = _field("train", "Split to score; of a single file only a slice matters.")
+    ref_model_name_or_path: str | None = _field(None, "Reference model; adds its ELBOs, rewards and margins.")
+    model_revision: str = _field("main", "Branch, tag or commit of the model.")
+    dtype: str = _field("auto", "Dtype of the weights: auto, float32, bfloat16 or float16.")
+    attn_implementation: str = _field("vrpo", "As in training.")
+    beta: float = _field(VRPOConfig.beta, "reward = beta * (ELBO - reference ELBO).")
+    num_samples: int = _field(
+        VRPOConfig.num_samples, "Masked copies of each response per estimate; more is more exact."
+    )
+    mask_design: str = _field(VRPOConfig.mask_design, "How levels and masks are drawn, as in training.")
+    pair_masks: str = _field(VRPOConfig.pair_masks, "What the masks of a pair share, as in training.")
+    num_replicates: int | None = _field(
+        VRPOConfig.num_replicates, "Independent repetitions of the design, as in training."
+    )
+    max_length: int = _field(VRPOConfig.max_length, "Longest prompt + response in tokens.")
+    max_tokens_per_pack: int = _field(VRPOConfig.max_tokens_per_pack, "Tokens of one forward pass.")
+    mask_token_id: int | None = _field(None, "Id of the mask token. Unset: the model's.")
+    seed: int = _field(VRPOConfig.seed, "Seed of the masks; the same seed gives the same figures.")
+    device: str | None = _field(None, "cuda, cpu, ...; unset: a GPU where there is one.")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model, perhaps a reference, and how their ELBOs are estimated.
+
+    beta: reward = beta * (ELBO - reference ELBO), per nat.
+    max_tokens_per_pack: tokens of one forward pass.
+    """
+
+    model: nn.Module
+    reference: nn.Module | None
+    estimator: Estimator
+    beta: float
+    max_tokens_per_pack: int
+    device: torch.device | str
+
+    @torch.no_grad()
+    def score(self, batch: ResponseBatch) -> Iterator[dict[str, float]]:
+        """One mapping per example, in order; the fields are those of `score_file`.
+
+        The masks are those of an evaluation: a pure function of (seed, example id, side, sample), the
+        same for model and reference.
+        """
+        sides = ("chosen", "rejected") if batch.num_sides == 2 else ("completion",)
+        for part in split_by_tokens(batch, self.estimator.num_samples, self.max_tokens_per_pack):
+            packed = self.estimator.pack(part, EVALUATION_EPOCH, self.device)
+            columns = {"example_id": part.example_R[:: part.num_sides]}
+            elbo_RK = _elbo(self.model, packed)
+            for side, name in enumerate(sides):
+                columns[f"tokens_{name}"] = part.response_length_R[side :: part.num_sides]
+                columns[f"elbo_{name}"] = elbo_RK.mean(dim=1)[side :: part.num_sides]
+            if self.reference is not None:
+                reference_RK = _elbo(self.reference, packed)
+                reward_R = self.beta * preference.log_ratio(elbo_RK, reference_RK)
+                for side, name in enumerate(sides):
+                    columns[f"ref_elbo_{name}"] = reference_RK.mean(dim=1)[side :: part.num_sides]
+                    columns[f"reward_{name}"] = reward_R[side :: part.num_sides]
+                if len(sides) == 2:
+                    columns["margin"] = preference.preference_score(elbo_RK, reference_RK, self.beta)
+                    columns["margin_std"] = preference.score_std(
+                        elbo_RK, reference_RK, self.beta, packed.replicate_K
+                    )
+            values = [column.tolist() for column in columns.values()]
+            for row in zip(*values, strict=True):
+                yield dict(zip(columns, row, strict=True))
+
+
+def _elbo(model: nn.Module, packed: PackedBatch) -> Tensor:
+    return elbo(model(**packed.model_inputs()).nll, packed)
+
+
+def score_dataset(scorer: Scorer, dataset: Dataset) -> list[dict[str, float]]:
+    """Scores of a prepared dataset (see `data.prepare_pairs`, `data.prepare_completions`), in its order."""
+    is_pairs = "chosen_ids" in dataset.column_names
+    collate = data.PairCollator() if is_pairs else data.CompletionCollator()
+    rows = []
+    with tqdm(total=len(dataset), desc="Scoring", unit="row") as bar:
+        for start in range(0, len(dataset), _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, len(dataset))
+            batch = collate([dataset[i] for i in range(start, stop)])["responses"]
+            for row in scorer.score(batch):
+                rows.append(row)
+                bar.update()
+    return rows
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the rows.
+
+    elbo/{side} in nats per response, elbo/{side}_per_token (total over total) and, of pairs,
+    elbo/accuracies, how often the model finds the chosen response more probable; with a reference the same
+    of it (ref_elbo/...), rewards/{side} and, of pairs, rewards/{margins, accuracies}. A tie counts as wrong.
+    *_error: standard error over the rows.
+    """
+    sides = [name.removeprefix("elbo_") for name in rows[0] if name.startswith("elbo_")]
+    column = {name: torch.tensor([row[name] for row in rows]).double() for name in rows[0]}
+    means: dict[str, Tensor] = {}
+    totals: dict[str, float] = {"rows": len(rows)}
+    for kind in ("elbo", "ref_elbo"):
+        if f"{kind}_{sides[0]}" not in column:
+            continue
+        for side in sides:
+            elbo_B = means[f"{kind}/{side}"] = column[f"{kind}_{side}"]
+            totals[f"{kind}/{side}_per_token"] = (elbo_B.sum() / column[f"tokens_{side}"].sum()).item()
+        if len(sides) == 2:
+            right = column[f"{kind}_chosen"] > column[f"{kind}_rejected"]
+            means[f"{kind}/accuracies"] = right.double()
+    if f"reward_{sides[0]}" in column:
+        means |= {f"rewards/{side}": column[f"reward_{side}"] for side in sides}
+    if "margin" in column:
+        means["rewards/margins"] = column["margin"]
+        means["rewards/accuracies"] = (column["margin"] > 0).double()
+    for name, value_B in means.items():
+        totals[name] = value_B.mean().item()
+        if len(rows) > 1:
+            totals[f"{name}_error"] = (value_B.std() / len(rows) ** 0.5).item()
+    return totals
+
+
+def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
+    """Score `args.dataset_name` and write `args.output_file`, one JSON object per line:
+
+        example_id; of each side (chosen and rejected, or completion) tokens_* and elbo_* (nats, summed over
+        the response); with a reference ref_elbo_*, reward_*, and of pairs margin and margin_std, its standard
+        error estimated from the samples (NaN where the mask design has no independent replicates).
+
+    `summarise` of the rows and the packed tokens per second go into a second file, .summary.json instead of
+    the suffix of the first.
+
+    Returns: that summary, and the report on the data.
+    """
+    num_replicates = args.num_replicates
+    if num_replicates is None:
+        num_replicates = default_replicates(args.mask_design, args.num_samples)
+    check_design(args.mask_design, args.num_samples, 1, num_replicates, args.pair_masks)
+    if not args.beta > 0:
+        raise ValueError(f"beta must be positive, got {args.beta}")
+    output = check_writable(args.output_file)
+    rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
+    device = default_device(args.device)
+    tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
+    model, reference = (
+        None
+        if path is None
+        else load_policy(
+            path,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            revision=args.model_revision if path is args.model_name_or_path else "main",
+        )
+        .to(device)
+        .eval()
+        for path in (args.model_name_or_path, args.ref_model_name_or_path)
+    )
+    is_pairs = bool({"chosen", "chosen_ids"} & set(rows.column_names))
+    prepare = data.prepare_pairs if is_pairs else data.prepare_completions
+    mask_token_id = args.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = special_tokens(model.config, tokenizer).mask
+    dataset, report = prepare(
+        rows,
+        tokenizer,
+        max_length=args.max_length,
+        vocab_size=model.config.vocab_size,
+    )
+    data.check_token_budget(dataset, args.num_samples, args.max_tokens_per_pack)
+    estimator = Estimator(
+        mask_token_id=mask_token_id,
+        num_samples=args.num_samples,
+        mask_design=args.mask_design,
+        masks_per_level=1,
+        seed=args.seed,
+        num_replicates=num_replicates,
+        pair_masks=args.pair_masks,
+    )
+    scorer = Scorer(model, reference, estimator, args.beta, args.max_tokens_per_pack, device)
+    started = time.perf_counter()
+    scored = score_dataset(scorer, dataset)
+    seconds = time.perf_counter() - started
+    with output.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in scored)
+    packed = args.num_samples * (2 * report.prompt_tokens if is_pairs else report.prompt_tokens)
+    packed += args.num_samples * report.response_tokens
+    summary = summarise(scored) | {"tokens_per_second": packed / seconds}
+    output.with_suffix(".summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary, report

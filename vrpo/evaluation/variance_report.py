@@ -1,0 +1,290 @@
+"""`vrpo variance`: how noisy score, loss and gradient of a model pair are, by design and forwards."""
+
+import importlib.util
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from vrpo import data
+from vrpo.batch import ResponseBatch
+from vrpo.estimator.designs import DESIGNS
+from vrpo.estimator.masking import PAIR_MASKS, check_design
+from vrpo.evaluation import variance
+from vrpo.evaluation.variance import Estimate, Sampled, Scheme
+from vrpo.models import load_tokenizer, special_tokens
+from vrpo.models.checkpoint import check_writable, default_device, load_policy
+from vrpo.training.config import VRPOConfig
+
+Figures = Mapping[Scheme, Mapping[str, Estimate]]
+
+
+@dataclass
+class VarianceArguments:
+    """Which models and pairs, which designs, how many forwards."""
+
+    model_name_or_path: str = field(metadata={"help": "The policy: a folder or a hub name."})
+    ref_model_name_or_path: str = field(metadata={"help": "The reference: a folder or a hub name."})
+    dataset_name: str = field(metadata={"help": "Preference pairs: file, folder or hub name."})
+    output_file: str = field(metadata={"help": "JSON file of all figures; the plot goes beside it, .png."})
+    designs: list[str] = field(
+        default_factory=lambda: ["paper", "folded", "balanced", "ratio"],
+        metadata={"help": f"Mask designs to compare: {', '.join(DESIGNS)}."},
+    )
+    num_samples: list[int] = field(
+        default_factory=lambda: [2, 4, 8], metadata={"help": "Forwards per response and model, several."}
+    )
+    pair_masks: list[str] = field(
+        default_factory=lambda: ["positions"],
+        metadata={
+            "help": f"What the masks of a pair share, one or more of {', '.join(PAIR_MASKS)}. The paper's "
+            "design is always measured with independent ones too, as the baseline."
+        },
+    )
+    num_pairs: int = field(default=32, metadata={"help": "Pairs to measure on, the first of the data."})
+    num_repeats: int = field(default=8, metadata={"help": "Fresh draws per pair and design, at least 2."})
+    target_variance: float | None = field(
+        default=None,
+        metadata={"help": "Score variance to reach. Unset: that of the paper's design with 8 forwards."},
+    )
+    gradient: bool = field(
+        default=False,
+        metadata={"help": "Measure the gradient at the up-projection of block 0 too; twice the time."},
+    )
+    beta: float = field(default=VRPOConfig.beta, metadata={"help": "Weight of the log-ratio, per nat."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to use."})
+    dtype: str = field(default="auto", metadata={"help": "Dtype of the weights."})
+    attn_implementation: str = field(default="vrpo", metadata={"help": "As in training."})
+    max_length: int = field(default=VRPOConfig.max_length, metadata={"help": "Longest prompt + response."})
+    max_tokens_per_pack: int = field(default=16384, metadata={"help": "Tokens of one forward pass."})
+    mask_token_id: int | None = field(default=None, metadata={"help": "Unset: the model's."})
+    seed: int = field(default=0, metadata={"help": "Seed of the masks."})
+    device: str | None = field(default=None, metadata={"help": "Unset: a GPU where there is one."})
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The cheapest measured or extrapolated way to a target variance."""
+
+    design: str
+    pair_masks: str
+    num_samples: int
+    variance: float
+    extrapolated: bool
+
+
+def schemes_of(designs: list[str], num_samples: list[int], pair_masks: list[str]) -> list[Scheme]:
+    """All combinations, and always the paper's design, which the others are compared with."""
+    for design in designs:
+        for number in num_samples:
+            for coupling in pair_masks:
+                check_design(design, number, 1, pair_masks=coupling)
+    kinds = dict.fromkeys([("paper", "independent"), *itertools.product(designs, pair_masks)])
+    return [
+        Scheme(design, number, pair_masks=coupling)
+        for number in sorted(set(num_samples))
+        for design, coupling in kinds
+    ]
+
+
+def advise(figures: Figures, target: float, *, unbiased: bool) -> Advice | None:
+    """The design and the fewest forwards whose score variance is at most the target.
+
+    Measured forwards are preferred. Beyond them variance is taken to fall as 1 / K from the largest K
+    measured, which is exact for the paper's design and cautious for stratified ones; K is rounded up to even.
+    Returns: None if no design qualifies (none measured is unbiased).
+    """
+    best: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for scheme, told in figures.items():
+        if DESIGNS[scheme.design].unbiased or not unbiased:
+            point = (scheme.num_samples, told["score_variance"].value)
+            best.setdefault((scheme.design, scheme.pair_masks), []).append(point)
+    options = []
+    for kind, points in best.items():
+        points.sort()
+        enough = [(number, value) for number, value in points if value <= target]
+        if enough:
+            options.append(Advice(*kind, *enough[0], extrapolated=False))
+            continue
+        number, value = points[-1]
+        needed = 2 * math.ceil(number * value / target / 2)
+        options.append(Advice(*kind, needed, number * value / needed, extrapolated=True))
+    return min(options, key=lambda advice: (advice.num_samples, advice.variance), default=None)
+
+
+def measure(args: VarianceArguments) -> dict[Scheme, Sampled]:
+    """Load models and pairs, and sample every scheme with a progress bar."""
+    schemes = schemes_of(args.designs, args.num_samples, args.pair_masks)
+    if args.num_repeats < 2:
+        raise ValueError(f"num_repeats must be at least 2, got {args.num_repeats}")
+    device = default_device(args.device)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    policy, reference = (
+        load_policy(path, dtype=args.dtype, attn_implementation=args.attn_implementation, revision="main")
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+        for path in (args.model_name_or_path, args.ref_model_name_or_path)
+    )
+    mask_token_id = args.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = special_tokens(policy.config, tokenizer).mask
+    batch = _pairs(args, tokenizer, policy.config.vocab_size)
+    found = {}
+    for scheme in (bar := tqdm(schemes, desc="Designs", unit="design")):
+        bar.set_postfix_str(f"{scheme.design}, {scheme.num_samples} forwards")
+        found[scheme] = variance.sample(
+            policy,
+            reference,
+            batch,
+            scheme,
+            mask_token_id=mask_token_id,
+            beta=args.beta,
+            num_repeats=args.num_repeats,
+            seed=args.seed,
+            max_tokens_per_pack=args.max_tokens_per_pack,
+            device=device,
+            probe=policy.model.layers[0].mlp.up_proj if args.gradient else None,
+        )
+    return found
+
+
+def _pairs(args: VarianceArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ResponseBatch:
+    rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
+    rows = rows.select(range(min(args.num_pairs, len(rows))))
+    prepared, _ = data.prepare_pairs(
+        rows,
+        tokenizer,
+        max_length=args.max_length,
+        vocab_size=vocab_size,
+    )
+    data.check_token_budget(prepared, max(args.num_samples), args.max_tokens_per_pack)
+    return data.PairCollator()(list(prepared))["responses"]
+
+
+def report(args: VarianceArguments) -> str:
+    """Measure, write the JSON file and the plot, and return the table with the advice below it."""
+    output = check_writable(args.output_file)
+    found = measure(args)
+    true_B = variance.true_scores(found)
+    figures = {scheme: variance.summarise(scheme, found, true_B) for scheme in found}
+    target = args.target_variance
+    if target is None:
+        number, value = max(
+            (scheme.num_samples, told["score_variance"].value)
+            for scheme, told in figures.items()
+            if (scheme.design, scheme.pair_masks) == ("paper", "independent")
+        )
+        target = value * number / 8
+    lines = [table(figures), "", f"target: score variance {target:.4g}"]
+    for unbiased, label in ((True, "exactly unbiased"), (False, "any")):
+        advice = advise(figures, target, unbiased=unbiased)
+        if advice is not None:
+            how = "extrapolated from fewer" if advice.extrapolated else "measured"
+            lines.append(
+                f"recommended, {label}: mask_design={advice.design} pair_masks={advice.pair_masks} "
+                f"num_samples={advice.num_samples} num_replicates=1 (variance {advice.variance:.4g}, {how})"
+            )
+    _write_json(output, args, figures, target)
+    if _can_plot():
+        plot(figures, output.with_suffix(".png"))
+        lines.append(f"saved {output} and {output.with_suffix('.png')}")
+    else:
+        lines.append(f"saved {output}; no plot, which needs matplotlib: pip install 'vrpo[plot]'")
+    return "\n".join(lines) + "\n"
+
+
+VARIANCES = (
+    "score_variance",
+    "score_ratio",
+    "loss_variance",
+    "loss_ratio",
+    "gradient_variance",
+    "gradient_ratio",
+)
+BIASES = ("score_bias", "loss_bias", "jackknife_bias", "sign_flips")
+
+
+def table(figures: Figures) -> str:
+    """Variances, then biases: one line per scheme, with 95 % intervals from resampled pairs.
+
+    Ratios are to the paper's design with independent sides at equal forwards. score_bias and loss_bias are in
+    nats x beta and nats; of a design that is exactly unbiased, score_bias shows noise alone.
+    """
+    lines = []
+    for columns in (VARIANCES, BIASES):
+        shown = [name for name in columns if any(name in told for told in figures.values())]
+        if not shown:
+            continue
+        if lines:
+            lines.append("")
+        lines.append(f"{'design':<17}{'pair masks':<12}{'K':>3}  " + "".join(f"{name:>25}" for name in shown))
+        for scheme, told in figures.items():
+            label = scheme.design + ("" if DESIGNS[scheme.design].unbiased else "*")
+            lines.append(
+                f"{label:<17}{scheme.pair_masks:<12}{scheme.num_samples:>3}  "
+                + "".join(f"{_cell(told.get(name)):>25}" for name in shown)
+            )
+    if not all(DESIGNS[scheme.design].unbiased for scheme in figures):
+        lines.append("* biased design")
+    return "\n".join(lines)
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
+
+
+def _write_json(output: Path, args: VarianceArguments, figures: Figures, target: float) -> None:
+    rows = [
+        asdict(scheme) | {name: asdict(estimate) for name, estimate in told.items()}
+        for scheme, told in figures.items()
+    ]
+    content = {"arguments": asdict(args), "torch": torch.__version__, "target": target, "figures": rows}
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(figures: Figures, path: Path) -> None:
+    """Every figure of the table against forwards, a panel each; one line per design and coupling."""
+    from matplotlib.figure import Figure
+
+    names = ("score_variance", "loss_variance", "gradient_variance", *BIASES)
+    names = [name for name in names if any(name in told for told in figures.values())]
+    columns = math.ceil(len(names) / 2)
+    figure = Figure(figsize=(4.2 * columns, 7), layout="constrained")
+    numbers = sorted({scheme.num_samples for scheme in figures})
+    for name, axis in zip(names, figure.subplots(2, columns, squeeze=False).flat, strict=False):
+        for kind in dict.fromkeys((scheme.design, scheme.pair_masks) for scheme in figures):
+            points = sorted(
+                (scheme.num_samples, told[name].value, told[name].low, told[name].high)
+                for scheme, told in figures.items()
+                if (scheme.design, scheme.pair_masks) == kind and name in told
+            )
+            if not points:
+                continue
+            number, value, low, high = zip(*points, strict=True)
+            below = [max(v - edge, 0.0) for v, edge in zip(value, low, strict=True)]
+            above = [max(edge - v, 0.0) for v, edge in zip(value, high, strict=True)]
+            axis.errorbar(
+                number, value, [below, above], marker="o", ms=3, lw=1, capsize=2, label=", ".join(kind)
+            )
+        axis.set(xscale="log", xlabel="forwards per response and model", title=name.replace("_", " "))
+        if name.endswith("variance"):
+            axis.set_yscale("log")
+        axis.set_xticks(numbers, [str(number) for number in numbers])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in figure.axes[len(names) :]:
+        axis.remove()
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,1 @@
+"""From ELBO vectors to a loss: pure functions, no tokens."""

@@ -1,0 +1,1 @@
+"""The trainers, their configuration, and what they share."""

@@ -1,0 +1,212 @@
+"""Configuration of the trainers: TrainingArguments plus the fields below, each with unit, range and source.
+
+Names follow TRL's DPOConfig and SFTConfig where they have one. Defaults are the recipe of LLaDA 1.5
+(arXiv 2505.19223 section 4 and App. D) where it states a value.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from vrpo.estimator.masking import check_design, check_loss, default_replicates
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class DiffusionConfig(TrainingArguments):
+    """What every masked-diffusion trainer needs; not used by itself."""
+
+    num_samples: int = field(
+        default=1,
+        metadata=_help("K: masked copies of each response per ELBO estimate, n_t * n_yt; at least 1."),
+    )
+    masks_per_level: int = field(
+        default=1,
+        metadata=_help(
+            "n_yt: masks drawn at each mask level; divides num_samples. The paper's optimum is 1."
+        ),
+    )
+    mask_design: str = field(
+        default="paper",
+        metadata=_help(
+            "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'paper' is the l-form "
+            "of LLaDA 1.5 with independent levels. 'balanced' has about half its variance with 4 or more "
+            "samples and no bias; 'ratio' has less still and a small bias. `vrpo variance` measures them on "
+            "your model."
+        ),
+    )
+    max_length: int = field(
+        default=4096,
+        metadata=_help(
+            "Longest prompt + response in tokens. Longer ones lose the beginning of the prompt and the end "
+            "of the response; each is guaranteed half and may use what the other leaves. 4096 is LLaDA's "
+            "context."
+        ),
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata=_help("Longest prompt in tokens; a longer one keeps its end. None: no limit of its own."),
+    )
+    max_tokens_per_pack: int = field(
+        default=65536,
+        metadata=_help(
+            "Token budget of one forward pass: all masked copies of a micro-batch. It decides how many "
+            "examples share a pack and never changes the loss. One pair needs 2 * num_samples * length; "
+            "65536 holds a pair of the longest sequences at the defaults. Lower it when memory runs out."
+        ),
+    )
+    mask_token_id: int | None = field(
+        default=None,
+        metadata=_help("Id of the mask token. None: the model config's, else the tokenizer's."),
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata=_help("Switch every dropout off, LoRA's too; the ELBO needs a deterministic model."),
+    )
+    dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenise the dataset."))
+    # The defaults of TrainingArguments that the recipe replaces.
+    adam_beta2: float = field(default=0.95, metadata=_help("AdamW beta2; 0.95 in LLaDA 1.5."))
+    lr_scheduler_type: str = field(default="cosine", metadata=_help("Learning-rate schedule."))
+    num_train_epochs: float = field(default=1.0, metadata=_help("Passes over the dataset."))
+    logging_steps: float = field(default=10, metadata=_help("Steps between log lines."))
+    bf16: bool | None = field(
+        default=None,
+        metadata=_help("bf16 autocast. None: on where the device is a GPU with bf16, off on CPUs."),
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata=_help("Must stay False: the collator reads the columns by name.")
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.fp16
+                and not self.use_cpu
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported()
+            )
+        super().__post_init__()
+        check_design(self.mask_design, self.num_samples, self.masks_per_level)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the collator reads columns by name")
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.max_length:
+            raise ValueError(
+                f"max_prompt_length must be in [1, max_length = {self.max_length}), "
+                f"got {self.max_prompt_length}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+        _check_writable(self.output_dir)
+
+
+def _check_writable(output_dir: str) -> None:
+    """ValueError unless output_dir can be created and written to. Creates nothing."""
+    path = os.path.abspath(output_dir)
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path) or not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir must be a writable directory, got {output_dir!r}: {path} is not")
+
+
+@dataclass
+class VRPOConfig(DiffusionConfig):
+    """Preference training of a masked-diffusion LM: arXiv 2505.19223, LLaDA 1.5.
+
+    The paper's batch is 64 pairs: 8 per device times 8 accumulated here, on one device. Only the mask draw
+    departs from its recipe, to another one of the same expectation and a fraction of the variance;
+    mask_design="paper", pair_masks="independent" is the paper's.
+    """
+
+    beta: float = field(
+        default=0.2,
+        metadata=_help(
+            "Weight of the ELBO log-ratio inside the sigmoid, per nat of the un-normalised sum; > 0. "
+            "0.2 in LLaDA 1.5."
+        ),
+    )
+    loss_type: str = field(
+        default="sigmoid",
+        metadata=_help(
+            "'sigmoid': -log sigmoid(score), biased upward by the noise of the score. 'sigmoid_jackknife': "
+            "the same with the first order of that bias removed; needs num_replicates > 1, or a mask_design "
+            "whose samples are independent (paper, t, coupled) and num_samples > 1."
+        ),
+    )
+    mask_design: str = field(
+        default="balanced",
+        metadata=_help(
+            "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'balanced' has the "
+            "least variance of the exactly unbiased ones; 'paper' is the l-form of LLaDA 1.5 with "
+            "independent levels; 'ratio' has less variance still and a small bias. `vrpo variance` measures "
+            "them on your own model."
+        ),
+    )
+    pair_masks: str = field(
+        default="positions",
+        metadata=_help(
+            "What the masks of the two responses of a pair have in common. 'positions': token i is masked in "
+            "both or in neither, as far as lengths allow, so that noise of what they share cancels in the "
+            "score; 'levels': the mask levels, as fractions of their lengths; 'independent': nothing, as in "
+            "LLaDA 1.5. Each response's masks have the same law in all three: none adds a bias."
+        ),
+    )
+    num_replicates: int | None = field(
+        default=None,
+        metadata=_help(
+            "Independent repetitions of the mask design among the num_samples; divides num_samples / "
+            "masks_per_level. With 2 or more every design logs its own noise (vrpo/score_std) and allows the "
+            "jackknife loss, but each has fewer samples to balance. None: 2 where the design has no "
+            "independent samples of its own and num_samples is even and at least 8, else 1."
+        ),
+    )
+    sft_weight: float = field(
+        default=0.05,
+        metadata=_help(
+            "Weight of the masked-diffusion SFT loss of the chosen response (nats per token); >= 0. 0.05 in "
+            "LLaDA 1.5. Raise it when logps/chosen falls below the reference's."
+        ),
+    )
+    num_samples: int = field(
+        default=8,
+        metadata=_help("K: masked copies of each response per ELBO estimate; 8 in LLaDA 1.5."),
+    )
+    learning_rate: float = field(default=5e-7, metadata=_help("Peak learning rate; 5e-7 in LLaDA 1.5."))
+    weight_decay: float = field(default=0.01, metadata=_help("AdamW decay; 0.01 in LLaDA 1.5."))
+    warmup_steps: float = field(
+        default=15, metadata=_help("Linear warm-up steps, or a ratio if below 1; 15 in LLaDA 1.5.")
+    )
+    gradient_accumulation_steps: int = field(
+        default=8, metadata=_help("Batches per optimizer step; with 8 pairs each, LLaDA 1.5's 64.")
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_replicates is None:
+            self.num_replicates = default_replicates(self.mask_design, self.num_samples)
+        check_design(
+            self.mask_design, self.num_samples, self.masks_per_level, self.num_replicates, self.pair_masks
+        )
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not self.sft_weight >= 0:
+            raise ValueError(f"sft_weight must not be negative, got {self.sft_weight}")
+        num_levels = self.num_samples // self.masks_per_level
+        check_loss(self.loss_type, self.mask_design, num_levels, self.num_replicates)
+
+
+@dataclass
+class DiffusionSFTConfig(DiffusionConfig):
+    """Masked-diffusion SFT as in LLaDA (arXiv 2502.09992 section 2.3 and App. B)."""
+
+    learning_rate: float = field(default=2.5e-5, metadata=_help("Peak learning rate; 2.5e-5 in LLaDA."))
+    weight_decay: float = field(default=0.1, metadata=_help("AdamW decay; 0.1 in LLaDA."))
+    warmup_steps: float = field(
+        default=50, metadata=_help("Linear warm-up steps, or a ratio if below 1; 50 in LLaDA.")
+    )

@@ -1,0 +1,490 @@
+"""VRPOTrainer and DiffusionSFTTrainer: the pipeline of step.py under transformers.Trainer.
+
+Optimizer, schedule, checkpoints, resume, distributed wrapping and logging are the Trainer's. This file adds
+what it lacks for packed pairs: micro-batches by token budget, the reference model, metrics, evaluation, and
+a loss that is one mean over all examples of the optimizer step, however they are spread over micro-batches,
+accumulation and processes.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import fsdp2_prepare_model
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import is_peft_available, logging
+
+from vrpo import data
+from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.estimator.masking import EVALUATION_EPOCH
+from vrpo.models import LLaDAForMaskedDiffusion, load_model, load_tokenizer, special_tokens
+from vrpo.objectives import preference
+from vrpo.step import NLL, Estimator, denoising_step, preference_step, split_by_tokens
+from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
+
+logger = logging.get_logger(__name__)
+
+Metrics = dict[str, Tensor]
+"""Name -> one value per example of the micro-batch."""
+
+
+def _as_nll(model: nn.Module) -> NLL:
+    def nll(pack: PackedBatch) -> Tensor:
+        return model(**pack.model_inputs()).nll
+
+    return nll
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def _check_model(model: nn.Module) -> None:
+    base = model.get_base_model() if _is_peft_model(model) else model
+    if not isinstance(base, LLaDAForMaskedDiffusion):
+        raise ValueError(
+            f"model must be a masked-diffusion model (LLaDAForMaskedDiffusion, or PEFT around one), got "
+            f"{type(base).__name__}; a causal language model cannot fill in masked tokens"
+        )
+
+
+class DiffusionTrainer(Trainer):
+    """What the two trainers share; not used by itself.
+
+    A subclass says how its dataset is prepared and collated, and what a micro-batch costs
+    (`_micro_batch_loss`).
+    """
+
+    collator: Callable
+    prepare_dataset: Callable
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: DiffusionConfig,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+    ):
+        if args.n_gpu > 1:
+            raise ValueError(
+                "nn.DataParallel is not supported: launch one process per GPU with torchrun or accelerate"
+            )
+        if processing_class is None:
+            if not isinstance(model, str):
+                raise ValueError("processing_class is needed: pass the tokenizer of the model")
+            processing_class = load_tokenizer(model)
+        if isinstance(model, str):
+            model = load_model(model, dtype=torch.float32)
+        _check_model(model)
+        mask_token_id = args.mask_token_id
+        if mask_token_id is None:
+            mask_token_id = special_tokens(model.config, processing_class).mask
+        if peft_config is not None:
+            model = self._add_adapter(model, peft_config)
+        if args.disable_dropout:
+            _switch_dropout_off(model)
+        self.estimator = Estimator(
+            mask_token_id=mask_token_id,
+            num_samples=args.num_samples,
+            mask_design=args.mask_design,
+            masks_per_level=args.masks_per_level,
+            seed=args.seed,
+        )
+        self._sums: dict[str, dict[str, Tensor | float]] = {
+            "train": defaultdict(float),
+            "eval": defaultdict(float),
+        }
+        self._num_tokens = 0
+        self._seconds = 0.0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or self.collator(),
+            train_dataset=self._prepare(train_dataset, processing_class, args, model, "train"),
+            eval_dataset=self._prepare(eval_dataset, processing_class, args, model, "eval"),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Our loss is already one mean over the optimizer step (see training_step).
+        self.model_accepts_loss_kwargs = True
+
+    @staticmethod
+    def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+        if not is_peft_available():
+            raise ValueError("peft_config needs the peft package: pip install 'vrpo[peft]'")
+        from peft import get_peft_model
+
+        if _is_peft_model(model):
+            raise ValueError("peft_config was given, but model is a PeftModel already: pass one of them")
+        return get_peft_model(model, peft_config)
+
+    def _prepare(self, dataset, tokenizer, args, model, split):
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {
+                name: self._prepare(part, tokenizer, args, model, f"{split} {name}")
+                for name, part in dataset.items()
+            }
+        prepared, report = self.prepare_dataset(
+            dataset,
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            vocab_size=model.config.vocab_size,
+            num_proc=args.dataset_num_proc,
+        )
+        data.check_token_budget(prepared, args.num_samples, args.max_tokens_per_pack)
+        (logger.warning if report.num_changed else logger.info)(f"{split} data: {report}")
+        return prepared
+
+    def _micro_batch_loss(
+        self, model: nn.Module, batch: ResponseBatch, epoch: int
+    ) -> tuple[Tensor, Metrics, int]:
+        """(loss of each example with gradient, metrics of each example, tokens in the pack)."""
+        raise NotImplementedError
+
+    def _draw_epoch(self, model: nn.Module) -> int:
+        # Keyed by epoch and not by step, so that an example's masks do not depend on the batch size.
+        return int(self.state.epoch or 0) if model.training else EVALUATION_EPOCH
+
+    def _micro_batches(self, batch: ResponseBatch) -> list[ResponseBatch]:
+        def split(at_least: int) -> list[ResponseBatch]:
+            return list(
+                split_by_tokens(batch, self.args.num_samples, self.args.max_tokens_per_pack, at_least)
+            )
+
+        parts = split(at_least=1)
+        if self.args.world_size > 1:
+            # Sharded models run collectives in every forward: all ranks must make the same number of them.
+            count = torch.tensor([len(parts)], device=self.args.device)
+            parts = split(at_least=int(self.accelerator.gather(count).max()))
+        return parts
+
+    def _losses(self, model: nn.Module, parts: list[ResponseBatch]) -> Iterator[tuple[Tensor, Metrics, int]]:
+        """(loss of each example, metrics, tokens) of each micro-batch, in order."""
+        epoch = self._draw_epoch(model)
+        for part in parts:
+            with self.compute_loss_context_manager():
+                loss_B, metrics, num_tokens = self._micro_batch_loss(model, part, epoch)
+            if not torch.isfinite(loss_B.detach()).all():
+                self._raise_not_finite(loss_B, part)
+            yield loss_B, metrics, num_tokens
+
+    def _raise_not_finite(self, loss_B: Tensor, part: ResponseBatch) -> None:
+        bad = ~torch.isfinite(loss_B.detach()).cpu()
+        examples = part.example_R[:: part.num_sides][bad].tolist()
+        raise FloatingPointError(
+            f"loss is not finite at step {self.state.global_step}: {loss_B.detach().cpu()[bad].tolist()} for "
+            f"the examples {examples} (rows of the dataset). Training stopped before the optimizer step; the "
+            f"last checkpoint in {self.args.output_dir} is intact. Check these rows, lower learning_rate, or "
+            "train in a wider dtype."
+        )
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Forward and backward of one batch, micro-batch by micro-batch.
+
+        The gradient is that of (1/n) * sum of the example losses over all n examples of the optimizer step:
+        the processes' gradients are averaged, hence the factor world_size.
+        """
+        started = time.perf_counter()
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        batch = inputs["responses"]
+        if num_items_in_batch is None:
+            num_items_in_batch = (
+                batch.num_examples * self.args.gradient_accumulation_steps * self.args.world_size
+            )
+        parts = self._micro_batches(batch)
+        total = torch.zeros((), device=self.args.device)
+        losses = self._losses(model, parts)
+        for index in range(len(parts)):
+            with self._gradient_sync(model, is_last=index == len(parts) - 1):
+                loss_B, metrics, num_tokens = next(losses)
+                self._record("train", metrics)
+                self._num_tokens += num_tokens
+                loss = loss_B.sum() * (self.args.world_size / num_items_in_batch)
+                kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                self.accelerator.backward(loss, **kwargs)
+            total += loss.detach()
+        self._seconds += time.perf_counter() - started
+        return total
+
+    def _gradient_sync(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+        if is_last or self.is_deepspeed_enabled:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(batch["responses"].num_examples for batch in batches)
+        if self.args.world_size > 1:
+            count = int(self.accelerator.gather(torch.tensor([count], device=device)).sum())
+        return batches, count
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss of the batch's examples, in one graph."""
+        loss_B = torch.cat(
+            [loss_B for loss_B, _, _ in self._losses(model, self._micro_batches(inputs["responses"]))]
+        )
+        return (loss_B.mean(), {"loss": loss_B}) if return_outputs else loss_B.mean()
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        with torch.no_grad():
+            for loss_B, metrics, _ in self._losses(model, self._micro_batches(inputs["responses"])):
+                for key, value_B in {"loss": loss_B, **metrics}.items():
+                    parts[key].append(value_B)
+        values = {key: torch.cat(part) for key, part in parts.items()}
+        # Ranks fill up their last batch with examples seen before; this gathers and drops them again.
+        self._record("eval", self.accelerator.gather_for_metrics(values))
+        return values["loss"].mean(), None, None
+
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{key}": value for key, value in self._take("eval").items()})
+        return output
+
+    def _record(self, mode: str, metrics: Metrics) -> None:
+        sums = self._sums[mode]
+        for key, value_B in metrics.items():
+            sums[key] = sums[key] + value_B.detach().double().sum()
+        sums["num_examples"] = sums["num_examples"] + len(value_B)
+
+    def _take(self, mode: str) -> dict[str, float]:
+        """Means over all examples of all processes since the last call."""
+        sums = self._sums[mode]
+        if not sums:
+            return {}
+        keys = sorted(sums)
+        total = torch.stack([torch.as_tensor(sums[key], device=self.args.device).double() for key in keys])
+        if mode == "train":  # evaluation metrics are gathered already
+            total = self.accelerator.reduce(total, reduction="sum")
+        mean = dict(zip(keys, total.tolist(), strict=True))
+        sums.clear()
+        num_examples = mean.pop("num_examples")
+        return {key: value / num_examples for key, value in mean.items()}
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs = {**logs, **self._take("train")}
+            if self._seconds:
+                logs["vrpo/tokens_per_second"] = self._num_tokens * self.args.world_size / self._seconds
+            self._num_tokens, self._seconds = 0, 0.0
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: the Trainer's formula reads a padded input_ids that does not exist here."""
+        return 0
+
+
+class VRPOTrainer(DiffusionTrainer):
+    """Variance-reduced preference optimisation of a masked-diffusion LM (arXiv 2505.19223).
+
+    Args:
+        model: a path or hub name, a LLaDAForMaskedDiffusion, or a PeftModel of one.
+        ref_model: the reference policy. None: with PEFT the model with its adapter switched off, else a
+            frozen copy of the model as it is now.
+        args: VRPOConfig.
+        train_dataset, eval_dataset: TRL's preference format, `prompt`, `chosen`, `rejected` as text or
+            messages, or token ids in `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        processing_class: the tokenizer; loaded from the model's path when the model is a string.
+        peft_config: a peft.LoraConfig; the model is wrapped with it.
+        data_collator, callbacks, optimizers: as in transformers.Trainer.
+
+    Metrics, means over pairs: `rewards/{chosen,rejected,margins,accuracies}` (a tie counts as 0, so the
+    first step logs 0), `logps/{chosen,rejected}` and `elbo/ref_{chosen,rejected}` (ELBO estimates of policy
+    and reference, nats), `elbo/{chosen,rejected}_per_token`, `vrpo/sft_loss`, `vrpo/tokens_per_second`
+    (packed policy tokens). Where the draw has independent replicates (num_replicates, or the design's own),
+    also `vrpo/score_std` (standard error of the score, from the spread between replicates) and what follows
+    from it, see `preference.noise_diagnostics`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
+    """
+
+    args: VRPOConfig
+    collator = data.PairCollator
+    prepare_dataset = staticmethod(data.prepare_pairs)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        ref_model: PreTrainedModel | None = None,
+        args: VRPOConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+    ):
+        args = args or VRPOConfig(output_dir="vrpo_output")
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model, dtype=torch.float32)
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself and would move with it; pass None or a copy")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self.estimator = dataclasses.replace(
+            self.estimator, num_replicates=args.num_replicates, pair_masks=args.pair_masks
+        )
+        self.ref_model = self._build_reference(ref_model)
+
+    def _build_reference(self, ref_model: PreTrainedModel | None) -> nn.Module | None:
+        """The frozen reference, or None when the policy with its adapter switched off is one."""
+        if ref_model is None:
+            if _is_peft_model(self.model):
+                return self._check_adapter_is_new()
+            ref_model = copy.deepcopy(self.model)
+        else:
+            self._check_same_precision(ref_model)
+        ref_model.requires_grad_(False)
+        ref_model.eval()
+        if self.args.disable_dropout:
+            _switch_dropout_off(ref_model)
+        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "a second model as reference is not supported under DeepSpeed ZeRO-3: use peft_config (the "
+                "reference is then the model with its adapter switched off), ZeRO-2, or FSDP"
+            )
+        if self.is_fsdp_enabled:
+            if not self.accelerator.is_fsdp2:
+                raise ValueError(
+                    "a second model as reference is not supported under FSDP1: set version 2 in fsdp_config, "
+                    "or use peft_config (the reference is then the model with its adapter switched off)"
+                )
+            # accelerator.prepare_model would leave it whole, and accelerator.prepare wants an optimizer.
+            return fsdp2_prepare_model(self.accelerator, ref_model)
+        return ref_model.to(self.args.device)
+
+    def _check_same_precision(self, ref_model: nn.Module) -> None:
+        policy, reference = ({p.dtype for p in m.parameters()} for m in (self.model, ref_model))
+        if policy != reference:
+            raise ValueError(
+                f"ref_model has parameters in {reference}, the policy in {policy}: with different "
+                "precisions the score is not 0 at the start. Load both in one dtype."
+            )
+
+    def _check_adapter_is_new(self) -> None:
+        # Switching the adapter off gives the base model; that is the start of training only if B = 0.
+        for name, parameter in self.model.named_parameters():
+            if "lora_B" in name and parameter.detach().count_nonzero():
+                raise ValueError(
+                    f"model starts from a trained adapter ({name} is not zero), so switching it off would "
+                    "not give the model that training starts from. Merge it first "
+                    "(model.merge_and_unload()) or pass ref_model."
+                )
+
+    def _reference(self, model: nn.Module) -> NLL:
+        if self.ref_model is not None:
+            return _as_nll(self.ref_model)
+
+        def nll(pack: PackedBatch) -> Tensor:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                return model(**pack.model_inputs()).nll
+
+        return nll
+
+    def _micro_batch_loss(self, model, batch, epoch):
+        args = self.args
+        result = preference_step(
+            batch,
+            policy=_as_nll(model),
+            reference=self._reference(model),
+            estimator=self.estimator,
+            beta=args.beta,
+            sft_weight=args.sft_weight,
+            epoch=epoch,
+            device=args.device,
+            loss_type=args.loss_type,
+        )
+        reward_B2 = args.beta * (result.policy_B2 - result.reference_B2)
+        length_B2 = batch.response_length_R.view(-1, 2).to(reward_B2)
+        metrics = {
+            "rewards/accuracies": (result.score_B > 0).float(),
+            "rewards/margins": result.score_B,
+            "vrpo/sft_loss": result.sft_loss_B,
+        }
+        if not result.score_std_B.isnan().any():
+            noise = preference.noise_diagnostics(result.score_B, result.score_std_B)
+            metrics["vrpo/score_std"] = result.score_std_B
+            metrics |= {f"vrpo/{name}": value_B for name, value_B in noise.items()}
+        for side, name in enumerate(("chosen", "rejected")):
+            metrics[f"rewards/{name}"] = reward_B2[:, side]
+            metrics[f"logps/{name}"] = result.policy_B2[:, side]
+            metrics[f"elbo/ref_{name}"] = result.reference_B2[:, side]
+            metrics[f"elbo/{name}_per_token"] = result.policy_B2[:, side] / length_B2[:, side]
+        return result.loss_B, metrics, result.num_tokens
+
+
+class DiffusionSFTTrainer(DiffusionTrainer):
+    """Masked-diffusion supervised fine-tuning: minimises -B(y) / L of the completions.
+
+    Args: as VRPOTrainer, without a reference; datasets in TRL's format `prompt`, `completion`, text or
+        messages, or `prompt_ids`, `completion_ids`.
+
+    Metrics, means over examples: `logps/completion` (ELBO estimate, nats), `elbo/completion_per_token`,
+    `vrpo/tokens_per_second`.
+    """
+
+    args: DiffusionSFTConfig
+    collator = data.CompletionCollator
+    prepare_dataset = staticmethod(data.prepare_completions)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        args: DiffusionSFTConfig | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(model, args or DiffusionSFTConfig(output_dir="sft_output"), **kwargs)
+
+    def _micro_batch_loss(self, model, batch, epoch):
+        result = denoising_step(
+            batch,
+            policy=_as_nll(model),
+            estimator=self.estimator,
+            epoch=epoch,
+            device=self.args.device,
+        )
+        metrics = {
+            "logps/completion": result.elbo_R,
+            "elbo/completion_per_token": -result.loss_R.detach(),
+        }
+        return result.loss_R, metrics, result.num_tokens
