@@ -17,13 +17,12 @@ from bench_variance import RESULTS, stamp
 from datasets import load_dataset
 from variance_models import TASKS, common
 
-from vrpo import data
+from vrpo import VRPOTrainer, data
 from vrpo.evaluation import variance
 from vrpo.evaluation.variance import Scheme
 from vrpo.models import load_model, load_tokenizer
 from vrpo.objectives import preference
 from vrpo.training.config import VRPOConfig
-from vrpo.training.trainer import VRPOTrainer
 
 DRAWS = {
     "paper": ("paper", "independent"),

@@ -22,10 +22,10 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from transformers import TrainerCallback, set_seed
 
+from vrpo import DiffusionSFTTrainer, VRPOTrainer
 from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
 from vrpo.models import load_model, load_tokenizer
 from vrpo.training.config import DiffusionSFTConfig, VRPOConfig
-from vrpo.training.trainer import DiffusionSFTTrainer, VRPOTrainer
 
 DRIFTS = ("small", "early", "late")
 

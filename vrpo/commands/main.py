@@ -17,9 +17,12 @@ from vrpo.evaluation.variance_report import VarianceArguments
 from vrpo.evaluation.variance_report import report as variance_report
 from vrpo.generation.answer import GenerateArguments, answer
 from vrpo.models import load_tokenizer
-from vrpo.models.checkpoint import load_policy, require_peft
+from vrpo.models.adapters import require_peft
+from vrpo.models.checkpoint import load_policy
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
-from vrpo.training.trainer import DiffusionSFTTrainer, DiffusionTrainer, VRPOTrainer
+from vrpo.training.sft_trainer import DiffusionSFTTrainer
+from vrpo.training.trainer import DiffusionTrainer
+from vrpo.training.vrpo_trainer import VRPOTrainer
 
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 

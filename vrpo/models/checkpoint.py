@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from vrpo.models import load_model
+from vrpo.models.adapters import require_peft
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
@@ -45,9 +45,3 @@ def check_writable(output_file: str) -> Path:
     except OSError as error:
         raise ValueError(f"output_file {output_file!r} cannot be written: {error.strerror}") from error
     return path
-
-
-def require_peft(who: str) -> None:
-    """ValueError unless the peft package is installed."""
-    if not is_peft_available():
-        raise ValueError(f"{who} needs the package peft: pip install 'vrpo[peft]'")

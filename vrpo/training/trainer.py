@@ -1,34 +1,29 @@
-"""VRPOTrainer and DiffusionSFTTrainer: the pipeline of step.py under transformers.Trainer.
+"""DiffusionTrainer: what the two trainers share of the pipeline under transformers.Trainer.
 
 Optimizer, schedule, checkpoints, resume, distributed wrapping and logging are the Trainer's. This file adds
-what it lacks for packed pairs: micro-batches by token budget, the reference model, metrics, evaluation, and
-a loss that is one mean over all examples of the optimizer step, however they are spread over micro-batches,
-accumulation and processes.
+what it lacks for packs: micro-batches by token budget, metrics, evaluation, and a loss that is one mean over
+all examples of the optimizer step, however they are spread over micro-batches, accumulation and processes.
 """
 
 import contextlib
-import copy
-import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import fsdp2_prepare_model
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import is_peft_available, logging
+from transformers.utils import logging
 
 from vrpo import data
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.models import LLaDAForMaskedDiffusion, load_model, load_tokenizer, special_tokens
-from vrpo.objectives import preference
-from vrpo.step import NLL, Estimator, denoising_step, preference_step, split_by_tokens
-from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
+from vrpo.models.adapters import add_adapter, is_peft_model
+from vrpo.step import NLL, Estimator, split_by_tokens
+from vrpo.training.config import DiffusionConfig
 
 logger = logging.get_logger(__name__)
 
@@ -36,29 +31,24 @@ Metrics = dict[str, Tensor]
 """Name -> one value per example of the micro-batch."""
 
 
-def _as_nll(model: nn.Module) -> NLL:
+def as_nll(model: nn.Module) -> NLL:
+    """The model as step.py sees it: a pack in, nll_N out."""
+
     def nll(pack: PackedBatch) -> Tensor:
         return model(**pack.model_inputs()).nll
 
     return nll
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
+def switch_dropout_off(model: nn.Module) -> None:
+    """Every nn.Dropout of the model, LoRA's too, drops nothing from now on."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
-def _is_peft_model(model: nn.Module) -> bool:
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
-
-
 def _check_model(model: nn.Module) -> None:
-    base = model.get_base_model() if _is_peft_model(model) else model
+    base = model.get_base_model() if is_peft_model(model) else model
     if not isinstance(base, LLaDAForMaskedDiffusion):
         raise ValueError(
             f"model must be a masked-diffusion model (LLaDAForMaskedDiffusion, or PEFT around one), got "
@@ -103,9 +93,9 @@ class DiffusionTrainer(Trainer):
         if mask_token_id is None:
             mask_token_id = special_tokens(model.config, processing_class).mask
         if peft_config is not None:
-            model = self._add_adapter(model, peft_config)
+            model = add_adapter(model, peft_config)
         if args.disable_dropout:
-            _switch_dropout_off(model)
+            switch_dropout_off(model)
         self.estimator = Estimator(
             mask_token_id=mask_token_id,
             num_samples=args.num_samples,
@@ -131,16 +121,6 @@ class DiffusionTrainer(Trainer):
         )
         # Our loss is already one mean over the optimizer step (see training_step).
         self.model_accepts_loss_kwargs = True
-
-    @staticmethod
-    def _add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-        if not is_peft_available():
-            raise ValueError("peft_config needs the peft package: pip install 'vrpo[peft]'")
-        from peft import get_peft_model
-
-        if _is_peft_model(model):
-            raise ValueError("peft_config was given, but model is a PeftModel already: pass one of them")
-        return get_peft_model(model, peft_config)
 
     def _prepare(self, dataset, tokenizer, args, model, split):
         if dataset is None:
@@ -303,188 +283,3 @@ class DiffusionTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         """Not counted: the Trainer's formula reads a padded input_ids that does not exist here."""
         return 0
-
-
-class VRPOTrainer(DiffusionTrainer):
-    """Variance-reduced preference optimisation of a masked-diffusion LM (arXiv 2505.19223).
-
-    Args:
-        model: a path or hub name, a LLaDAForMaskedDiffusion, or a PeftModel of one.
-        ref_model: the reference policy. None: with PEFT the model with its adapter switched off, else a
-            frozen copy of the model as it is now.
-        args: VRPOConfig.
-        train_dataset, eval_dataset: TRL's preference format, `prompt`, `chosen`, `rejected` as text or
-            messages, or token ids in `prompt_ids`, `chosen_ids`, `rejected_ids`.
-        processing_class: the tokenizer; loaded from the model's path when the model is a string.
-        peft_config: a peft.LoraConfig; the model is wrapped with it.
-        data_collator, callbacks, optimizers: as in transformers.Trainer.
-
-    Metrics, means over pairs: `rewards/{chosen,rejected,margins,accuracies}` (a tie counts as 0, so the
-    first step logs 0), `logps/{chosen,rejected}` and `elbo/ref_{chosen,rejected}` (ELBO estimates of policy
-    and reference, nats), `elbo/{chosen,rejected}_per_token`, `vrpo/sft_loss`, `vrpo/tokens_per_second`
-    (packed policy tokens). Where the draw has independent replicates (num_replicates, or the design's own),
-    also `vrpo/score_std` (standard error of the score, from the spread between replicates) and what follows
-    from it, see `preference.noise_diagnostics`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
-    """
-
-    args: VRPOConfig
-    collator = data.PairCollator
-    prepare_dataset = staticmethod(data.prepare_pairs)
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | nn.Module,
-        ref_model: PreTrainedModel | None = None,
-        args: VRPOConfig | None = None,
-        data_collator: Callable | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-        peft_config: Any = None,
-    ):
-        args = args or VRPOConfig(output_dir="vrpo_output")
-        if isinstance(model, str):
-            processing_class = processing_class or load_tokenizer(model)
-            model = load_model(model, dtype=torch.float32)
-        if ref_model is model:
-            raise ValueError("ref_model is the model itself and would move with it; pass None or a copy")
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
-        self.estimator = dataclasses.replace(
-            self.estimator, num_replicates=args.num_replicates, pair_masks=args.pair_masks
-        )
-        self.ref_model = self._build_reference(ref_model)
-
-    def _build_reference(self, ref_model: PreTrainedModel | None) -> nn.Module | None:
-        """The frozen reference, or None when the policy with its adapter switched off is one."""
-        if ref_model is None:
-            if _is_peft_model(self.model):
-                return self._check_adapter_is_new()
-            ref_model = copy.deepcopy(self.model)
-        else:
-            self._check_same_precision(ref_model)
-        ref_model.requires_grad_(False)
-        ref_model.eval()
-        if self.args.disable_dropout:
-            _switch_dropout_off(ref_model)
-        if self.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "a second model as reference is not supported under DeepSpeed ZeRO-3: use peft_config (the "
-                "reference is then the model with its adapter switched off), ZeRO-2, or FSDP"
-            )
-        if self.is_fsdp_enabled:
-            if not self.accelerator.is_fsdp2:
-                raise ValueError(
-                    "a second model as reference is not supported under FSDP1: set version 2 in fsdp_config, "
-                    "or use peft_config (the reference is then the model with its adapter switched off)"
-                )
-            # accelerator.prepare_model would leave it whole, and accelerator.prepare wants an optimizer.
-            return fsdp2_prepare_model(self.accelerator, ref_model)
-        return ref_model.to(self.args.device)
-
-    def _check_same_precision(self, ref_model: nn.Module) -> None:
-        policy, reference = ({p.dtype for p in m.parameters()} for m in (self.model, ref_model))
-        if policy != reference:
-            raise ValueError(
-                f"ref_model has parameters in {reference}, the policy in {policy}: with different "
-                "precisions the score is not 0 at the start. Load both in one dtype."
-            )
-
-    def _check_adapter_is_new(self) -> None:
-        # Switching the adapter off gives the base model; that is the start of training only if B = 0.
-        for name, parameter in self.model.named_parameters():
-            if "lora_B" in name and parameter.detach().count_nonzero():
-                raise ValueError(
-                    f"model starts from a trained adapter ({name} is not zero), so switching it off would "
-                    "not give the model that training starts from. Merge it first "
-                    "(model.merge_and_unload()) or pass ref_model."
-                )
-
-    def _reference(self, model: nn.Module) -> NLL:
-        if self.ref_model is not None:
-            return _as_nll(self.ref_model)
-
-        def nll(pack: PackedBatch) -> Tensor:
-            with self.accelerator.unwrap_model(model).disable_adapter():
-                return model(**pack.model_inputs()).nll
-
-        return nll
-
-    def _micro_batch_loss(self, model, batch, epoch):
-        args = self.args
-        result = preference_step(
-            batch,
-            policy=_as_nll(model),
-            reference=self._reference(model),
-            estimator=self.estimator,
-            beta=args.beta,
-            sft_weight=args.sft_weight,
-            epoch=epoch,
-            device=args.device,
-            loss_type=args.loss_type,
-        )
-        reward_B2 = args.beta * (result.policy_B2 - result.reference_B2)
-        length_B2 = batch.response_length_R.view(-1, 2).to(reward_B2)
-        metrics = {
-            "rewards/accuracies": (result.score_B > 0).float(),
-            "rewards/margins": result.score_B,
-            "vrpo/sft_loss": result.sft_loss_B,
-        }
-        if not result.score_std_B.isnan().any():
-            noise = preference.noise_diagnostics(result.score_B, result.score_std_B)
-            metrics["vrpo/score_std"] = result.score_std_B
-            metrics |= {f"vrpo/{name}": value_B for name, value_B in noise.items()}
-        for side, name in enumerate(("chosen", "rejected")):
-            metrics[f"rewards/{name}"] = reward_B2[:, side]
-            metrics[f"logps/{name}"] = result.policy_B2[:, side]
-            metrics[f"elbo/ref_{name}"] = result.reference_B2[:, side]
-            metrics[f"elbo/{name}_per_token"] = result.policy_B2[:, side] / length_B2[:, side]
-        return result.loss_B, metrics, result.num_tokens
-
-
-class DiffusionSFTTrainer(DiffusionTrainer):
-    """Masked-diffusion supervised fine-tuning: minimises -B(y) / L of the completions.
-
-    Args: as VRPOTrainer, without a reference; datasets in TRL's format `prompt`, `completion`, text or
-        messages, or `prompt_ids`, `completion_ids`.
-
-    Metrics, means over examples: `logps/completion` (ELBO estimate, nats), `elbo/completion_per_token`,
-    `vrpo/tokens_per_second`.
-    """
-
-    args: DiffusionSFTConfig
-    collator = data.CompletionCollator
-    prepare_dataset = staticmethod(data.prepare_completions)
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | nn.Module,
-        args: DiffusionSFTConfig | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(model, args or DiffusionSFTConfig(output_dir="sft_output"), **kwargs)
-
-    def _micro_batch_loss(self, model, batch, epoch):
-        result = denoising_step(
-            batch,
-            policy=_as_nll(model),
-            estimator=self.estimator,
-            epoch=epoch,
-            device=self.args.device,
-        )
-        metrics = {
-            "logps/completion": result.elbo_R,
-            "elbo/completion_per_token": -result.loss_R.detach(),
-        }
-        return result.loss_R, metrics, result.num_tokens

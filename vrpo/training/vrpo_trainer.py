@@ -1,0 +1,122 @@
+"""VRPOTrainer: preference training on pairs, with a reference that sees the same masks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from vrpo import data
+from vrpo.batch import PackedBatch
+from vrpo.models import load_model, load_tokenizer
+from vrpo.objectives import preference
+from vrpo.step import NLL, preference_step
+from vrpo.training.config import VRPOConfig
+from vrpo.training.reference import build_reference
+from vrpo.training.trainer import DiffusionTrainer, as_nll
+
+
+class VRPOTrainer(DiffusionTrainer):
+    """Variance-reduced preference optimisation of a masked-diffusion LM (arXiv 2505.19223).
+
+    Args:
+        model: a path or hub name, a LLaDAForMaskedDiffusion, or a PeftModel of one.
+        ref_model: the reference policy. None: with PEFT the model with its adapter switched off, else a
+            frozen copy of the model as it is now.
+        args: VRPOConfig.
+        train_dataset, eval_dataset: TRL's preference format, `prompt`, `chosen`, `rejected` as text or
+            messages, or token ids in `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        processing_class: the tokenizer; loaded from the model's path when the model is a string.
+        peft_config: a peft.LoraConfig; the model is wrapped with it.
+        data_collator, callbacks, optimizers: as in transformers.Trainer.
+
+    Metrics, means over pairs: `rewards/{chosen,rejected,margins,accuracies}` (a tie counts as 0, so the
+    first step logs 0), `logps/{chosen,rejected}` and `elbo/ref_{chosen,rejected}` (ELBO estimates of policy
+    and reference, nats), `elbo/{chosen,rejected}_per_token`, `vrpo/sft_loss`, `vrpo/tokens_per_second`
+    (packed policy tokens). Where the draw has independent replicates (num_replicates, or the design's own),
+    also `vrpo/score_std` (standard error of the score, from the spread between replicates) and what follows
+    from it, see `preference.noise_diagnostics`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
+    """
+
+    args: VRPOConfig
+    collator = data.PairCollator
+    prepare_dataset = staticmethod(data.prepare_pairs)
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        ref_model: PreTrainedModel | None = None,
+        args: VRPOConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+    ):
+        args = args or VRPOConfig(output_dir="vrpo_output")
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_model(model, dtype=torch.float32)
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself and would move with it; pass None or a copy")
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self.estimator = dataclasses.replace(
+            self.estimator, num_replicates=args.num_replicates, pair_masks=args.pair_masks
+        )
+        self.ref_model = build_reference(self, ref_model)
+
+    def _reference(self, model: nn.Module) -> NLL:
+        if self.ref_model is not None:
+            return as_nll(self.ref_model)
+
+        def nll(pack: PackedBatch) -> Tensor:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                return model(**pack.model_inputs()).nll
+
+        return nll
+
+    def _micro_batch_loss(self, model, batch, epoch):
+        args = self.args
+        result = preference_step(
+            batch,
+            policy=as_nll(model),
+            reference=self._reference(model),
+            estimator=self.estimator,
+            beta=args.beta,
+            sft_weight=args.sft_weight,
+            epoch=epoch,
+            device=args.device,
+            loss_type=args.loss_type,
+        )
+        reward_B2 = args.beta * (result.policy_B2 - result.reference_B2)
+        length_B2 = batch.response_length_R.view(-1, 2).to(reward_B2)
+        metrics = {
+            "rewards/accuracies": (result.score_B > 0).float(),
+            "rewards/margins": result.score_B,
+            "vrpo/sft_loss": result.sft_loss_B,
+        }
+        if not result.score_std_B.isnan().any():
+            noise = preference.noise_diagnostics(result.score_B, result.score_std_B)
+            metrics["vrpo/score_std"] = result.score_std_B
+            metrics |= {f"vrpo/{name}": value_B for name, value_B in noise.items()}
+        for side, name in enumerate(("chosen", "rejected")):
+            metrics[f"rewards/{name}"] = reward_B2[:, side]
+            metrics[f"logps/{name}"] = result.policy_B2[:, side]
+            metrics[f"elbo/ref_{name}"] = result.reference_B2[:, side]
+            metrics[f"elbo/{name}_per_token"] = result.policy_B2[:, side] / length_B2[:, side]
+        return result.loss_B, metrics, result.num_tokens
