@@ -1,5 +1,6 @@
 """LLaDA without remote code: original names in and out, strict loading, and the forward's contract."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vrpo.models import (
     create_model,
     load_model,
     load_tokenizer,
+    max_positions,
     parse_dtype,
     special_tokens,
 )
@@ -312,6 +314,49 @@ def test_create_model__is_a_function_of_the_seed_and_leaves_the_global_generator
 def test_load_tokenizer__comes_back_from_the_checkpoint_folder(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+
+# The EOS row. Every LLaDA checkpoint has pad_token_id = eos_token_id, and EOS is an ordinary token of texts.
+
+
+def eos_gradient(model) -> torch.Tensor:
+    """Gradient of the embedding's EOS row when EOS stands around a masked token."""
+    eos = GSAI_CONFIG["eos_token_id"]
+    ids = torch.tensor([[2, 3, MASK_ID, eos, eos]])
+    model(input_ids=ids, rows=torch.tensor([2]), targets=torch.tensor([5])).nll.sum().backward()
+    return model.get_input_embeddings().weight.grad[eos]
+
+
+def is_trained(model) -> bool:
+    """Whether the EOS row starts at random, has no padding_idx, and gets a gradient."""
+    embedding = model.get_input_embeddings()
+    assert embedding.padding_idx is None and model.model.padding_idx is None
+    assert embedding.weight.detach().norm(dim=1).min() > 0
+    return eos_gradient(model).norm().item() > 1e-3
+
+
+def test_embedding__eos_row_is_trained_after_construction():
+    torch.manual_seed(0)
+    assert is_trained(LLaDAForMaskedDiffusion(LLaDAConfig(**GSAI_CONFIG, attn_implementation="vrpo")))
+
+
+def test_embedding__eos_row_is_trained_after_loading_copying_and_resizing(checkpoint):
+    model = load_model(str(checkpoint), dtype="float32")
+    assert is_trained(copy.deepcopy(model))
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    assert is_trained(model)
+    assert is_trained(AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="vrpo"))
+
+
+def test_embedding__eos_row_is_trained_in_a_new_model(tokenizer):
+    model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2)
+    assert model.config.pad_token_id is not None
+    assert model.get_input_embeddings().padding_idx is None
+    assert model.get_input_embeddings().weight.norm(dim=1).min() > 0
+
+
+def test_max_positions__is_the_original_max_sequence_length():
+    assert max_positions(LLaDAConfig(**GSAI_CONFIG)) == GSAI_CONFIG["max_sequence_length"]
 
 
 # Forward.

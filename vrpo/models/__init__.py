@@ -22,6 +22,7 @@ from vrpo.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    max_positions,
     parse_dtype,
     special_tokens,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "max_positions",
     "parse_dtype",
     "special_tokens",
 ]

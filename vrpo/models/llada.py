@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
@@ -219,6 +219,20 @@ class MaskedDiffusionHead(nn.Linear):
         return linear_cross_entropy(hidden, self.weight, targets, backend=backend)
 
 
+class LLaDABody(LlamaModel):
+    """Everything below the head: embedding, layers, last norm."""
+
+    config_class = LLaDAConfig
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        # Llama gives the embedding padding_idx = pad_token_id: that row starts at zero and never gets a
+        # gradient. LLaDA's pad token is its EOS, which stands in texts like any other token.
+        self.padding_idx = None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.post_init()
+
+
 class LLaDAForMaskedDiffusion(LlamaForCausalLM):
     """LLaDA: p(token at i | all tokens, some of them masked), for every position i at once."""
 
@@ -230,8 +244,11 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
                 f"a masked-diffusion model needs is_causal=False, got a {config.model_type} config "
                 "with a causal mask"
             )
-        super().__init__(config)
-        self.set_output_embeddings(self.lm_head)
+        super(LlamaForCausalLM, self).__init__(config)  # Llama's own body would be built to be thrown away
+        self.model = LLaDABody(config)
+        self.vocab_size = config.vocab_size
+        self.set_output_embeddings(nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+        self.post_init()
         self.register_load_state_dict_pre_hook(_accept_checkpoint_names)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:

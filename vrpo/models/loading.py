@@ -108,6 +108,15 @@ def load_tokenizer(path_or_id: str, **hub_kwargs: Any) -> PreTrainedTokenizerBas
     return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **hub_kwargs)
 
 
+def max_positions(config: PretrainedConfig) -> int:
+    """The longest sequence (prompt + response, tokens) the model's positions reach.
+
+    RoPE gives an angle to any position, so a longer sequence runs without an error, at positions no training
+    has seen: refuse it before it is scored.
+    """
+    return config.max_position_embeddings
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """Ids with a meaning in decoding and scoring.
