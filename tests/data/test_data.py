@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
-from vrpo.data.encode import encode_rows, split_prompt
+from vrpo.data.encode import encode_prompts, encode_rows, split_prompt
 from vrpo.data.limits import truncated_lengths
 from vrpo.data.rows import (
     CompletionCollator,
@@ -98,6 +99,37 @@ def test_prepare_pairs__messages_end_with_end_of_turn_and_not_with_a_header(toke
     assert tokenizer.decode(prepared[0]["chosen_ids"]) == "3.<|eot_id|>"
     assert tokenizer.decode(prepared[0]["rejected_ids"]) == "12.<|eot_id|>"
     assert report.boundaries_merged == 0
+
+
+def appending_eos(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+    return changed
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0), (1, 0, 1)], ids=["plain first", "messages first"])
+def test_encode_rows__each_row_ends_by_its_own_format(tokenizer, order):
+    chat = {"prompt": [user("1+2?")], "completion": [assistant("3.")]}
+    rows = [(PLAIN | {"completion": " 3."}, chat)[kind] for kind in order]
+    encoded = encode_rows(rows, ["completion"], tokenizer)
+    ends = [tokenizer.decode(row.response_ids[0]) for row in encoded]
+    assert ends == [(" 3.<|endoftext|>", "3.<|eot_id|>")[kind] for kind in order]
+    for row, alone in zip(rows, encoded, strict=True):
+        assert encode_rows([row], ["completion"], tokenizer) == [alone]
+
+
+@pytest.mark.parametrize("prompt", ["1 plus 2?", "1<|endoftext|>", "<|endoftext|>"])
+def test_encode_prompts__equals_training_where_the_tokenizer_appends_eos(tokenizer, prompt):
+    tokenizer = appending_eos(tokenizer)
+    [encoded] = encode_rows([{"prompt": prompt, "completion": " 3."}], ["completion"], tokenizer)
+    assert encode_prompts([prompt], tokenizer) == [encoded.prompt_ids]
+    assert tokenizer.decode(encoded.prompt_ids) == tokenizer.bos_token + prompt
+    assert tokenizer.decode(encoded.response_ids[0]) == " 3.<|endoftext|>"
+    assert not encoded.merged
 
 
 def test_prepare_completions__several_turns_are_one_response(tokenizer):

@@ -1,6 +1,6 @@
 """Rows of text or messages -> token ids of a prompt and its responses. Knows tokenizers and TRL's formats.
 
-Nothing here truncates, checks budgets or touches files; that is `data.py`.
+Nothing here truncates, checks budgets or touches files; that is `limits.py` and `rows.py`.
 """
 
 from collections.abc import Sequence
@@ -58,37 +58,62 @@ def encode_rows(
     Errors: ValueError if the tokenizer lacks what the format needs.
     """
     rendered = [_attempt(row, sides, tokenizer) for row in rows]
-    good = [item for item in rendered if isinstance(item, _Rendered)]
-    if not good:
-        return list(rendered)
-    conversational = good[0].conversational
-    texts = [text for item in good for text in (item.prompt, *item.full)]
-    # A chat template writes the special tokens itself.
-    ids = iter(tokenizer(texts, add_special_tokens=not conversational)["input_ids"])
-    if conversational:
-        opening = _unasked_opening(tokenizer)
-    elif tokenizer.eos_token_id is None:
-        raise ValueError("processing_class has no eos_token; plain-text responses must end with one")
-    encoded: list[EncodedRow | RowProblem] = []
-    for item in rendered:
-        if isinstance(item, RowProblem):
-            encoded.append(item)
+    ids = iter(_tokenise([item for item in rendered if isinstance(item, _Rendered)], tokenizer))
+    return [item if isinstance(item, RowProblem) else _encoded(next(ids)) for item in rendered]
+
+
+def _tokenise(rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
+    """Token ids of the prompt and of each full text of every row, each row by its own format."""
+    result: list[list[list[int]]] = [[] for _ in rendered]
+    for conversational in (False, True):
+        indices = [i for i, item in enumerate(rendered) if item.conversational == conversational]
+        if not indices:
             continue
-        prompt_ids = next(ids)
-        full_ids = [next(ids) for _ in sides]
+        texts = [text for i in indices for text in (rendered[i].prompt, *rendered[i].full)]
         if conversational:
-            full_ids = [_without_suffix(tokens, opening) for tokens in full_ids]
+            # A chat template writes the special tokens itself.
+            ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+            opening = _unasked_opening(tokenizer)
         else:
-            full_ids = [_ending_with(tokens, tokenizer.eos_token_id) for tokens in full_ids]
-        shared = _shared_prefix([prompt_ids, *full_ids])
-        encoded.append(
-            EncodedRow(
-                prompt_ids=prompt_ids[:shared],
-                response_ids=[tokens[shared:] for tokens in full_ids],
-                merged=shared < len(prompt_ids),
-            )
-        )
-    return encoded
+            if tokenizer.eos_token_id is None:
+                raise ValueError("processing_class has no eos_token; plain-text responses must end with one")
+            ids = iter(_plain_ids(texts, tokenizer))
+        for i in indices:
+            prompt_ids, *full_ids = [next(ids) for _ in (None, *rendered[i].full)]
+            if conversational:
+                full_ids = [_without_suffix(tokens, opening) for tokens in full_ids]
+            else:
+                full_ids = [_ending_with(tokens, tokenizer.eos_token_id) for tokens in full_ids]
+            result[i] = [prompt_ids, *full_ids]
+    return result
+
+
+def _encoded(ids: list[list[int]]) -> EncodedRow:
+    prompt_ids, *full_ids = ids
+    shared = _shared_prefix(ids)
+    return EncodedRow(
+        prompt_ids=prompt_ids[:shared],
+        response_ids=[tokens[shared:] for tokens in full_ids],
+        merged=shared < len(prompt_ids),
+    )
+
+
+def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of plain text with what the tokenizer puts before it (BOS) and without what it puts after.
+
+    Nothing may come between a prompt and its response, and the end of a response is `_ending_with`'s.
+    """
+    suffix = _appended(tokenizer)
+    return [_without_suffix(ids, suffix) for ids in tokenizer(list(texts))["input_ids"]]
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that the tokenizer puts after every text: EOS with `add_eos_token`; usually none."""
+    with_special, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(with_special) - len(without) + 1):
+        if with_special[start : start + len(without)] == without:
+            return with_special[start + len(without) :]
+    raise ValueError("processing_class changes the tokens of a text when it adds special tokens to it")
 
 
 def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -101,7 +126,7 @@ def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) 
         if not prompt or not _content(prompt):
             raise ValueError(f"prompt is empty (row {row})")
         if isinstance(prompt, str):
-            ids.append(tokenizer(prompt)["input_ids"])
+            ids += _plain_ids([prompt], tokenizer)
         else:
             text = _chat(tokenizer, prompt, opening=True)
             ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
