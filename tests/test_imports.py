@@ -32,3 +32,9 @@ def test_vrpo__public_names_resolve_and_others_do_not():
         assert name in dir(vrpo)
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         vrpo.Trainer  # noqa: B018 -- the access is the test
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["trian"]])
+def test_vrpo_command__answers_without_torch_or_transformers(words):
+    loaded = modules_after(f"from vrpo.commands.main import main\nmain({words})")
+    assert not {"torch", "transformers", "datasets", "vrpo.training.config"} & loaded

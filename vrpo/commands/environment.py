@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from vrpo.commands.console import say
 from vrpo.models import choose_attention
 from vrpo_kernels import describe
 from vrpo_kernels.linear_cross_entropy.cpu import resolve_gemm
@@ -23,6 +24,11 @@ _PACKAGES = (
     "flash-attn",
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def env() -> None:
+    """Print `report`."""
+    say(report())
 
 
 def report() -> str:

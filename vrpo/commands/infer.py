@@ -1,0 +1,25 @@
+"""`vrpo score`, `vrpo variance`, `vrpo generate`: run, and print what came out."""
+
+from vrpo.commands.console import say, say_metrics
+from vrpo.evaluation.score import ScoreArguments, score_file
+from vrpo.evaluation.variance_report import VarianceArguments, report
+from vrpo.generation.answer import GenerateArguments, answer
+
+
+def score(args: ScoreArguments) -> None:
+    summary, data_report = score_file(args)
+    say(f"data: {data_report}\n")
+    say_metrics(summary)
+    say(f"saved the score of each row in {args.output_file}\n")
+
+
+def variance(args: VarianceArguments) -> None:
+    say(report(args))
+
+
+def generate(args: GenerateArguments) -> None:
+    answers = answer(args)
+    if args.prompt is not None:
+        say("\n\n".join(item["response"] for item in answers) + "\n")
+    if args.output_file is not None:
+        say(f"saved {len(answers)} answers in {args.output_file}\n")

@@ -1,0 +1,112 @@
+"""The commands of `vrpo`, as data: what each is called, what it does, and where its code lies.
+
+Code is named, not imported: `vrpo --help` needs neither torch nor transformers, which take seconds.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand of `vrpo`.
+
+    name, summary: for the overview. example: shown in the help.
+    code: "module:function", called with the parsed dataclasses, in the order of `groups`, then the config
+        file's sections.
+    fields: heading of the help -> "module:dataclass" whose fields are flags.
+    sections: mappings that may stand in the config file without being flags, with what they hold.
+    """
+
+    name: str
+    summary: str
+    example: str
+    code: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    sections: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Callable[..., None]:
+        return _load(self.code)
+
+    @property
+    def groups(self) -> dict[str, type]:
+        """Heading of the help -> dataclass whose fields are flags."""
+        return {heading: _load(place) for heading, place in self.fields.items()}
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_DATA = {
+    "Data": "vrpo.commands.arguments:ScriptArguments",
+    "Model": "vrpo.commands.arguments:ModelArguments",
+}
+
+_COMMANDS = (
+    Command(
+        "sft",
+        "train a masked-diffusion model on prompt/completion rows",
+        "vrpo sft --model_name_or_path GSAI-ML/LLaDA-8B-Base --dataset_name sft.jsonl --output_dir out",
+        "vrpo.commands.train:sft",
+        _DATA | {"Masked diffusion": "vrpo.training.config:DiffusionSFTConfig"},
+        {
+            "new_model": "sizes of a model that starts from random weights, with a BPE tokenizer trained on "
+            "the training text: vocab_size, d_model, n_layers, n_heads, mlp_hidden_size. Instead of "
+            "model_name_or_path."
+        },
+    ),
+    Command(
+        "train",
+        "align a masked-diffusion model with preference pairs (VRPO)",
+        "vrpo train --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name pairs.jsonl "
+        "--output_dir out",
+        "vrpo.commands.train:train",
+        _DATA | {"VRPO": "vrpo.training.config:VRPOConfig"},
+    ),
+    Command(
+        "score",
+        "write the ELBO of each response of a file, and rewards against a reference",
+        "vrpo score --model_name_or_path out --dataset_name pairs.jsonl --output_file scores.jsonl",
+        "vrpo.commands.infer:score",
+        {"Score": "vrpo.evaluation.score:ScoreArguments"},
+    ),
+    Command(
+        "variance",
+        "measure the noise of score, loss and gradient by mask design, and recommend one",
+        "vrpo variance --model_name_or_path out --ref_model_name_or_path GSAI-ML/LLaDA-8B-Instruct "
+        "--dataset_name pairs.jsonl --output_file variance.json",
+        "vrpo.commands.infer:variance",
+        {"Variance": "vrpo.evaluation.variance_report:VarianceArguments"},
+    ),
+    Command(
+        "generate",
+        "answer one prompt, or the prompts of a file",
+        "vrpo generate --model_name_or_path out --prompt 'What is 2 + 3?'",
+        "vrpo.commands.infer:generate",
+        {"Generate": "vrpo.generation.answer:GenerateArguments"},
+    ),
+    Command(
+        "env",
+        "print versions, devices and backends for bug reports",
+        "vrpo env",
+        "vrpo.commands.environment:env",
+    ),
+)
+
+COMMANDS: dict[str, Command] = {command.name: command for command in _COMMANDS}
+
+
+def overview() -> str:
+    """What `vrpo --help` prints."""
+    lines = "\n".join(f"  {command.name:<10}{command.summary}" for command in _COMMANDS)
+    return (
+        "Preference training for masked-diffusion language models (VRPO).\n\n"
+        f"usage: vrpo <command> [--config file.yaml] [--field value ...]\n\n{lines}\n\n"
+        "`vrpo <command> --help` explains a command, its fields and where their defaults come from; "
+        "`vrpo --version`\nprints the version; --traceback shows where an error came from.\n"
+    )

@@ -1,0 +1,132 @@
+"""`vrpo sft` and `vrpo train`: check, load, build, run, save. They have no defaults of their own."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from vrpo import data
+from vrpo.commands.arguments import ModelArguments, ScriptArguments
+from vrpo.commands.console import say, say_metrics
+from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
+from vrpo.models import load_tokenizer
+from vrpo.models.adapters import require_peft
+from vrpo.models.checkpoint import load_policy
+from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
+from vrpo.training.sft_trainer import DiffusionSFTTrainer
+from vrpo.training.trainer import DiffusionTrainer
+from vrpo.training.vrpo_trainer import VRPOTrainer
+
+
+def sft(
+    script: ScriptArguments,
+    model_args: ModelArguments,
+    config: DiffusionSFTConfig,
+    new_model: Mapping[str, int] | None = None,
+) -> None:
+    sizes = None if new_model is None else NewModel.from_mapping(new_model)
+    if (sizes is None) == (model_args.model_name_or_path is None):
+        raise ValueError("give either model_name_or_path or a new_model section in the config file")
+    adapter = _adapter(model_args)
+    set_seed(config.seed)
+    train, evaluation = _load_data(script)
+    if sizes is None:
+        model, tokenizer = _load_model(model_args)
+    else:
+        tokenizer = train_tokenizer(_texts(train), sizes.vocab_size)
+        model = build_model(sizes, tokenizer, max_length=config.max_length, seed=config.seed)
+    trainer = DiffusionSFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    _train_and_save(trainer, config)
+
+
+def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is needed: the checkpoint to align")
+    adapter = _adapter(model_args)
+    set_seed(config.seed)
+    train, evaluation = _load_data(script)
+    model, tokenizer = _load_model(model_args)
+    trainer = VRPOTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    _train_and_save(trainer, config)
+
+
+def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
+    if script.eval_dataset_name is not None and script.dataset_test_split is not None:
+        raise ValueError("give either eval_dataset_name or dataset_test_split, not both")
+    train = data.load_rows(
+        script.dataset_name, config=script.dataset_config, split=script.dataset_train_split
+    )
+    if script.eval_dataset_name is not None:
+        return train, data.load_rows(script.eval_dataset_name)
+    if script.dataset_test_split is not None:
+        return train, data.load_rows(
+            script.dataset_name, config=script.dataset_config, split=script.dataset_test_split
+        )
+    return train, None
+
+
+def _load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
+    model = load_policy(
+        args.model_name_or_path,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        revision=args.model_revision,
+    )
+    return model, tokenizer
+
+
+def _adapter(args: ModelArguments) -> Any:
+    """The LoraConfig that the flags describe, or None."""
+    if not args.use_peft:
+        return None
+    require_peft("use_peft")
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules or "all-linear",
+    )
+
+
+def _texts(rows: Dataset) -> Iterator[str]:
+    """Every string of the prompt and response columns, messages included."""
+    for row in rows:
+        for name in ("prompt", "completion"):
+            value = row.get(name)
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, list):
+                yield from (message["content"] for message in value)
+
+
+def _train_and_save(trainer: DiffusionTrainer, config: DiffusionConfig) -> None:
+    resume = config.resume_from_checkpoint
+    # "true" resumes from the last checkpoint in output_dir, a path from that checkpoint.
+    result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
+    metrics = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_metrics("all", metrics)
+    if trainer.is_world_process_zero():
+        say_metrics(metrics)
+        say(f"saved model, tokenizer and metrics in {config.output_dir}\n")
