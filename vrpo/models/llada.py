@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
 from vrpo.models.attention import ATTENTION_NAMES, Segments
+from vrpo.models.names import CHECKPOINT_NAMES, TO_HERE, to_here
 from vrpo_kernels import gather_rows, linear_cross_entropy
 
 # Original configuration key -> transformers' key.
@@ -48,25 +49,6 @@ _ARCHITECTURE = {
     "scale_logits": False,
 }
 
-# Checkpoint name -> module name, tried in this order. The whole model's ff_out (the head) must come
-# before a block's ff_out (the down projection): the other way round the head would silently stay
-# random.
-CHECKPOINT_NAMES = (
-    ("model.transformer.wte.weight", "model.embed_tokens.weight"),
-    ("model.transformer.ln_f.weight", "model.norm.weight"),
-    ("model.transformer.ff_out.weight", "lm_head.weight"),
-    ("model.transformer.blocks.", "model.layers."),
-    (".q_proj.weight", ".self_attn.q_proj.weight"),
-    (".k_proj.weight", ".self_attn.k_proj.weight"),
-    (".v_proj.weight", ".self_attn.v_proj.weight"),
-    (".attn_out.weight", ".self_attn.o_proj.weight"),
-    (".ff_proj.weight", ".mlp.gate_proj.weight"),
-    (".up_proj.weight", ".mlp.up_proj.weight"),
-    (".ff_out.weight", ".mlp.down_proj.weight"),
-    (".attn_norm.weight", ".input_layernorm.weight"),
-    (".ff_norm.weight", ".post_attention_layernorm.weight"),
-)
-
 
 def checkpoint_renamings() -> list[WeightRenaming]:
     """The 13 rules of `CHECKPOINT_NAMES` for transformers, which also reverses them to write."""
@@ -74,16 +56,27 @@ def checkpoint_renamings() -> list[WeightRenaming]:
 
 
 def _accept_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """load_state_dict pre-hook: takes original names too.
+    """load_state_dict pre-hook: takes original names too, and refuses adapter weights that fit nothing.
 
-    transformers.Trainer resumes with a plain load_state_dict(strict=False), past from_pretrained's renaming;
-    without this every weight would silently stay as it was.
+    transformers.Trainer resumes with a plain load_state_dict(strict=False), past from_pretrained's renaming,
+    and PEFT loads adapters so; without this every weight would silently stay as it was.
     """
     for name in [n for n in state_dict if n.startswith(prefix + "model.transformer.")]:
-        ours = name.removeprefix(prefix)
-        for source, target in CHECKPOINT_NAMES:
-            ours = ours.replace(source, target)
-        state_dict[prefix + ours] = state_dict.pop(name)
+        state_dict[prefix + to_here(name.removeprefix(prefix))] = state_dict.pop(name)
+    # Parameter names, not state_dict(): under FSDP that is a collective.
+    own = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
+    if not any(".base_layer." in name or ".original_module." in name for name in own):
+        return  # no adapter here
+    if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in own):
+        return  # FSDP1 renames parameters and fits them itself
+    given = (name.removeprefix(prefix) for name in state_dict if name.startswith(prefix))
+    unmatched = sorted(name for name in given if name not in own)
+    if unmatched:
+        raise ValueError(
+            f"the adapter has {len(unmatched)} weights that fit nothing here, such as {unmatched[0]}: "
+            "its config does not select these layers. vrpo.models.adapters.load_adapter reads adapters "
+            "that name layers as LLaDA does"
+        )
 
 
 class LLaDAConfig(LlamaConfig):
@@ -237,6 +230,8 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
     """LLaDA: p(token at i | all tokens, some of them masked), for every position i at once."""
 
     config_class = LLaDAConfig
+    # PEFT's from_pretrained reads it: adapters written for the original class find their layers here.
+    _checkpoint_conversion_mapping = TO_HERE
 
     def __init__(self, config: LLaDAConfig):
         if getattr(config, "is_causal", True):
