@@ -5,11 +5,12 @@
     python benchmarks/variance_models.py gsm8k-long --out runs/variance/gsm8k-long \
         --start runs/variance/gsm8k/reference
 
-GSM8K comes from `--data` (default ../shared/data/gsm8k). Writes <out>/reference (masked-diffusion SFT),
-<out>/small, <out>/early and <out>/late (VRPO checkpoints), <out>/pairs.jsonl (held-out pairs) and
-<out>/training.json (what was done, and how long it took).
+GSM8K comes from `--data` (default ../shared/data/gsm8k). Writes <out>/reference (masked-diffusion SFT) and,
+on the way to it, <out>/random (0 steps) and <out>/sft-early (a tenth of them); <out>/small, <out>/early and
+<out>/late (VRPO checkpoints), <out>/pairs.jsonl (held-out pairs) and <out>/training.json (what was done, and
+how long it took).
 `--stage sft` and `--stage vrpo` run the two halves one at a time. Lengths of training are steps, so that
-another machine makes the same models.
+another machine makes the same models. `--seed` moves weights, order of the data and masks.
 """
 
 import argparse
@@ -118,14 +119,14 @@ class SaveAt(TrainerCallback):
             model.save_pretrained(self.out / drift)
 
 
-def common(out: Path, max_length: int) -> dict:
+def common(args: argparse.Namespace, max_length: int) -> dict:
     return dict(
-        output_dir=str(out / "runs"),
+        output_dir=str(args.out / "runs"),
         max_length=max_length,
         max_prompt_length=max_length // 4,
         report_to=[],
         save_strategy="no",
-        seed=1,
+        seed=args.seed,
         use_cpu=True,
         disable_tqdm=True,
         logging_steps=50,
@@ -139,23 +140,26 @@ def train_reference(args: argparse.Namespace) -> dict:
     if args.start is None:
         texts = [text for row in completions for text in (row["prompt"], row["completion"])]
         tokenizer = train_tokenizer(texts, task.vocab_size)
-        model = build_model(task.new_model(), tokenizer, max_length=task.max_length, seed=1)
+        model = build_model(task.new_model(), tokenizer, max_length=task.max_length, seed=args.seed)
     else:
         model, tokenizer = load_model(str(args.start)), load_tokenizer(str(args.start))
+    sft_steps = args.sft_steps or task.sft_steps
+    model.save_pretrained(args.out / "random")
     started = time.monotonic()
     trainer = DiffusionSFTTrainer(
         model,
         DiffusionSFTConfig(
-            **common(args.out, task.max_length),
+            **common(args, task.max_length),
             mask_design="coupled",
             num_samples=2,
             per_device_train_batch_size=task.batch_size,
             learning_rate=2e-3,
             lr_scheduler_type="constant_with_warmup",
-            max_steps=args.sft_steps or task.sft_steps,
+            max_steps=sft_steps,
         ),
         train_dataset=completions,
         processing_class=tokenizer,
+        callbacks=[SaveAt(args.out, {max(sft_steps // 10, 1): "sft-early"})],
     )
     trainer.train()
     trainer.model.save_pretrained(args.out / "reference")
@@ -164,6 +168,7 @@ def train_reference(args: argparse.Namespace) -> dict:
     return {
         "max_length": task.max_length,
         "sft_start": args.start and str(args.start),
+        "seed": args.seed,
         "sft_steps": trainer.state.global_step,
         "sft_seconds": round(time.monotonic() - started),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -179,7 +184,7 @@ def train_policies(args: argparse.Namespace) -> dict:
     trainer = VRPOTrainer(
         load_model(str(out / "reference")),
         args=VRPOConfig(
-            **common(out, task.max_length),
+            **common(args, task.max_length),
             mask_design="paper",
             num_samples=2,
             per_device_train_batch_size=8,
@@ -209,8 +214,9 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="checkpoint to go on from in the SFT stage")
     parser.add_argument("--sft-steps", type=int, help="unset: the task's")
     parser.add_argument("--steps", type=int, help="VRPO steps; unset: the task's")
+    parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    set_seed(1)
+    set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     log_file = args.out / "training.json"
     log = json.loads(log_file.read_text()) if log_file.exists() else {}

@@ -320,7 +320,7 @@ def test_score__completions_have_one_side(files, model_path, tmp_path):
     flags = score_flags(files, model_path, path, f"--dataset_name={files / 'sft.jsonl'}")
     assert main(flags) == 0
     row = json.loads(path.read_text().splitlines()[0])
-    assert set(row) == {"example_id", "tokens_completion", "elbo_completion"}
+    assert set(row) == {"example_id", "tokens_completion", "elbo_completion", "elbo_std_completion"}
 
 
 # --- bad checkpoints and places
@@ -386,7 +386,7 @@ def test_train__tokenizer_larger_than_the_embedding_is_refused(files, model_path
 
 def test_score_arguments__defaults_are_the_trainers():
     own = {field.name: field.default for field in dataclasses.fields(ScoreArguments)}
-    for name in ("beta", "num_samples", "mask_design", "max_length", "max_tokens_per_pack", "seed"):
+    for name in ("beta", "num_samples", "max_length", "max_tokens_per_pack", "seed"):
         assert own[name] == getattr(VRPOConfig, name)
 
 

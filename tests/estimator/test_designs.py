@@ -51,6 +51,19 @@ CASES = [
     ("balanced", 3, 4),
     ("balanced", 3, 5),
     ("balanced", 2, 6),
+    ("folded-whole", 3, 4),
+    ("folded-whole", 4, 4),
+    ("folded-whole", 3, 5),
+    ("folded-whole", 1, 4),
+    ("spaced-whole", 3, 4),
+    ("spaced-whole", 3, 5),
+    ("spaced-whole", 2, 6),
+    ("whole", 1, 2),
+    ("whole", 2, 1),
+    ("whole", 3, 2),
+    ("whole", 3, 4),
+    ("whole", 3, 5),
+    ("whole", 2, 6),
 ]
 IDS = [f"{design}-L{length}-K{num_samples}" for design, length, num_samples in CASES]
 

@@ -79,6 +79,19 @@ def has_replicates(design: str, num_levels: int, num_replicates: int) -> bool:
     return num_replicates > 1 or own
 
 
+def independent_replicates(design: str, num_samples: int, num_replicates: int) -> tuple[int, ...]:
+    """replicate_K of a draw with one mask per level: the finest parts that are independent, alike and equal.
+
+    Strata are no such parts, although MaskDraw counts them as replicates: those of a score differ little, but
+    those of one model's ELBO differ by what a level is worth, many times the noise of their mean.
+    """
+    per_replicate = num_samples // num_replicates
+    size = DESIGNS[design].samples_per_replicate
+    if size is None or per_replicate % size:
+        size = per_replicate
+    return tuple(k // size for k in range(num_samples))
+
+
 def check_loss(loss_type: str, design: str, num_levels: int, num_replicates: int = 1) -> None:
     """ValueError unless the loss exists and the draw has the independent replicates it needs."""
     if loss_type not in ("sigmoid", "sigmoid_jackknife"):

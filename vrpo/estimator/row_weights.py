@@ -118,7 +118,10 @@ def token_ratio(draw: MaskDraw, length_R: Tensor, *, ratio_lambda: float = 0.5) 
 
     With lambda = 0 every token's total would be exactly 1. The rule E[omega_ki | M_k] = b_k is broken: rows
     of small levels count less than they should, so the estimate is smoothed over levels. Its bias vanishes
-    when a token's expected log-ratio does not depend on the level.
+    when a token's expected log-ratio does not depend on the level. It is largest for very short answers: on
+    the masks of `ratio`, at L = 2, up to 33 % of the ELBO with K = 2, 19 % with K = 4 and 1 % with K = 8,
+    where a token masked alone costs nothing; 12 % with K = 4 where it costs a quarter of what both cost
+    each.
     """
     base_RKL = dense(draw, length_R, draw.weight_N) / draw.num_samples
     return _rows(draw, draw.num_samples * _ratio(base_RKL, length_R, ratio_lambda))

@@ -13,13 +13,21 @@ from tqdm.auto import tqdm
 
 from vrpo import data
 from vrpo.batch import PackedBatch, ResponseBatch
-from vrpo.estimator.elbo import elbo
-from vrpo.estimator.masking import EVALUATION_EPOCH, check_design, default_replicates
+from vrpo.estimator.elbo import elbo, elbo_std
+from vrpo.estimator.masking import (
+    EVALUATION_EPOCH,
+    check_design,
+    default_replicates,
+    independent_replicates,
+)
 from vrpo.models import load_tokenizer, special_tokens
 from vrpo.models.checkpoint import check_writable, default_device, load_policy
 from vrpo.objectives import preference
 from vrpo.step import Estimator, split_by_tokens
 from vrpo.training.config import VRPOConfig
+
+ABSOLUTE_DESIGN = "whole"
+"""The mask design of ELBOs that are not compared with a reference's on the same masks."""
 
 _ROWS_AT_ONCE = 64
 
@@ -47,10 +55,20 @@ class ScoreArguments:
     num_samples: int = _field(
         VRPOConfig.num_samples, "Masked copies of each response per estimate; more is more exact."
     )
-    mask_design: str = _field(VRPOConfig.mask_design, "How levels and masks are drawn, as in training.")
-    pair_masks: str = _field(VRPOConfig.pair_masks, "What the masks of a pair share, as in training.")
+    mask_design: str | None = _field(
+        None,
+        "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. Unset: by purpose. With a "
+        f"reference, where margins count, that of training, '{VRPOConfig.mask_design}'; without one, where "
+        f"ELBOs count by themselves, '{ABSOLUTE_DESIGN}'. Of the others 'ratio' is biased: by 12 % of the "
+        "ELBO at answers of 2 tokens with 4 samples.",
+    )
+    pair_masks: str | None = _field(
+        None, f"What the masks of a pair share, as in training. Unset: '{VRPOConfig.pair_masks}'."
+    )
     num_replicates: int | None = _field(
-        VRPOConfig.num_replicates, "Independent repetitions of the design, as in training."
+        VRPOConfig.num_replicates,
+        "Independent repetitions of the design, whose spread gives elbo_std_* and margin_std. Unset: as in "
+        "training, 2 where the design needs them and num_samples is even and at least 8, else 1.",
     )
     max_length: int = _field(VRPOConfig.max_length, "Longest prompt + response in tokens.")
     max_tokens_per_pack: int = _field(VRPOConfig.max_tokens_per_pack, "Tokens of one forward pass.")
@@ -82,6 +100,8 @@ class Scorer:
         same for model and reference.
         """
         sides = ("chosen", "rejected") if batch.num_sides == 2 else ("completion",)
+        drawn = self.estimator
+        replicate_K = independent_replicates(drawn.mask_design, drawn.num_samples, drawn.num_replicates)
         for part in split_by_tokens(batch, self.estimator.num_samples, self.max_tokens_per_pack):
             packed = self.estimator.pack(part, EVALUATION_EPOCH, self.device)
             columns = {"example_id": part.example_R[:: part.num_sides]}
@@ -89,11 +109,14 @@ class Scorer:
             for side, name in enumerate(sides):
                 columns[f"tokens_{name}"] = part.response_length_R[side :: part.num_sides]
                 columns[f"elbo_{name}"] = elbo_RK.mean(dim=1)[side :: part.num_sides]
+                columns[f"elbo_std_{name}"] = elbo_std(elbo_RK, replicate_K)[side :: part.num_sides]
             if self.reference is not None:
                 reference_RK = _elbo(self.reference, packed)
+                reference_std_R = elbo_std(reference_RK, replicate_K)
                 reward_R = self.beta * preference.log_ratio(elbo_RK, reference_RK)
                 for side, name in enumerate(sides):
                     columns[f"ref_elbo_{name}"] = reference_RK.mean(dim=1)[side :: part.num_sides]
+                    columns[f"ref_elbo_std_{name}"] = reference_std_R[side :: part.num_sides]
                     columns[f"reward_{name}"] = reward_R[side :: part.num_sides]
                 if len(sides) == 2:
                     columns["margin"] = preference.preference_score(elbo_RK, reference_RK, self.beta)
@@ -127,12 +150,13 @@ def score_dataset(scorer: Scorer, dataset: Dataset) -> list[dict[str, float]]:
 def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     """Means over the rows.
 
-    elbo/{side} in nats per response, elbo/{side}_per_token (total over total) and, of pairs,
+    elbo/{side} in nats per response, elbo/{side}_per_token (total over total), elbo/{side}_std, the root mean
+    square of elbo_std_* where the masks tell it: how far the masks put the ELBO of a row off; of pairs
     elbo/accuracies, how often the model finds the chosen response more probable; with a reference the same
     of it (ref_elbo/...), rewards/{side} and, of pairs, rewards/{margins, accuracies}. A tie counts as wrong.
-    *_error: standard error over the rows.
+    *_error: standard error over the rows, which has the noise of the masks in it.
     """
-    sides = [name.removeprefix("elbo_") for name in rows[0] if name.startswith("elbo_")]
+    sides = [name.removeprefix("tokens_") for name in rows[0] if name.startswith("tokens_")]
     column = {name: torch.tensor([row[name] for row in rows]).double() for name in rows[0]}
     means: dict[str, Tensor] = {}
     totals: dict[str, float] = {"rows": len(rows)}
@@ -142,6 +166,9 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
         for side in sides:
             elbo_B = means[f"{kind}/{side}"] = column[f"{kind}_{side}"]
             totals[f"{kind}/{side}_per_token"] = (elbo_B.sum() / column[f"tokens_{side}"].sum()).item()
+            std_B = column[f"{kind}_std_{side}"]
+            if not std_B.isnan().any():
+                totals[f"{kind}/{side}_std"] = std_B.square().mean().sqrt().item()
         if len(sides) == 2:
             right = column[f"{kind}_chosen"] > column[f"{kind}_rejected"]
             means[f"{kind}/accuracies"] = right.double()
@@ -157,22 +184,41 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
     return totals
 
 
+def mask_options(args: ScoreArguments) -> dict[str, Any]:
+    """mask_design, pair_masks and num_replicates; what is unset is chosen by what the scores are for.
+
+    With a reference both models see the same masks, most of their noise cancels in rewards and margins, and
+    the masks are those of training, the best for what is left. Without one an ELBO stands by itself, and the
+    design is ABSOLUTE_DESIGN. elbo_* and ref_elbo_* of a run with a reference come from the masks that favour
+    its margin; for ELBOs alone score each model without the other, or give the design.
+
+    Errors: ValueError naming the argument.
+    """
+    design = args.mask_design
+    if design is None:
+        design = VRPOConfig.mask_design if args.ref_model_name_or_path else ABSOLUTE_DESIGN
+    pair_masks = VRPOConfig.pair_masks if args.pair_masks is None else args.pair_masks
+    num_replicates = args.num_replicates
+    if num_replicates is None:
+        num_replicates = default_replicates(design, args.num_samples)
+    check_design(design, args.num_samples, 1, num_replicates, pair_masks)
+    return {"mask_design": design, "pair_masks": pair_masks, "num_replicates": num_replicates}
+
+
 def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
     """Score `args.dataset_name` and write `args.output_file`, one JSON object per line:
 
-        example_id; of each side (chosen and rejected, or completion) tokens_* and elbo_* (nats, summed over
-        the response); with a reference ref_elbo_*, reward_*, and of pairs margin and margin_std, its standard
-        error estimated from the samples (NaN where the mask design has no independent replicates).
+        example_id; of each side (chosen and rejected, or completion) tokens_*, elbo_* (nats, summed over
+        the response) and elbo_std_*, its standard error over mask draws; with a reference ref_elbo_*,
+        ref_elbo_std_*, reward_*, and of pairs margin and margin_std. Standard errors come from the spread
+        of the draw's independent replicates and are NaN where it has none.
 
     `summarise` of the rows and the packed tokens per second go into a second file, .summary.json instead of
     the suffix of the first.
 
     Returns: that summary, and the report on the data.
     """
-    num_replicates = args.num_replicates
-    if num_replicates is None:
-        num_replicates = default_replicates(args.mask_design, args.num_samples)
-    check_design(args.mask_design, args.num_samples, 1, num_replicates, args.pair_masks)
+    masks = mask_options(args)
     if not args.beta > 0:
         raise ValueError(f"beta must be positive, got {args.beta}")
     output = check_writable(args.output_file)
@@ -207,11 +253,9 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
     estimator = Estimator(
         mask_token_id=mask_token_id,
         num_samples=args.num_samples,
-        mask_design=args.mask_design,
         masks_per_level=1,
         seed=args.seed,
-        num_replicates=num_replicates,
-        pair_masks=args.pair_masks,
+        **masks,
     )
     scorer = Scorer(model, reference, estimator, args.beta, args.max_tokens_per_pack, device)
     started = time.perf_counter()

@@ -36,8 +36,8 @@ class DiffusionConfig(TrainingArguments):
         metadata=_help(
             "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'paper' is the l-form "
             "of LLaDA 1.5 with independent levels. 'balanced' has about half its variance with 4 or more "
-            "samples and no bias; 'ratio' has less still and a small bias. `vrpo variance` measures them on "
-            "your model."
+            "samples and no bias; 'ratio' has less still and a bias, small but for very short answers: 12 % "
+            "of the ELBO at 2 tokens with 4 samples. `vrpo variance` measures them on your model."
         ),
     )
     max_length: int = field(
@@ -144,8 +144,9 @@ class VRPOConfig(DiffusionConfig):
         metadata=_help(
             "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'balanced' has the "
             "least variance of the exactly unbiased ones; 'paper' is the l-form of LLaDA 1.5 with "
-            "independent levels; 'ratio' has less variance still and a small bias. `vrpo variance` measures "
-            "them on your own model."
+            "independent levels; 'ratio' has less variance still and a bias, small but for very short "
+            "answers: 12 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` measures them on your "
+            "own model."
         ),
     )
     pair_masks: str = field(
