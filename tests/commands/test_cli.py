@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import yaml
+from tiny import SIZES, error_of, score_flags, train_flags
 from transformers import LlamaConfig, TrainingArguments
 
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
@@ -16,79 +17,6 @@ from vrpo.evaluation.score import ScoreArguments
 from vrpo.models import load_model, load_tokenizer
 from vrpo.training.config import VRPOConfig
 from vrpo_kernels.linear_cross_entropy.cpu import resolve_gemm
-
-SIZES = {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 64}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, pair_rows, completion_rows):
-    """A folder with pairs.jsonl, sft.jsonl and sft.yaml (a new tiny model, two steps)."""
-    folder = tmp_path_factory.mktemp("cli")
-    for name, rows in (("pairs", pair_rows), ("sft", completion_rows)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "dataset_name": str(folder / "sft.jsonl"),
-        "output_dir": str(folder / "sft"),
-        "new_model": SIZES,
-        "max_length": 64,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": "1e-2",
-        "warmup_steps": 0,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    (folder / "sft.yaml").write_text(yaml.safe_dump(settings))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model_path(files):
-    """The model that `vrpo sft` made."""
-    assert main(["sft", "--config", str(files / "sft.yaml")]) == 0
-    return str(files / "sft")
-
-
-def train_flags(files, model_path, output, *more):
-    return [
-        "train",
-        f"--model_name_or_path={model_path}",
-        f"--dataset_name={files / 'pairs.jsonl'}",
-        f"--output_dir={output}",
-        "--max_steps=2",
-        "--num_samples=2",
-        "--max_length=64",
-        "--per_device_train_batch_size=4",
-        "--gradient_accumulation_steps=1",
-        "--learning_rate=1e-2",
-        "--warmup_steps=0",
-        "--use_cpu",
-        "--disable_tqdm=true",
-        *more,
-    ]
-
-
-def score_flags(files, model_path, output, *more):
-    return [
-        "score",
-        f"--model_name_or_path={model_path}",
-        f"--dataset_name={files / 'pairs.jsonl'}",
-        f"--output_file={output}",
-        "--num_samples=2",
-        "--max_length=64",
-        "--device=cpu",
-        *more,
-    ]
-
-
-def error_of(capsys, argv):
-    """The one line that a failing command prints."""
-    assert main(argv) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("vrpo: error: ")
-    return lines[-1]
-
 
 # --- flags and config files
 

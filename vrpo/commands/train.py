@@ -10,9 +10,11 @@ from vrpo import data
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
 from vrpo.commands.console import say, say_metrics
 from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
+from vrpo.data.output import check_output_dir
 from vrpo.models import load_tokenizer
 from vrpo.models.adapters import require_peft
 from vrpo.models.checkpoint import load_policy
+from vrpo.models.paths import check_loading, check_model_path
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
 from vrpo.training.sft_trainer import DiffusionSFTTrainer
 from vrpo.training.trainer import DiffusionTrainer
@@ -30,7 +32,9 @@ def sft(
         raise ValueError("give either model_name_or_path or a new_model section in the config file")
     adapter = _adapter(model_args)
     set_seed(config.seed)
+    check_loading(model_args.dtype, model_args.attn_implementation)
     train, evaluation = _load_data(script)
+    _check_places(script, model_args, config)
     if sizes is None:
         model, tokenizer = _load_model(model_args)
     else:
@@ -52,7 +56,9 @@ def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfi
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
     adapter = _adapter(model_args)
     set_seed(config.seed)
+    check_loading(model_args.dtype, model_args.attn_implementation)
     train, evaluation = _load_data(script)
+    _check_places(script, model_args, config)
     model, tokenizer = _load_model(model_args)
     trainer = VRPOTrainer(
         model=model,
@@ -78,6 +84,17 @@ def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
             script.dataset_name, config=script.dataset_config, split=script.dataset_test_split
         )
     return train, None
+
+
+def _check_places(script: ScriptArguments, args: ModelArguments, config: DiffusionConfig) -> None:
+    """ValueError or OSError unless the model is there and training writes to a place of its own."""
+    if args.model_name_or_path is not None:
+        check_model_path(args.model_name_or_path, argument="model_name_or_path", revision=args.model_revision)
+    check_output_dir(
+        config.output_dir,
+        models={"model_name_or_path": args.model_name_or_path},
+        data={"dataset_name": script.dataset_name, "eval_dataset_name": script.eval_dataset_name},
+    )
 
 
 def _load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -1,6 +1,6 @@
 """`vrpo score`: ELBOs of the responses in a file, and rewards and margins against a reference."""
 
-import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from vrpo import data
 from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.data.output import check_output, to_json, write
 from vrpo.estimator.elbo import elbo, elbo_std
 from vrpo.estimator.masking import (
     EVALUATION_EPOCH,
@@ -20,8 +21,7 @@ from vrpo.estimator.masking import (
     default_replicates,
     independent_replicates,
 )
-from vrpo.models import load_tokenizer, special_tokens
-from vrpo.models.checkpoint import check_writable, default_device, load_policy
+from vrpo.evaluation.inputs import check_numbers, load_models
 from vrpo.objectives import preference
 from vrpo.step import Estimator, split_by_tokens
 from vrpo.training.config import VRPOConfig
@@ -142,9 +142,20 @@ def score_dataset(scorer: Scorer, dataset: Dataset) -> list[dict[str, float]]:
             stop = min(start + _ROWS_AT_ONCE, len(dataset))
             batch = collate([dataset[i] for i in range(start, stop)])["responses"]
             for row in scorer.score(batch):
+                _check_finite(row)
                 rows.append(row)
                 bar.update()
     return rows
+
+
+def _check_finite(row: dict[str, float]) -> None:
+    """FloatingPointError unless every ELBO of the row is a number."""
+    for name, value in row.items():
+        if not name.endswith("std") and "_std_" not in name and not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} of row {row['example_id']} is {value}: the weights hold NaN or infinity, or "
+                "overflow in their dtype; look at the checkpoint, or give dtype=float32"
+            )
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -211,7 +222,7 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
         example_id; of each side (chosen and rejected, or completion) tokens_*, elbo_* (nats, summed over
         the response) and elbo_std_*, its standard error over mask draws; with a reference ref_elbo_*,
         ref_elbo_std_*, reward_*, and of pairs margin and margin_std. Standard errors come from the spread
-        of the draw's independent replicates and are NaN where it has none.
+        of the draw's independent replicates and are null where it has none.
 
     `summarise` of the rows and the packed tokens per second go into a second file, .summary.json instead of
     the suffix of the first.
@@ -219,52 +230,48 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
     Returns: that summary, and the report on the data.
     """
     masks = mask_options(args)
-    if not args.beta > 0:
-        raise ValueError(f"beta must be positive, got {args.beta}")
-    output = check_writable(args.output_file)
-    rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
-    device = default_device(args.device)
-    tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
-    model, reference = (
-        None
-        if path is None
-        else load_policy(
-            path,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation,
-            revision=args.model_revision if path is args.model_name_or_path else "main",
-        )
-        .to(device)
-        .eval()
-        for path in (args.model_name_or_path, args.ref_model_name_or_path)
+    check_numbers(args)
+    output, summary_output = check_output(
+        args.output_file,
+        models={
+            "model_name_or_path": args.model_name_or_path,
+            "ref_model_name_or_path": args.ref_model_name_or_path,
+        },
+        data={"dataset_name": args.dataset_name},
+        beside=(".summary.json",),
     )
+    rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
+    models = load_models(args, revision=args.model_revision)
     is_pairs = bool({"chosen", "chosen_ids"} & set(rows.column_names))
     prepare = data.prepare_pairs if is_pairs else data.prepare_completions
-    mask_token_id = args.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = special_tokens(model.config, tokenizer).mask
     dataset, report = prepare(
         rows,
-        tokenizer,
+        models.tokenizer,
         max_length=args.max_length,
-        vocab_size=model.config.vocab_size,
+        vocab_size=models.vocab_size,
     )
+    models.check_length(report.longest)
     data.check_token_budget(dataset, args.num_samples, args.max_tokens_per_pack)
     estimator = Estimator(
-        mask_token_id=mask_token_id,
+        mask_token_id=models.mask_token_id,
         num_samples=args.num_samples,
         masks_per_level=1,
         seed=args.seed,
         **masks,
     )
-    scorer = Scorer(model, reference, estimator, args.beta, args.max_tokens_per_pack, device)
+    scorer = Scorer(
+        models.model, models.reference, estimator, args.beta, args.max_tokens_per_pack, models.device
+    )
     started = time.perf_counter()
     scored = score_dataset(scorer, dataset)
     seconds = time.perf_counter() - started
-    with output.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in scored)
     packed = args.num_samples * (2 * report.prompt_tokens if is_pairs else report.prompt_tokens)
     packed += args.num_samples * report.response_tokens
     summary = summarise(scored) | {"tokens_per_second": packed / seconds}
-    output.with_suffix(".summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write(
+        {
+            output: "".join(to_json(row) + "\n" for row in scored),
+            summary_output: to_json(summary, indent=1) + "\n",
+        }
+    )
     return summary, report

@@ -1,8 +1,8 @@
 """`vrpo variance`: how noisy score, loss and gradient of a model pair are, by design and forwards."""
 
 import importlib.util
+import io
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from vrpo import data
 from vrpo.batch import ResponseBatch
+from vrpo.data.output import check_output, to_json, write
 from vrpo.estimator.designs import DESIGNS
 from vrpo.estimator.masking import PAIR_MASKS, check_design
 from vrpo.evaluation import variance
+from vrpo.evaluation.inputs import Models, check_numbers, check_positive, load_models
 from vrpo.evaluation.variance import Estimate, Sampled, Scheme
-from vrpo.models import load_tokenizer, special_tokens
-from vrpo.models.checkpoint import check_writable, default_device, load_policy
 from vrpo.training.config import VRPOConfig
+
+_MAX_SAMPLES = 2**20
 
 Figures = Mapping[Scheme, Mapping[str, Estimate]]
 
@@ -99,7 +100,7 @@ def advise(figures: Figures, target: float, *, unbiased: bool) -> Advice | None:
 
     Measured forwards are preferred. Beyond them variance is taken to fall as 1 / K from the largest K
     measured, which is exact for the paper's design and cautious for stratified ones; K is rounded up to even.
-    Returns: None if no design qualifies (none measured is unbiased).
+    Returns: None if no design qualifies: none measured is unbiased, or none reaches the target.
     """
     best: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for scheme, told in figures.items():
@@ -114,64 +115,79 @@ def advise(figures: Figures, target: float, *, unbiased: bool) -> Advice | None:
             options.append(Advice(*kind, *enough[0], extrapolated=False))
             continue
         number, value = points[-1]
+        if number * value / target > _MAX_SAMPLES:
+            continue
         needed = 2 * math.ceil(number * value / target / 2)
         options.append(Advice(*kind, needed, number * value / needed, extrapolated=True))
     return min(options, key=lambda advice: (advice.num_samples, advice.variance), default=None)
 
 
+def check_arguments(args: VarianceArguments) -> list[Scheme]:
+    """The schemes to measure. ValueError naming the first argument that is out of range."""
+    schemes = schemes_of(args.designs, args.num_samples, args.pair_masks)
+    check_numbers(args)
+    for name, smallest in (("num_pairs", 1), ("num_repeats", 2)):
+        value = getattr(args, name)
+        if not smallest <= value < 2**31:
+            raise ValueError(f"{name} must be at least {smallest} and below 2**31, got {value}")
+    if args.target_variance is not None:
+        check_positive("target_variance", args.target_variance)
+    return schemes
+
+
 def measure(args: VarianceArguments) -> dict[Scheme, Sampled]:
     """Load models and pairs, and sample every scheme with a progress bar."""
-    schemes = schemes_of(args.designs, args.num_samples, args.pair_masks)
-    if args.num_repeats < 2:
-        raise ValueError(f"num_repeats must be at least 2, got {args.num_repeats}")
-    device = default_device(args.device)
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    policy, reference = (
-        load_policy(path, dtype=args.dtype, attn_implementation=args.attn_implementation, revision="main")
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-        for path in (args.model_name_or_path, args.ref_model_name_or_path)
-    )
-    mask_token_id = args.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = special_tokens(policy.config, tokenizer).mask
-    batch = _pairs(args, tokenizer, policy.config.vocab_size)
+    schemes = check_arguments(args)
+    models = load_models(args)
+    batch = _pairs(args, models)
+    probe = models.model.model.layers[0].mlp.up_proj if args.gradient else None
     found = {}
     for scheme in (bar := tqdm(schemes, desc="Designs", unit="design")):
         bar.set_postfix_str(f"{scheme.design}, {scheme.num_samples} forwards")
         found[scheme] = variance.sample(
-            policy,
-            reference,
+            models.model,
+            models.reference,
             batch,
             scheme,
-            mask_token_id=mask_token_id,
+            mask_token_id=models.mask_token_id,
             beta=args.beta,
             num_repeats=args.num_repeats,
             seed=args.seed,
             max_tokens_per_pack=args.max_tokens_per_pack,
-            device=device,
-            probe=policy.model.layers[0].mlp.up_proj if args.gradient else None,
+            device=models.device,
+            probe=probe,
         )
+        if not found[scheme].score_BQ.isfinite().all():
+            raise FloatingPointError(
+                f"{scheme.design} gives scores that are not finite: the weights hold NaN or infinity, or "
+                "overflow in their dtype; look at the checkpoints, or give dtype=float32"
+            )
     return found
 
 
-def _pairs(args: VarianceArguments, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> ResponseBatch:
+def _pairs(args: VarianceArguments, models: Models) -> ResponseBatch:
     rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
     rows = rows.select(range(min(args.num_pairs, len(rows))))
-    prepared, _ = data.prepare_pairs(
-        rows,
-        tokenizer,
-        max_length=args.max_length,
-        vocab_size=vocab_size,
+    prepared, told = data.prepare_pairs(
+        rows, models.tokenizer, max_length=args.max_length, vocab_size=models.vocab_size
     )
+    models.check_length(told.longest)
     data.check_token_budget(prepared, max(args.num_samples), args.max_tokens_per_pack)
     return data.PairCollator()(list(prepared))["responses"]
 
 
 def report(args: VarianceArguments) -> str:
     """Measure, write the JSON file and the plot, and return the table with the advice below it."""
-    output = check_writable(args.output_file)
+    check_arguments(args)
+    output, plot_output = check_output(
+        args.output_file,
+        models={
+            "model_name_or_path": args.model_name_or_path,
+            "ref_model_name_or_path": args.ref_model_name_or_path,
+        },
+        data={"dataset_name": args.dataset_name},
+        beside=(".png",),
+    )
     found = measure(args)
     true_B = variance.true_scores(found)
     figures = {scheme: variance.summarise(scheme, found, true_B) for scheme in found}
@@ -184,7 +200,9 @@ def report(args: VarianceArguments) -> str:
         )
         target = value * number / 8
     lines = [table(figures), "", f"target: score variance {target:.4g}"]
-    for unbiased, label in ((True, "exactly unbiased"), (False, "any")):
+    if target == 0:
+        lines.append("every score is 0: model and reference are the same, and any design will do")
+    for unbiased, label in ((True, "exactly unbiased"), (False, "any")) if target > 0 else ():
         advice = advise(figures, target, unbiased=unbiased)
         if advice is not None:
             how = "extrapolated from fewer" if advice.extrapolated else "measured"
@@ -192,12 +210,12 @@ def report(args: VarianceArguments) -> str:
                 f"recommended, {label}: mask_design={advice.design} pair_masks={advice.pair_masks} "
                 f"num_samples={advice.num_samples} num_replicates=1 (variance {advice.variance:.4g}, {how})"
             )
-    _write_json(output, args, figures, target)
+    write({output: _content(args, figures, target)})
     if _can_plot():
-        plot(figures, output.with_suffix(".png"))
-        lines.append(f"saved {output} and {output.with_suffix('.png')}")
+        write({plot_output: plot(figures)})
+        lines.append(f"saved {args.output_file} and {Path(args.output_file).with_suffix('.png')}")
     else:
-        lines.append(f"saved {output}; no plot, which needs matplotlib: pip install 'vrpo[plot]'")
+        lines.append(f"saved {args.output_file}; no plot, which needs matplotlib: pip install 'vrpo[plot]'")
     return "\n".join(lines) + "\n"
 
 
@@ -241,21 +259,21 @@ def _cell(estimate: Estimate | None) -> str:
     return "" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
-def _write_json(output: Path, args: VarianceArguments, figures: Figures, target: float) -> None:
+def _content(args: VarianceArguments, figures: Figures, target: float) -> str:
     rows = [
         asdict(scheme) | {name: asdict(estimate) for name, estimate in told.items()}
         for scheme, told in figures.items()
     ]
     content = {"arguments": asdict(args), "torch": torch.__version__, "target": target, "figures": rows}
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return to_json(content, indent=1) + "\n"
 
 
 def _can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot(figures: Figures, path: Path) -> None:
-    """Every figure of the table against forwards, a panel each; one line per design and coupling."""
+def plot(figures: Figures) -> bytes:
+    """A PNG: every figure of the table against forwards, a panel each; one line per design and coupling."""
     from matplotlib.figure import Figure
 
     names = ("score_variance", "loss_variance", "gradient_variance", *BIASES)
@@ -279,7 +297,9 @@ def plot(figures: Figures, path: Path) -> None:
                 number, value, [below, above], marker="o", ms=3, lw=1, capsize=2, label=", ".join(kind)
             )
         axis.set(xscale="log", xlabel="forwards per response and model", title=name.replace("_", " "))
-        if name.endswith("variance"):
+        if name.endswith("variance") and any(
+            told[name].value > 0 for told in figures.values() if name in told
+        ):
             axis.set_yscale("log")
         axis.set_xticks(numbers, [str(number) for number in numbers])
         axis.minorticks_off()
@@ -287,4 +307,6 @@ def plot(figures: Figures, path: Path) -> None:
     for axis in figure.axes[len(names) :]:
         axis.remove()
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    return image.getvalue()

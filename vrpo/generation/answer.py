@@ -1,16 +1,15 @@
 """`vrpo generate`: answers to one prompt, or to the prompts of a file."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from vrpo import data
 from vrpo.data.encode import Text, encode_prompts
+from vrpo.data.output import check_output, to_json, write
 from vrpo.generation.sampler import SamplerConfig, generate, trim_response
 from vrpo.models import load_tokenizer, special_tokens
-from vrpo.models.checkpoint import check_writable, default_device, load_policy
+from vrpo.models.checkpoint import load_policy
+from vrpo.models.paths import check_device, check_loading, check_model_path
 
 
 def _field(default: Any, text: str) -> Any:
@@ -56,12 +55,20 @@ def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
     Errors: ValueError for a missing column or empty prompt, naming it, and for settings that exclude
         each other.
     """
+    if args.output_file is not None:
+        (output,) = check_output(
+            args.output_file,
+            models={"model_name_or_path": args.model_name_or_path},
+            data={"dataset_name": args.dataset_name},
+        )
     prompts = _prompts(args)
     if args.num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {args.num_return_sequences}")
     if args.num_return_sequences > 1 and args.temperature == 0 and args.remasking != "random":
         raise ValueError("num_return_sequences > 1 gives equal answers at temperature 0; raise temperature")
-    output = None if args.output_file is None else check_writable(args.output_file)
+    device = check_device(args.device)
+    check_loading(args.dtype, args.attn_implementation)
+    check_model_path(args.model_name_or_path, argument="model_name_or_path", revision=args.model_revision)
     tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
     model = load_policy(
         args.model_name_or_path,
@@ -84,7 +91,7 @@ def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
     )
     prompt_ids = encode_prompts(prompts, tokenizer)
     response_BG = generate(
-        model.to(torch.device(default_device(args.device))),
+        model.to(device),
         [ids for ids in prompt_ids for _ in range(args.num_return_sequences)],
         sampler,
         mask_token_id=special.mask if args.mask_token_id is None else args.mask_token_id,
@@ -96,9 +103,8 @@ def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
         row, sample = divmod(index, args.num_return_sequences)
         text = tokenizer.decode(trim_response(tokens_G, special.terminal), skip_special_tokens=True)
         answers.append({"row": row, "sample": sample, "prompt": prompts[row], "response": text})
-    if output is not None:
-        with output.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in answers)
+    if args.output_file is not None:
+        write({output: "".join(to_json(item) + "\n" for item in answers)})
     return answers
 
 
