@@ -58,6 +58,15 @@ def trained(tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.mark.slow
+def test_train__starts_at_margin_zero_in_bf16(trained):
+    """The reference gets the mixed precision of the policy from FSDP2, and its autocast under DDP."""
+    _, ends = trained
+    for kind, log in ends["bf16"].items():
+        for key in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+            assert log[0][key] == 0.0, (kind, key)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["frozen", "adapter"])
 def test_train__sharded_equals_ddp(reference, trained):
     output_dir, ends = trained

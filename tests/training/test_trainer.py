@@ -7,51 +7,12 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from trainers import LORA, config, logged, parameters, trainer_of
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
 from vrpo.estimator.masking import EVALUATION_EPOCH
-from vrpo.training.config import DiffusionConfig
-
-LORA = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
-
-
-def config(tmp_path, kind=VRPOConfig, **fields) -> DiffusionConfig:
-    settings = {
-        "output_dir": str(tmp_path / "out"),
-        "num_samples": 2,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return kind(**settings | fields)
-
-
-def trainer_of(tmp_path, model, tokenizer, rows, **fields) -> VRPOTrainer:
-    extra = {
-        name: fields.pop(name)
-        for name in ("ref_model", "peft_config", "eval_dataset", "callbacks")
-        if name in fields
-    }
-    return VRPOTrainer(
-        model, args=config(tmp_path, **fields), train_dataset=rows, processing_class=tokenizer, **extra
-    )
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def parameters(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("reference", ["frozen copy", "explicit", "adapter"])
@@ -219,7 +180,10 @@ def test_train__stops_at_a_loss_that_is_not_finite(tmp_path, tiny_model, tokeniz
     trainer = trainer_of(
         tmp_path, tiny_model, tokenizer, pair_rows, save_strategy="steps", save_steps=1, callbacks=[Break()]
     )
-    with pytest.raises(FloatingPointError, match=r"step 2.*examples \[\d+.*last checkpoint"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 2.*examples \[\d+.*the last checkpoint with finite weights is \S+checkpoint-2",
+    ):
         trainer.train()
     state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
     assert state["global_step"] == 2
@@ -266,6 +230,22 @@ def test_init__refuses_a_reference_in_another_dtype(tmp_path, tiny_model, tokeni
         trainer_of(
             tmp_path, tiny_model, tokenizer, pair_rows, ref_model=copy.deepcopy(tiny_model).to(torch.bfloat16)
         )
+
+
+def test_init__refuses_a_reference_with_another_attention(tmp_path, tiny_model, tokenizer, pair_rows):
+    reference = copy.deepcopy(tiny_model)
+    reference.set_attn_implementation("vrpo_sdpa")
+    with pytest.raises(
+        ValueError, match="ref_model computes attention with 'vrpo_sdpa', the policy with 'vrpo'"
+    ):
+        trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, ref_model=reference)
+
+
+def test_init__refuses_a_reference_with_another_vocabulary(tmp_path, tiny_model, tokenizer, pair_rows):
+    reference = copy.deepcopy(tiny_model)
+    reference.resize_token_embeddings(310)
+    with pytest.raises(ValueError, match="ref_model has a vocabulary of 310, the policy of 300"):
+        trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, ref_model=reference)
 
 
 def test_init__refuses_a_trained_adapter_without_a_reference(tmp_path, tiny_model, tokenizer, pair_rows):

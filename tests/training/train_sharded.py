@@ -35,6 +35,8 @@ class ShardedTrainer(VRPOTrainer):
         self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
         )
+        if self.args.bf16:
+            self.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
         self.is_fsdp_enabled = True
 
 
@@ -42,10 +44,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(trainer_class: type[VRPOTrainer], output_dir: str, reference: str) -> dict:
+def train(trainer_class: type[VRPOTrainer], output_dir: str, reference: str, bf16: bool = False) -> dict:
     torch.manual_seed(0)  # of the adapter, which peft draws from the global generator
     tokenizer = train_tokenizer([text for row in ROWS for text in row.values()], vocab_size=300)
-    model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.2, seed=3).double()
+    model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.2, seed=3)
+    model = model if bf16 else model.double()
     peft_config = LoraConfig(r=2, target_modules=["q_proj"]) if reference == "adapter" else None
     trainer = trainer_class(
         model,
@@ -61,6 +64,7 @@ def train(trainer_class: type[VRPOTrainer], output_dir: str, reference: str) -> 
             warmup_steps=0,
             max_grad_norm=0.05,
             logging_steps=1,
+            bf16=bf16,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -93,6 +97,10 @@ def main(output_dir: str) -> None:
             "sharded": train(ShardedTrainer, output_dir, reference),
         }
         for reference in ("frozen", "adapter")
+    }
+    ends["bf16"] = {
+        "whole": train(VRPOTrainer, output_dir, "frozen", bf16=True)["log"],
+        "sharded": train(ShardedTrainer, output_dir, "frozen", bf16=True)["log"],
     }
     if dist.get_rank() == 0:
         torch.save(ends, f"{output_dir}/trained.pt")

@@ -48,6 +48,7 @@ def train(output_dir: str, batch_size: int, reference: str) -> dict:
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    trainer.evaluate()  # before training: what it prepares must not keep training from wrapping the model
     trainer.train()
     trainer.evaluate()
     weights = {name: p.detach() for name, p in trainer.model.named_parameters()}

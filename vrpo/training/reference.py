@@ -1,13 +1,16 @@
 """The frozen reference of preference training: which model it is, checked, on its device or sharded."""
 
 import copy
+from collections.abc import Iterable
 
+import torch
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vrpo.models.adapters import is_peft_model
+from vrpo.training.precision import prepare_reference
 from vrpo.training.trainer import DiffusionTrainer, switch_dropout_off
 
 
@@ -22,7 +25,7 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
             return _check_adapter_is_new(trainer.model)
         ref_model = copy.deepcopy(trainer.model)
     else:
-        _check_same_precision(trainer.model, ref_model)
+        _check_same_computation(trainer.model, ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
     if trainer.args.disable_dropout:
@@ -32,6 +35,12 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
             "a second model as reference is not supported under DeepSpeed ZeRO-3: use peft_config (the "
             "reference is then the model with its adapter switched off), ZeRO-2, or FSDP"
         )
+    if trainer.is_deepspeed_enabled and trainer.accelerator.mixed_precision != "no":
+        raise ValueError(
+            "a second model as reference is not supported under DeepSpeed with mixed precision: its engine "
+            "casts the policy's weights and no other model's, so the score would not be 0 at the start. Use "
+            "peft_config, bf16=False with weights in the dtype you want, or FSDP"
+        )
     if trainer.is_fsdp_enabled:
         if not trainer.accelerator.is_fsdp2:
             raise ValueError(
@@ -40,16 +49,44 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
             )
         # accelerator.prepare_model would leave it whole, and accelerator.prepare wants an optimizer.
         return fsdp2_prepare_model(trainer.accelerator, ref_model)
-    return ref_model.to(trainer.args.device)
+    return prepare_reference(trainer.accelerator, ref_model)
 
 
-def _check_same_precision(model: nn.Module, ref_model: nn.Module) -> None:
-    policy, reference = ({p.dtype for p in m.parameters()} for m in (model, ref_model))
-    if policy != reference:
+def _check_same_computation(model: nn.Module, ref_model: nn.Module) -> None:
+    """ValueError where the two would round differently, or do not share a vocabulary."""
+    policy, reference = _dtypes(model), _dtypes(ref_model)
+    # Adapters keep their own dtype, and a reference of another size has other names.
+    shared = policy.keys() & reference.keys()
+    if {name: policy[name] for name in shared} != {name: reference[name] for name in shared}:
         raise ValueError(
-            f"ref_model has parameters in {reference}, the policy in {policy}: with different "
-            "precisions the score is not 0 at the start. Load both in one dtype."
+            f"ref_model has parameters in {_spelled(reference, shared)}, the policy in "
+            f"{_spelled(policy, shared)}: with different precisions the score is not 0 at the start. Load "
+            "both in one dtype."
         )
+    configs = model.config, ref_model.config
+    attention, other = (config._attn_implementation for config in configs)
+    if attention != other:
+        raise ValueError(
+            f"ref_model computes attention with {other!r}, the policy with {attention!r}: their roundings "
+            "differ, so the score is not 0 at the start. Load both with one attn_implementation."
+        )
+    if configs[0].vocab_size != configs[1].vocab_size:
+        raise ValueError(
+            f"ref_model has a vocabulary of {configs[1].vocab_size}, the policy of {configs[0].vocab_size}: "
+            "they must read the same token ids."
+        )
+
+
+def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """Parameters and buffers by the name they have without PEFT; RoPE's buffers round like weights."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor.dtype
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+def _spelled(dtypes: dict[str, torch.dtype], names: Iterable[str]) -> str:
+    return " and ".join(sorted({str(dtypes[name]) for name in names}))
 
 
 def _check_adapter_is_new(model: nn.Module) -> None:

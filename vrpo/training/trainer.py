@@ -24,6 +24,8 @@ from vrpo.models import LLaDAForMaskedDiffusion, load_model, load_tokenizer, spe
 from vrpo.models.adapters import add_adapter, is_peft_model
 from vrpo.step import NLL, Estimator, split_by_tokens
 from vrpo.training.config import DiffusionConfig
+from vrpo.training.finite import StopAtBadGradients, check_weights, last_good_checkpoint
+from vrpo.training.precision import keep_output_dtype, release
 
 logger = logging.get_logger(__name__)
 
@@ -110,7 +112,7 @@ class DiffusionTrainer(Trainer):
         self._num_tokens = 0
         self._seconds = 0.0
         super().__init__(
-            model=model,
+            model=release(model),
             args=args,
             data_collator=data_collator or self.collator(),
             train_dataset=self._prepare(train_dataset, processing_class, args, model, "train"),
@@ -121,6 +123,23 @@ class DiffusionTrainer(Trainer):
         )
         # Our loss is already one mean over the optimizer step (see training_step).
         self.model_accepts_loss_kwargs = True
+        self.add_callback(StopAtBadGradients(self.accelerator))
+        keep_output_dtype(self.accelerator)
+
+    def train(self, *args, **kwargs):
+        if self.model is self.model_wrapped and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            release(self.model)  # an evaluation prepares the model too, without DistributedDataParallel
+        return super().train(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        check_weights(
+            self.model,
+            self.accelerator,
+            step=self.state.global_step,
+            output_dir=output_dir or self.args.output_dir,
+            run_dir=self.args.output_dir,
+        )
+        super().save_model(output_dir, _internal_call=_internal_call)
 
     def _prepare(self, dataset, tokenizer, args, model, split):
         if dataset is None:
@@ -180,9 +199,9 @@ class DiffusionTrainer(Trainer):
         examples = part.example_R[:: part.num_sides][bad].tolist()
         raise FloatingPointError(
             f"loss is not finite at step {self.state.global_step}: {loss_B.detach().cpu()[bad].tolist()} for "
-            f"the examples {examples} (rows of the dataset). Training stopped before the optimizer step; the "
-            f"last checkpoint in {self.args.output_dir} is intact. Check these rows, lower learning_rate, or "
-            "train in a wider dtype."
+            f"the examples {examples} (rows of the dataset). Stopped before another optimizer step; "
+            f"{last_good_checkpoint(self.args.output_dir)}. Check these rows, lower learning_rate, or train "
+            "in a wider dtype."
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
