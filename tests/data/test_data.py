@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from vrpo.data.encode import encode_prompts, encode_rows, split_prompt
+from vrpo.data.encode import encode_prompts, encode_rows
+from vrpo.data.files import load_rows
+from vrpo.data.formats import split_prompt
 from vrpo.data.limits import truncated_lengths
 from vrpo.data.rows import (
     CompletionCollator,
     PairCollator,
     check_token_budget,
-    load_rows,
     prepare_completions,
     prepare_pairs,
 )
@@ -170,7 +171,7 @@ def test_encode_rows__merge_across_the_boundary_keeps_the_text_and_is_reported(t
 @given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8))
 def test_split_prompt__prompt_and_responses_rebuild_the_sides(common, chosen, rejected):
     row = {"chosen": common + chosen, "rejected": common + rejected}
-    prompt, responses = split_prompt(row, ["chosen", "rejected"])
+    prompt, responses = split_prompt([row["chosen"], row["rejected"]])
     assert [prompt + response for response in responses] == [row["chosen"], row["rejected"]]
     assert not prompt.endswith(" ")
 
@@ -419,9 +420,9 @@ def test_load_rows__reads_local_files_and_slices(tmp_path, pair_rows, suffix):
 def test_load_rows__missing_file_and_unknown_suffix_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_rows(str(tmp_path / "absent.jsonl"))
-    (tmp_path / "pairs.csv").write_text("prompt\n")
+    (tmp_path / "pairs.txt").write_text("prompt\n")
     with pytest.raises(ValueError, match=re.escape(".jsonl")):
-        load_rows(str(tmp_path / "pairs.csv"))
+        load_rows(str(tmp_path / "pairs.txt"))
 
 
 def test_load_rows__folder_with_splits(tmp_path, pair_rows):

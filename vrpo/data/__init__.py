@@ -1,14 +1,17 @@
 """Files -> rows -> token ids, checked -> batches. Needs the package `datasets`."""
 
-from vrpo.data.encode import RowProblem, Text, encode_prompts, encode_rows
+from vrpo.data.encode import encode_prompts, encode_rows
+from vrpo.data.files import load_rows
+from vrpo.data.formats import Text
+from vrpo.data.problems import RowProblem
+from vrpo.data.report import DataReport
 from vrpo.data.rows import (
     COMPLETION_SIDES,
     PAIR_SIDES,
     CompletionCollator,
-    DataReport,
     PairCollator,
+    as_dataset,
     check_token_budget,
-    load_rows,
     prepare_completions,
     prepare_pairs,
 )
@@ -21,6 +24,7 @@ __all__ = [
     "PairCollator",
     "RowProblem",
     "Text",
+    "as_dataset",
     "check_token_budget",
     "encode_prompts",
     "encode_rows",

@@ -1,22 +1,17 @@
-"""Rows of text or messages -> token ids of a prompt and its responses. Knows tokenizers and TRL's formats.
+"""Rows of text or messages -> token ids of a prompt and its responses. Knows tokenizers.
 
-Nothing here truncates, checks budgets or touches files; that is `limits.py` and `rows.py`.
+What shapes a row may have is `formats.py`'s; nothing here truncates, checks budgets or touches files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
-Text = str | list[Message]
-
-SAME = "chosen and rejected are the same"
-
-
-class RowProblem(ValueError):
-    """One row cannot be used. The text says why; the caller adds the row number."""
+from vrpo.data.chat import Rendered, render, render_prompt
+from vrpo.data.formats import Example, Text, example, prompt_only, shared_prefix
+from vrpo.data.problems import RowProblem, raise_problems
 
 
 @dataclass(frozen=True)
@@ -25,30 +20,26 @@ class EncodedRow:
 
     merged: the tokenizer joined the end of the prompt and the beginning of a response, so the boundary
     moved back to the last token that prompt and prompt + response share.
+    repeated: the responses began with the prompt, which was taken off them.
+    unrendered: the chat template left something of the row out. See `chat.Rendered`.
+    special_in_text: a message spells special tokens.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
     merged: bool
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """Strings ready for the tokenizer: the prompt, and the prompt followed by each response."""
-
-    prompt: str
-    full: list[str]
-    conversational: bool
+    repeated: bool = False
+    unrendered: bool = False
+    special_in_text: bool = False
 
 
 def encode_rows(
-    rows: Sequence[dict[str, Any]], sides: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Mapping[str, Any]], sides: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[EncodedRow | RowProblem]:
     """Token ids of each row, or the reason why a row has none.
 
     Args:
-        rows: mappings with the keys of `sides` and, unless it is implicit, "prompt". A value is a string
-            or a list of {"role", "content"} messages, which go through the tokenizer's chat template.
+        rows: in the formats of `formats.example`, each row in its own.
         sides: ("chosen", "rejected") or ("completion",).
         tokenizer: of plain text needs an eos_token, of messages a chat_template.
     Returns:
@@ -57,12 +48,59 @@ def encode_rows(
         EoT token with LLaDA's). Both belong to the response and are scored like any token.
     Errors: ValueError if the tokenizer lacks what the format needs.
     """
-    rendered = [_attempt(row, sides, tokenizer) for row in rows]
-    ids = iter(_tokenise([item for item in rendered if isinstance(item, _Rendered)], tokenizer))
-    return [item if isinstance(item, RowProblem) else _encoded(next(ids)) for item in rendered]
+    rendered: list[Rendered | RowProblem] = []
+    repeated = []
+    for row in rows:
+        try:
+            shaped = example(row, sides)
+            rendered.append(_rendered(shaped, sides, tokenizer))
+            repeated.append(shaped.repeated)
+        except RowProblem as problem:
+            rendered.append(problem)
+            repeated.append(False)
+    ids = iter(_tokenise([item for item in rendered if isinstance(item, Rendered)], tokenizer))
+    return [
+        item if isinstance(item, RowProblem) else _encoded(next(ids), item, again)
+        for item, again in zip(rendered, repeated, strict=True)
+    ]
 
 
-def _tokenise(rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
+def encode_prompts(
+    prompts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Sequence[Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of prompts alone, the same that `encode_rows` gives before a response.
+
+    Args: prompts: text or messages, each in its own format; tools, chat_template_kwargs: the columns of
+        those names, one entry per prompt.
+    Errors: ValueError naming the rows that cannot be used and why; an empty prompt is one.
+    """
+    columns: dict[str, Sequence[Any]] = {"prompt": prompts}
+    columns |= {} if tools is None else {"tools": tools}
+    columns |= {} if chat_template_kwargs is None else {"chat_template_kwargs": chat_template_kwargs}
+    rendered: list[Rendered] = []
+    problems: list[str] = []
+    for values in zip(*columns.values(), strict=True):
+        try:
+            shaped = prompt_only(dict(zip(columns, values, strict=True)))
+            rendered.append(_rendered(shaped, (), tokenizer))
+            problems.append("")
+        except RowProblem as problem:
+            problems.append(str(problem))
+    raise_problems(problems)
+    return [ids for [ids] in _tokenise(rendered, tokenizer)]
+
+
+def _rendered(shaped: Example, sides: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    if not shaped.conversational:
+        return Rendered(shaped.prompt, [shaped.prompt + response for response in shaped.responses], False)
+    return render(shaped, sides, tokenizer)
+
+
+def _tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) -> list[list[list[int]]]:
     """Token ids of the prompt and of each full text of every row, each row by its own format."""
     result: list[list[list[int]]] = [[] for _ in rendered]
     for conversational in (False, True):
@@ -73,137 +111,57 @@ def _tokenise(rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase)
         if conversational:
             # A chat template writes the special tokens itself.
             ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
-            opening = _unasked_opening(tokenizer)
+            opening = _unasked_opening(tokenizer) if any(rendered[i].full for i in indices) else []
         else:
-            if tokenizer.eos_token_id is None:
-                raise ValueError("processing_class has no eos_token; plain-text responses must end with one")
             ids = iter(_plain_ids(texts, tokenizer))
         for i in indices:
             prompt_ids, *full_ids = [next(ids) for _ in (None, *rendered[i].full)]
             if conversational:
                 full_ids = [_without_suffix(tokens, opening) for tokens in full_ids]
             else:
-                full_ids = [_ending_with(tokens, tokenizer.eos_token_id) for tokens in full_ids]
+                full_ids = [_ending_with_eos(tokens, tokenizer) for tokens in full_ids]
             result[i] = [prompt_ids, *full_ids]
     return result
 
 
-def _encoded(ids: list[list[int]]) -> EncodedRow:
+def _encoded(ids: list[list[int]], rendered: Rendered, repeated: bool) -> EncodedRow:
     prompt_ids, *full_ids = ids
-    shared = _shared_prefix(ids)
+    shared = shared_prefix(ids)
     return EncodedRow(
         prompt_ids=prompt_ids[:shared],
         response_ids=[tokens[shared:] for tokens in full_ids],
         merged=shared < len(prompt_ids),
+        repeated=repeated,
+        unrendered=rendered.unrendered,
+        special_in_text=rendered.special_in_text,
     )
 
 
 def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of plain text with what the tokenizer puts before it (BOS) and without what it puts after.
 
-    Nothing may come between a prompt and its response, and the end of a response is `_ending_with`'s.
+    Nothing may come between a prompt and its response, and the end of a response is `_ending_with_eos`'s.
+    A text that spells BOS itself, as one written by a chat template does, does not get a second one.
     """
-    suffix = _appended(tokenizer)
-    return [_without_suffix(ids, suffix) for ids in tokenizer(list(texts))["input_ids"]]
+    before, after = _added(tokenizer)
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    encoded = []
+    for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
+        doubled = bos is not None and before[-1:] == [bos_id] and text.startswith(bos)
+        encoded.append(_without_suffix(ids, after)[len(before) if doubled else 0 :])
+    return encoded
 
 
-def _appended(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens that the tokenizer puts after every text: EOS with `add_eos_token`; usually none."""
+def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Special tokens that the tokenizer puts before and after every text.
+
+    Usually nothing or BOS, and nothing; EOS after it with `add_eos_token`.
+    """
     with_special, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(with_special) - len(without) + 1):
         if with_special[start : start + len(without)] == without:
-            return with_special[start + len(without) :]
+            return with_special[:start], with_special[start + len(without) :]
     raise ValueError("processing_class changes the tokens of a text when it adds special tokens to it")
-
-
-def encode_prompts(prompts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of prompts alone, as `encode_rows` has them: text as it is, messages through the template.
-
-    Errors: ValueError naming an empty prompt.
-    """
-    ids = []
-    for row, prompt in enumerate(prompts):
-        if not prompt or not _content(prompt):
-            raise ValueError(f"prompt is empty (row {row})")
-        if isinstance(prompt, str):
-            ids += _plain_ids([prompt], tokenizer)
-        else:
-            text = _chat(tokenizer, prompt, opening=True)
-            ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids
-
-
-def _attempt(
-    row: dict[str, Any], sides: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> _Rendered | RowProblem:
-    try:
-        return _render(row, sides, tokenizer)
-    except RowProblem as problem:
-        return problem
-
-
-def _render(row: dict[str, Any], sides: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> _Rendered:
-    for side in sides:
-        if not row[side]:
-            raise RowProblem(f"{side} is empty")
-    if len(sides) == 2 and row[sides[0]] == row[sides[1]]:
-        raise RowProblem(SAME)
-    prompt, responses = split_prompt(row, sides)
-    if len({type(part) for part in (prompt, *responses)}) > 1:
-        raise RowProblem("prompt and responses mix plain text and messages")
-    if not _content(prompt):
-        raise RowProblem("prompt is empty")
-    for side, response in zip(sides, responses, strict=True):
-        if not _content(response):
-            raise RowProblem(f"{side} is empty")
-    if isinstance(prompt, str):
-        return _Rendered(prompt, [prompt + response for response in responses], False)
-    if prompt[-1]["role"] == "assistant":
-        raise RowProblem("the prompt ends with an assistant message, which belongs to the response")
-    return _Rendered(
-        _chat(tokenizer, prompt, opening=True),
-        [_chat(tokenizer, prompt + response, opening=False) for response in responses],
-        True,
-    )
-
-
-def split_prompt(row: dict[str, Any], sides: Sequence[str]) -> tuple[Text, list[Text]]:
-    """The prompt and the responses of a row whose prompt may be implicit.
-
-    Without a "prompt", it is what the sides begin with in common: the longest common prefix of strings
-    (a space at the boundary goes to the responses, as in TRL), or the leading messages that are equal.
-    """
-    responses = [row[side] for side in sides]
-    if "prompt" in row:
-        return row["prompt"] if row["prompt"] is not None else "", responses
-    if len({type(response) for response in responses}) > 1:
-        raise RowProblem("chosen and rejected mix plain text and messages")
-    shared = _shared_prefix(responses)
-    if isinstance(responses[0], str) and shared and responses[0][shared - 1] == " ":
-        shared -= 1
-    return responses[0][:shared], [response[shared:] for response in responses]
-
-
-def _shared_prefix(sequences: Sequence[Sequence[Any]]) -> int:
-    """Length of the longest common prefix."""
-    first, *others = sequences
-    if all(other[: len(first)] == first for other in others):
-        return len(first)
-    shared = 0
-    while all(len(s) > shared and s[shared] == first[shared] for s in others):
-        shared += 1
-    return shared
-
-
-def _content(text: Text) -> bool:
-    """Whether there is anything but white space."""
-    if isinstance(text, str):
-        return bool(text.strip())
-    return any((message.get("content") or "").strip() for message in text)
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, opening: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
 
 
 def _unasked_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -213,14 +171,21 @@ def _unasked_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     That header is no part of a response. It is what the text before the content of an assistant message
     (start of text, header) and the text after it (end of turn, header) end with in common, in tokens.
     """
-    user = {"role": "user", "content": "question"}
-    if _chat(tokenizer, [user], opening=True) != _chat(tokenizer, [user], opening=False):
-        return []
+    user = Example([{"role": "user", "content": "question"}], [])
     content = "answer"
-    text = _chat(tokenizer, [{"role": "assistant", "content": content}], opening=False)
-    before, _, after = text.partition(content)
+    try:
+        asked, unasked = (render_prompt(user, tokenizer, opening=opening) for opening in (True, False))
+    except RowProblem:  # a template with demands that its rows meet and this probe does not
+        return []
+    if asked != unasked:
+        return []
+    try:
+        answer = Example([{"role": "assistant", "content": content}], [])
+        before, _, after = render_prompt(answer, tokenizer, opening=False).partition(content)
+    except RowProblem:
+        before, after = "", ""
     before_ids, after_ids = tokenizer([before, after], add_special_tokens=False)["input_ids"]
-    shared = _shared_prefix([before_ids[::-1], after_ids[::-1]])
+    shared = shared_prefix([before_ids[::-1], after_ids[::-1]])
     if not shared or shared in (len(before_ids), len(after_ids)):
         raise ValueError(
             "the chat template of processing_class ignores add_generation_prompt and gives no way to tell "
@@ -236,5 +201,8 @@ def _without_suffix(ids: list[int], suffix: list[int]) -> list[int]:
     return ids
 
 
-def _ending_with(ids: list[int], eos_token_id: int) -> list[int]:
-    return ids if ids and ids[-1] == eos_token_id else [*ids, eos_token_id]
+def _ending_with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("processing_class has no eos_token; plain-text responses must end with one")
+    return ids if ids and ids[-1] == eos else [*ids, eos]

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vrpo.data.encode import SAME, RowProblem
+from vrpo.data.encode import EncodedRow
+from vrpo.data.formats import SAME
+from vrpo.data.problems import RowProblem
 
 
 def truncated_lengths(
@@ -37,7 +39,9 @@ class Limits:
 
     max_length: int | None
     max_prompt_length: int | None
+    max_positions: int | None
     vocab_size: int | None
+    mask_token_id: int | None
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 2:
@@ -52,10 +56,30 @@ class Limits:
                 f"max_length={self.max_length}"
             )
 
-    def check(self, ids: list[int]) -> None:
-        if self.vocab_size is not None and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            worst = max(ids) if max(ids) >= self.vocab_size else min(ids)
-            raise RowProblem(f"token id {worst} is outside the model's embedding of {self.vocab_size} rows")
+    def check_ids(self, ids: list[int]) -> None:
+        worst = min(ids)
+        if worst >= 0 and self.vocab_size is not None and max(ids) >= self.vocab_size:
+            worst = max(ids)
+        if worst < 0 or (self.vocab_size is not None and worst >= self.vocab_size):
+            rows = (
+                "any embedding"
+                if self.vocab_size is None
+                else f"the model's embedding of {self.vocab_size} rows"
+            )
+            raise RowProblem(f"token id {worst} is outside {rows}")
+        if max(ids) >= 2**31:
+            raise RowProblem(f"token id {max(ids)} has more than 31 bits")
+        if self.mask_token_id is not None and self.mask_token_id in ids:
+            raise RowProblem(
+                f"the mask token (id {self.mask_token_id}) stands in the data, where it means nothing"
+            )
+
+    def check_length(self, length: int) -> None:
+        if self.max_positions is not None and length > self.max_positions:
+            raise RowProblem(
+                f"prompt and response are longer than the model's {self.max_positions} positions; set "
+                f"max_length={self.max_positions}"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,25 +95,29 @@ class RowCounts:
     prompt_tokens: int = 0
     response_tokens: int = 0
     longest: int = 0
+    repeated: int = 0
+    unrendered: int = 0
+    special_in_text: int = 0
 
 
 def truncate(
     prompt: list[int],
     responses: list[list[int]],
-    merged: bool,
     sides: tuple[str, ...],
     limits: Limits,
+    encoded: EncodedRow | None = None,
 ) -> tuple[list[list[int]], RowCounts]:
-    """Prompt and responses within the limits, and what that cost."""
+    """Prompt and responses within the limits, and what that cost; `encoded`: where the tokens come from."""
     for name, ids in zip(("prompt", *sides), (prompt, *responses), strict=True):
         if not ids:
             raise RowProblem(f"{name} has no tokens")
-        limits.check(ids)
+        limits.check_ids(ids)
     if len(responses) == 2 and responses[0] == responses[1]:
         raise RowProblem(SAME)
     kept_prompt, kept = truncated_lengths(
         len(prompt), [len(ids) for ids in responses], limits.max_length, limits.max_prompt_length
     )
+    limits.check_length(kept_prompt + max(kept))
     cut = [ids[:length] for ids, length in zip(responses, kept, strict=True)]
     return [prompt[len(prompt) - kept_prompt :], *cut], RowCounts(
         same=len(cut) == 2 and cut[0] == cut[1],
@@ -97,8 +125,11 @@ def truncate(
         responses_truncated=sum(a < len(b) for a, b in zip(kept, responses, strict=True)),
         prompt_tokens_cut=len(prompt) - kept_prompt,
         response_tokens_cut=sum(len(b) - a for a, b in zip(kept, responses, strict=True)),
-        boundaries_merged=merged,
+        boundaries_merged=encoded is not None and encoded.merged,
         prompt_tokens=kept_prompt,
         response_tokens=sum(kept),
         longest=kept_prompt + max(kept),
+        repeated=encoded is not None and encoded.repeated,
+        unrendered=encoded is not None and encoded.unrendered,
+        special_in_text=encoded is not None and encoded.special_in_text,
     )

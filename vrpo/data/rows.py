@@ -1,134 +1,68 @@
-"""Files and hub names -> rows -> checked, truncated token ids -> ResponseBatch.
+"""Rows of any accepted shape -> checked, truncated token ids -> ResponseBatch.
 
-No randomness and no masking here: which response tokens are masked is decided by `masking.py`.
+No randomness and no masking here: which response tokens are masked is decided by `estimator/masking.py`.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as compute
 import torch
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from vrpo.batch import ResponseBatch
-from vrpo.data.encode import RowProblem, encode_rows
+from vrpo.data import table
+from vrpo.data.containers import as_dataset, plain
+from vrpo.data.encode import encode_rows
+from vrpo.data.formats import MESSAGES_COLUMNS, TEMPLATE_COLUMNS
 from vrpo.data.limits import Limits, RowCounts, truncate
+from vrpo.data.problems import RowProblem, raise_problems, shown
+from vrpo.data.report import DataReport
 
 PAIR_SIDES = ("chosen", "rejected")
 COMPLETION_SIDES = ("completion",)
 SIDE_COLUMNS = ("chosen_ids", "rejected_ids", "completion_ids")
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _MAX_EXAMPLE_ID = 2**32 - 1
-_ROWS_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What preparing a dataset changed. Counts of rows, responses or tokens; `str()` is one line to log.
-
-    rows: rows read. kept: rows that remain.
-    dropped_same: pairs whose sides became equal by truncation, and were dropped.
-    prompts_truncated: rows whose prompt lost its beginning; responses_truncated: responses that lost
-        their end (EOS included).
-    prompt_tokens_cut, response_tokens_cut: tokens lost that way.
-    boundaries_merged: rows in which the tokenizer joined the end of the prompt and a response's beginning.
-    prompt_tokens, response_tokens: tokens that remain, summed over rows (a pair's prompt counts once).
-    longest: tokens of the longest prompt + response that remains.
-    """
-
-    rows: int
-    kept: int
-    dropped_same: int
-    prompts_truncated: int
-    responses_truncated: int
-    prompt_tokens_cut: int
-    response_tokens_cut: int
-    boundaries_merged: int
-    prompt_tokens: int
-    response_tokens: int
-    longest: int
-
-    @property
-    def num_changed(self) -> int:
-        """Rows and responses that were truncated, dropped or merged; 0 means nothing worth a warning."""
-        return self.dropped_same + self.prompts_truncated + self.responses_truncated + self.boundaries_merged
-
-    def __str__(self) -> str:
-        told = [
-            f"{self.kept} of {self.rows} rows, {self.prompt_tokens} prompt tokens, "
-            f"{self.response_tokens} response tokens, longest sequence {self.longest}"
-        ]
-        if self.prompts_truncated:
-            told.append(
-                f"{self.prompts_truncated} prompts lost their beginning ({self.prompt_tokens_cut} tokens)"
-            )
-        if self.responses_truncated:
-            told.append(
-                f"{self.responses_truncated} responses lost their end ({self.response_tokens_cut} tokens)"
-            )
-        if self.dropped_same:
-            told.append(f"{self.dropped_same} pairs dropped: equal after truncation")
-        if self.boundaries_merged:
-            told.append(f"{self.boundaries_merged} rows where prompt and response share a token")
-        return "; ".join(told)
-
-
-def load_rows(name: str, *, config: str | None = None, split: str = "train") -> Dataset:
-    """Rows of a local file, a local dataset folder or a hub dataset.
-
-    Args:
-        name: path of a .jsonl, .json or .parquet file, or what `datasets.load_dataset` takes.
-        config: configuration of a hub dataset.
-        split: "train", "test[:100]", ...; of a file, only the slice matters.
-    Errors: FileNotFoundError or ValueError saying what was looked for.
-    """
-    path = Path(name)
-    if path.suffix in _READERS:
-        if not path.is_file():
-            raise FileNotFoundError(f"dataset {name!r}: no such file")
-        files = {re.split(r"\W", split)[0]: str(path)}
-        return load_dataset(_READERS[path.suffix], data_files=files, split=split)
-    if path.is_file():
-        raise ValueError(f"dataset {name!r}: expected a file ending in {', '.join(_READERS)}")
-    try:
-        return load_dataset(name, config, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"dataset {name!r}: neither a local file or folder nor a dataset of the hub ({error})"
-        ) from error
+_STAMP = "prepared by vrpo with "
 
 
 def prepare_pairs(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, **options: Any
+    dataset: Dataset | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None, **options: Any
 ) -> tuple[Dataset, DataReport]:
     """Preference rows -> columns prompt_ids, chosen_ids, rejected_ids (int32 lists) and example_id.
 
     Args:
-        dataset: TRL's formats: chosen, rejected and an explicit or implicit prompt, as plain text or as
-            messages; or token columns prompt_ids, chosen_ids, rejected_ids, which are taken as they are
-            (no EOS is added). `encode.encode_rows` says how text becomes tokens.
+        dataset: what `as_dataset` takes, in TRL's formats: chosen, rejected and an explicit or implicit
+            prompt, as plain text or as messages, row by row (`formats.example`); "tools" and
+            "chat_template_kwargs" for the chat template; or token columns prompt_ids, chosen_ids,
+            rejected_ids, which are taken as they are (no EOS is added). `encode.encode_rows` says how text
+            becomes tokens. "example_id", an integer per row, none twice, decides the masks of a row; without
+            it, it is the row's number.
         tokenizer: may be None where the dataset has token columns.
         options, where None leaves a check out:
             max_length, max_prompt_length: in tokens, see `limits.truncated_lengths`.
+            max_positions: positions of the model; a row that is longer, truncated, is an error.
             vocab_size: rows of the model's embedding; ids must be below.
+            mask_token_id: may not stand in the data. None: the tokenizer's.
             num_proc: processes that tokenise.
-    Returns: the dataset, rows in order, and what was truncated or dropped.
-    Errors: ValueError naming the missing columns, or the unusable rows and what is wrong with each: empty
-        prompt or response, equal sides, ids outside the embedding.
+    Returns: the dataset, rows in order, and what was truncated or dropped. A dataset that was prepared with
+        the same options comes back as it is.
+    Errors: ValueError naming the missing columns, or the unusable rows and what is wrong with each.
     """
     return _prepare(dataset, tokenizer, PAIR_SIDES, **options)
 
 
 def prepare_completions(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, **options: Any
+    dataset: Dataset | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None, **options: Any
 ) -> tuple[Dataset, DataReport]:
     """SFT rows -> columns prompt_ids, completion_ids (int32 lists) and example_id; as `prepare_pairs`.
 
-    The columns are prompt and completion, or prompt_ids and completion_ids.
+    The columns are prompt and completion; or messages, of which the last one is the completion and the rest
+    the prompt; or prompt_ids and completion_ids.
     """
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, **options)
 
@@ -142,13 +76,13 @@ def check_token_budget(dataset: Dataset, num_samples: int, max_tokens_per_pack: 
     """
     sides = [name for name in dataset.column_names if name in SIDE_COLUMNS]
     longest, longest_id, over = 0, 0, 0
-    for table in dataset.with_format("arrow").iter(batch_size=10_000):
-        prompt = compute.list_value_length(table["prompt_ids"]).to_numpy()
-        tokens = sum(prompt + compute.list_value_length(table[side]).to_numpy() for side in sides)
+    for part in dataset.with_format("arrow").iter(batch_size=10_000):
+        prompt = compute.list_value_length(part["prompt_ids"]).to_numpy()
+        tokens = sum(prompt + compute.list_value_length(part[side]).to_numpy() for side in sides)
         tokens *= num_samples
         over += int((tokens > max_tokens_per_pack).sum())
         if tokens.max() > longest:
-            longest, longest_id = int(tokens.max()), table["example_id"][int(tokens.argmax())].as_py()
+            longest, longest_id = int(tokens.max()), part["example_id"][int(tokens.argmax())].as_py()
     if over:
         raise ValueError(
             f"{over} of {len(dataset)} examples are longer than the token budget, the longest is example "
@@ -158,44 +92,35 @@ def check_token_budget(dataset: Dataset, num_samples: int, max_tokens_per_pack: 
 
 
 def _prepare(
-    dataset: Dataset,
+    dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     sides: tuple[str, ...],
     *,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
+    max_positions: int | None = None,
     vocab_size: int | None = None,
+    mask_token_id: int | None = None,
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Encode, check, truncate; the arguments are explained at `prepare_pairs`."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"the dataset must be a datasets.Dataset, got {type(dataset).__name__}")
-    limits = Limits(max_length, max_prompt_length, vocab_size)
+    dataset = as_dataset(dataset)
+    if mask_token_id is None and tokenizer is not None:
+        mask_token_id = tokenizer.mask_token_id
+    limits = Limits(max_length, max_prompt_length, max_positions, vocab_size, mask_token_id)
+    stamp = f"{_STAMP}{limits}"
+    if dataset.info.description == stamp:
+        return dataset, _report_of_prepared(dataset, sides)
     tokenised = _check_columns(dataset.column_names, sides)
     if not len(dataset):
         raise ValueError("the dataset has no rows")
     if not tokenised and tokenizer is None:
         raise ValueError("processing_class is None, but the dataset holds text; pass the tokenizer")
+    mapped = _mapped(dataset, None if tokenised else tokenizer, sides, limits, num_proc)
+    raise_problems(mapped["problem"])
+    if "example_id" in dataset.column_names:
+        _check_unique(mapped)
     counts = [field.name for field in fields(RowCounts)]
-    ids = {name: List(Value("int32")) for name in _id_columns(sides)}
-    numbers = {name: Value("int64") for name in ("example_id", *counts)}
-    mapped = dataset.map(
-        _prepare_rows,
-        with_indices=True,
-        batched=True,
-        fn_kwargs={
-            "sides": sides,
-            "tokenizer": None if tokenised else tokenizer,
-            "limits": limits,
-        },
-        remove_columns=dataset.column_names,
-        features=Features({**ids, **numbers, "problem": Value("string")}),
-        num_proc=num_proc,
-        # The cache does not notice a new version of this package or an edited chat template on disk.
-        load_from_cache_file=False,
-        desc="Tokenising",
-    )
-    _raise_problems(mapped["problem"])
     totals = {name: torch.tensor(mapped[name][:]) for name in counts}
     same = totals.pop("same").bool()
     if same.any():
@@ -210,36 +135,73 @@ def _prepare(
         longest=longest,
         **{name: int(count[~same].sum()) for name, count in totals.items()},
     )
-    return mapped.remove_columns([*counts, "problem"]), report
+    mapped = mapped.remove_columns([*counts, "problem"])
+    mapped.info.description = stamp
+    return mapped, report
+
+
+def _mapped(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sides: tuple[str, ...],
+    limits: Limits,
+    num_proc: int | None,
+) -> Dataset:
+    """The token columns, the counts and the problem of each row."""
+    wanted = {"example_id"}
+    if tokenizer is None:
+        wanted |= {*_id_columns(sides)}
+    else:
+        wanted |= {"prompt", *sides, *TEMPLATE_COLUMNS, *MESSAGES_COLUMNS}
+    features = None
+    if dataset.format["type"] != "custom":
+        # Only what is read: other columns may need packages to be decoded, as images do.
+        dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+        features = dataset.features
+        dataset = dataset.with_format("arrow")
+    ids = {name: List(Value("int32")) for name in _id_columns(sides)}
+    numbers = {name: Value("int64") for name in ("example_id", *(field.name for field in fields(RowCounts)))}
+    mapped = dataset.map(
+        _prepare_rows,
+        with_indices=True,
+        batched=True,
+        fn_kwargs={"sides": sides, "tokenizer": tokenizer, "limits": limits, "features": features},
+        remove_columns=dataset.column_names,
+        features=Features({**ids, **numbers, "problem": Value("string")}),
+        num_proc=num_proc,
+        # The cache does not notice a new version of this package or an edited chat template on disk.
+        load_from_cache_file=False,
+        desc="Tokenising",
+    )
+    return mapped.with_format(None)
 
 
 def _prepare_rows(
-    columns: dict[str, list],
+    columns: pa.Table | Mapping[str, Sequence[Any]],
     indices: list[int],
     *,
     sides: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase | None,
     limits: Limits,
+    features: Features | None,
 ) -> dict[str, list]:
     """A batch of rows for `Dataset.map`. Problems travel as a column, so that all of them can be named."""
-    names = list(columns)
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    encoded: list[Any] = rows if tokenizer is None else encode_rows(rows, sides, tokenizer)
+    rows = list(_rows(columns, features))
+    good = [row for row in rows if not isinstance(row, RowProblem)]
+    encoded = iter(good if tokenizer is None else encode_rows(good, sides, tokenizer))
     result: dict[str, list] = {name: [] for name in (*_id_columns(sides), "example_id", "problem")}
     result |= {field.name: [] for field in fields(RowCounts)}
-    for row, item, index in zip(rows, encoded, indices, strict=True):
-        example_id = row.get("example_id", index)
+    for row, index in zip(rows, indices, strict=True):
         try:
+            item = row if isinstance(row, RowProblem) else next(encoded)
             if isinstance(item, RowProblem):
                 raise item
-            if not (isinstance(example_id, int) and 0 <= example_id <= _MAX_EXAMPLE_ID):
-                raise RowProblem(f"example_id must be in [0, 2**32), got {example_id}")
+            example_id = _example_id(row, index)
             if tokenizer is None:
-                prompt, merged = row["prompt_ids"] or [], False
-                responses = [row[f"{side}_ids"] or [] for side in sides]
+                pieces = [row[name] for name in _id_columns(sides)]
+                kept, counts = truncate(*_split_tokens(pieces, sides), sides, limits)
             else:
-                prompt, responses, merged = item.prompt_ids, item.response_ids, item.merged
-            kept, counts = truncate(prompt, responses, merged, sides, limits)
+                kept, counts = truncate(item.prompt_ids, item.response_ids, sides, limits, item)
             problem = ""
         except RowProblem as error:
             kept, counts, problem = [[] for _ in (None, *sides)], RowCounts(), str(error)
@@ -253,6 +215,75 @@ def _prepare_rows(
     return result
 
 
+def _rows(
+    columns: pa.Table | Mapping[str, Sequence[Any]], features: Features | None
+) -> Iterator[Mapping[str, Any] | RowProblem]:
+    if features is not None:
+        yield from table.python_rows(columns, features)
+        return
+    names = list(columns)
+    for values in zip(*columns.values(), strict=True):
+        try:
+            yield {name: plain(value) for name, value in zip(names, values, strict=True)}
+        except ValueError as error:
+            yield RowProblem(str(error))
+
+
+def _example_id(row: Mapping[str, Any], index: int) -> int:
+    example_id = row.get("example_id", index)
+    if type(example_id) is not int or not 0 <= example_id <= _MAX_EXAMPLE_ID:
+        raise RowProblem(f"example_id must be in [0, 2**32), an integer, got {shown(example_id)}")
+    return example_id
+
+
+def _split_tokens(pieces: list[Any], sides: tuple[str, ...]) -> tuple[list[int], list[list[int]]]:
+    for name, ids in zip(_id_columns(sides), pieces, strict=True):
+        if ids is None or ids == []:
+            raise RowProblem(f"{name.removesuffix('_ids')} has no tokens")
+        if not isinstance(ids, list) or set(map(type, ids)) != {int}:
+            wrong = ids if not isinstance(ids, list) else next(i for i in ids if type(i) is not int)
+            raise RowProblem(f"{name} must be a list of integers, got {shown(wrong)}")
+    return pieces[0], pieces[1:]
+
+
+def _check_unique(mapped: Dataset) -> None:
+    ids = np.asarray(mapped["example_id"][:])
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(ids)))
+    if len(again):
+        row = int(again[0])
+        raise ValueError(
+            f"example_id {ids[row]} stands in rows {first[inverse[row]]} and {row}, and {len(again)} rows in "
+            "all repeat one: each needs its own, because it decides the masks; without the column, rows "
+            "are numbered"
+        )
+
+
+def _report_of_prepared(dataset: Dataset, sides: tuple[str, ...]) -> DataReport:
+    names = _id_columns(sides)
+    if missing := [name for name in names if name not in dataset.column_names]:
+        raise ValueError(f"the dataset was prepared for another trainer: it lacks {', '.join(missing)}")
+    lengths = {name: [np.zeros(0, dtype=np.int64)] for name in names}
+    for part in dataset.with_format("arrow").iter(batch_size=10_000):
+        for name in names:
+            lengths[name].append(compute.list_value_length(part[name]).to_numpy())
+    prompt, *responses = (np.concatenate(lengths[name]) for name in names)
+    longest = max((int((prompt + response).max(initial=0)) for response in responses), default=0)
+    return DataReport(
+        rows=len(dataset),
+        kept=len(dataset),
+        dropped_same=0,
+        prompts_truncated=0,
+        responses_truncated=0,
+        prompt_tokens_cut=0,
+        response_tokens_cut=0,
+        boundaries_merged=0,
+        prompt_tokens=int(prompt.sum()),
+        response_tokens=int(sum(response.sum() for response in responses)),
+        longest=longest,
+    )
+
+
 def _id_columns(sides: Sequence[str]) -> list[str]:
     return [f"{name}_ids" for name in ("prompt", *sides)]
 
@@ -261,32 +292,22 @@ def _check_columns(names: list[str], sides: tuple[str, ...]) -> bool:
     """Whether the dataset is tokenised already; ValueError if it has neither text nor token columns."""
     if set(_id_columns(sides)) <= set(names):
         return True
-    text = {*sides} if sides == PAIR_SIDES else {"prompt", *sides}
+    is_pairs = sides == PAIR_SIDES
+    if not is_pairs and set(MESSAGES_COLUMNS) & set(names):
+        return False
+    text = {*sides} if is_pairs else {"prompt", *sides}
     if missing := sorted(text - set(names)):
-        prompt = "prompt (optional)" if sides == PAIR_SIDES else "prompt"
+        prompt = "prompt (optional)" if is_pairs else "prompt"
+        also = "" if is_pairs else "or messages, "
+        why = ""
+        if "text" in names and not is_pairs:
+            why = "; a text alone does not say where the response begins, and only responses are masked"
         raise ValueError(
             f"the dataset lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: it has "
-            f"{', '.join(names)}; needed are {prompt}, {', '.join(sides)}, or the token columns "
-            f"{', '.join(_id_columns(sides))}"
+            f"{', '.join(names)}; needed are {prompt}, {', '.join(sides)}, {also}or the token columns "
+            f"{', '.join(_id_columns(sides))}{why}"
         )
     return False
-
-
-def _raise_problems(problem_by_row: Sequence[str]) -> None:
-    rows_of: dict[str, list[int]] = {}
-    for row, problem in enumerate(problem_by_row):
-        if problem:
-            rows_of.setdefault(problem, []).append(row)
-    if not rows_of:
-        return
-    told = []
-    for problem, rows in rows_of.items():
-        shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
-        more = f" and {len(rows) - _ROWS_SHOWN} more" if len(rows) > _ROWS_SHOWN else ""
-        told.append(f"{problem} (row{'s' * (len(rows) > 1)} {shown}{more})")
-    shown = "; ".join(told[:_ROWS_SHOWN])
-    more = f"; and {len(told) - _ROWS_SHOWN} more problems" if len(told) > _ROWS_SHOWN else ""
-    raise ValueError(f"unusable rows in the dataset: {shown}{more}")
 
 
 @dataclass(frozen=True)
