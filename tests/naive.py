@@ -1,18 +1,22 @@
-"""The whole VRPO objective in plain padded fp64 PyTorch, sharing no code with the product.
+"""The whole VRPO objective in plain fp64 PyTorch, sharing no code with the product, nor the model.
 
-It takes the masked positions and weights of each sample as given lists, runs the model on one sequence at a
-time with the full [L, V] logits, and returns the loss. Only the draw is not repeated here; it has tests of
-its own.
+It takes the masked positions and weights of each sample as given lists, runs a model (ids (L,) -> logits
+(L, V), see plain_llada.py) on one sequence at a time, and returns the loss. Only the draw is not repeated
+here; it has tests of its own.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor
+
+Model = Callable[[Tensor], Tensor]
 
 
-def naive_nll(model: nn.Module, prompt: list[int], response: list[int], positions: list[int], mask_id: int):
-    """-log p of each masked response token, from one unpacked sequence and full logits."""
+def naive_nll(model: Model, prompt: list[int], response: list[int], positions: list[int], mask_id: int):
+    """-log p of each masked response token, from one sequence and full logits."""
     corrupted = [mask_id if p in positions else token for p, token in enumerate(response)]
-    logits = model(input_ids=torch.tensor([prompt + corrupted])).logits[0]
+    logits = model(torch.tensor(prompt + corrupted))
     log_p = torch.log_softmax(logits.double(), dim=-1)
     return [-log_p[len(prompt) + p, response[p]] for p in positions]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from batches import make_pairs, to_batch
 from naive import naive_loss
+from plain_llada import PlainLLaDA
 
 from vrpo.estimator import masking
 from vrpo.models import create_model
@@ -16,14 +17,15 @@ from vrpo.step import Estimator, preference_step
 LENGTHS = [(3, 5, 2), (1, 1, 9), (6, 4, 4)]
 
 
+def make_models(tokenizer, **sizes):
+    """fp64 policy and reference that differ."""
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "init_std": 0.3} | sizes
+    return tuple(create_model(tokenizer, dtype="float64", seed=seed, **sizes) for seed in (0, 1))
+
+
 @pytest.fixture
 def models(tokenizer):
-    """fp64 policy and reference that differ."""
-    policy = create_model(tokenizer, d_model=16, n_layers=2, n_heads=2, init_std=0.5, dtype="float32", seed=0)
-    reference = create_model(
-        tokenizer, d_model=16, n_layers=2, n_heads=2, init_std=0.5, dtype="float32", seed=1
-    )
-    return policy.double(), reference.double()
+    return make_models(tokenizer)
 
 
 def as_nll(model):
@@ -39,17 +41,28 @@ def estimator_of(model, design="paper", num_samples=4, masks_per_level=1):
     return Estimator(model.config.mask_token_id, num_samples, design, masks_per_level, seed=11)
 
 
+def pairs_with_eos(config):
+    """Random pairs in which EOS, LLaDA's pad token, stands in a prompt and ends some answers."""
+    assert config.pad_token_id == config.eos_token_id
+    pairs = make_pairs(LENGTHS, vocab_size=config.vocab_size)
+    eos = config.eos_token_id
+    pairs[0][0][1] = eos
+    pairs[0][1][-2:] = [eos, eos]
+    pairs[2][2][-1] = eos
+    return pairs
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"weight_tying": True}, {"n_kv_heads": 2}], ids=["plain", "tied", "gqa"]
+)
 @pytest.mark.parametrize(("design", "masks_per_level"), [("paper", 1), ("paper", 2), ("t", 1)])
-def test_step__gradient_equals_the_naive_objective(models, design, masks_per_level):
-    policy, reference = models
-    pairs = make_pairs(LENGTHS, vocab_size=policy.config.vocab_size)
+def test_step__gradient_equals_the_naive_objective(tokenizer, design, masks_per_level, sizes):
+    policy, reference = make_models(tokenizer, **sizes)
+    pairs = pairs_with_eos(policy.config)
     batch = to_batch(pairs, example_ids=[4, 0, 17])
     estimator = estimator_of(policy, design, masks_per_level=masks_per_level)
-    result = run(batch, policy, reference, estimator)
-    loss = result.loss_B.mean()
+    loss = run(batch, policy, reference, estimator).loss_B.mean()
     loss.backward()
-    ours = {name: p.grad.clone() for name, p in policy.named_parameters()}
-    policy.zero_grad()
 
     drawn = masking.draw(
         batch, design=design, num_samples=4, masks_per_level=masks_per_level, seed=11, epoch=0
@@ -58,13 +71,17 @@ def test_step__gradient_equals_the_naive_objective(models, design, masks_per_lev
     segments = [(drawn.position_N[a:b].tolist(), drawn.weight_N[a:b].tolist()) for a, b in pairwise(bounds)]
     samples = [[segments[8 * b + 4 * side : 8 * b + 4 * side + 4] for side in (0, 1)] for b in range(3)]
     mask_id = policy.config.mask_token_id
-    want = naive_loss(policy, reference, pairs, samples, mask_id, beta=0.2, sft_weight=0.05)
+    plain = PlainLLaDA.like(policy)
+    want = naive_loss(plain, PlainLLaDA.like(reference), pairs, samples, mask_id, beta=0.2, sft_weight=0.05)
     want.backward()
     assert loss.item() == pytest.approx(want.item(), rel=1e-12)
     for name, parameter in policy.named_parameters():
-        scale = parameter.grad.abs().max().item()
+        expected = plain.gradient_of(name)
+        scale = expected.abs().max().item()
         assert scale > 0, name
-        assert (ours[name] - parameter.grad).abs().max().item() <= 1e-11 * scale, name
+        assert (parameter.grad - expected).abs().max().item() <= 1e-11 * scale, name
+    rows = plain.gradient_of("model.embed_tokens.weight").norm(dim=1)
+    assert rows[policy.config.eos_token_id] > 1e-3 * rows.max()  # the case is not empty
 
 
 @pytest.mark.parametrize("which", [[0], [1], [0, 1, 2], [2, 0]])

@@ -193,7 +193,7 @@ _ATTEND = {
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:
-    """The dtype attention runs in: RoPE in an fp32 stream promotes, autocast takes it back."""
+    """The dtype attention runs in: under autocast float32 gives way, as in torch's own attention."""
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type) and query.dtype == torch.float32:
         return torch.get_autocast_dtype(device_type)

@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
 from vrpo.models.attention import ATTENTION_NAMES, Segments
+from vrpo.models.layers import Attention, RMSNorm, RotaryEmbedding
 from vrpo.models.names import CHECKPOINT_NAMES, TO_HERE, to_here
 from vrpo_kernels import gather_rows, linear_cross_entropy
 
@@ -219,6 +220,12 @@ class LLaDABody(LlamaModel):
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = Attention(config, index)
+            layer.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            layer.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
         # Llama gives the embedding padding_idx = pad_token_id: that row starts at zero and never gets a
         # gradient. LLaDA's pad token is its EOS, which stands in texts like any other token.
         self.padding_idx = None

@@ -1,0 +1,105 @@
+"""Layers of the Llama family as diffusion checkpoints were trained with them.
+
+transformers' Llama casts cos and sin to the dtype of the activations and rotates in it. LLaDA rotates in
+float32 whatever the weights are and rounds once (`rope_full_precision`); so do these layers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+
+class Rotation:
+    """cos and sin of each position's angles, (B, L, d) float32.
+
+    Neither a tuple nor a dataclass: FSDP's mixed precision looks into both, in the arguments of every layer,
+    and casts the floating tensors it finds.
+    """
+
+    def __init__(self, cos_BLd: Tensor, sin_BLd: Tensor):
+        self.cos_BLd, self.sin_BLd = cos_BLd, sin_BLd
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles of the positions, float32 in a model of any dtype.
+
+        angle_{p,i} = p * theta ** (-2 i / d)        i = 0 .. d/2 - 1; dimensions i and i + d/2 turn together
+
+    Source: get_rotary_embedding in modeling_llada.py of GSAI-ML/LLaDA-8B-Instruct.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        size, theta = config.head_dim, config.rope_parameters["rope_theta"]
+        # Not a buffer: model.to(bfloat16), .half() and the like would round the frequencies. On the CPU even
+        # where the model is made on "meta", so that no loader has to fill it in.
+        exponent = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+        self.frequency_d2 = 1.0 / theta**exponent
+
+    def forward(self, hidden_BLD: Tensor, position_ids: Tensor) -> Rotation:
+        """The rotation of position_ids (B, L); only the device of hidden_BLD matters."""
+        frequency_d2 = self.frequency_d2.to(hidden_BLD.device, non_blocking=True)
+        angle = position_ids[..., None].float() * frequency_d2
+        angle = torch.cat((angle, angle), dim=-1)
+        return Rotation(angle.cos(), angle.sin())
+
+
+def rotate(query: Tensor, key: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """query and key (B, heads, L, d), turned by the angles of their positions.
+
+    Numerics: float16 and bfloat16 are multiplied and added in float32 and rounded once, to their own dtype.
+    """
+    cos, sin = (part.to(query.device) for part in (rotation.cos_BLd, rotation.sin_BLd))
+    rotated_query, rotated_key = apply_rotary_pos_emb(query, key, cos, sin)  # promotes to float32
+    return rotated_query.to(query.dtype), rotated_key.to(key.dtype)
+
+
+class RMSNorm(LlamaRMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight; the quotient in float32, or float64 for float64."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+class Attention(LlamaAttention):
+    """Bidirectional attention with `rotate`; the function that attends is config._attn_implementation."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rotation,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) -> (B, L, D), and the attention weights where the function returns them."""
+        for name in ("cache", "past_key_values"):  # its newer and its older name; always None here
+            kwargs.pop(name, None)
+        batch_shape = hidden_states.shape[:-1]
+        query, key, value = (
+            project(hidden_states).view(*batch_shape, -1, self.head_dim).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, key, position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*batch_shape, -1).contiguous()), weights
