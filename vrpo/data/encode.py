@@ -195,6 +195,23 @@ def _unasked_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return after_ids[-shared:]
 
 
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids with which the chat template ends an answer; none where there is no template, or it refuses.
+
+    With them a response can be told from one that lost its end, whatever the template puts after EoT.
+    """
+    if not tokenizer.chat_template:
+        return ()
+    content = "answer"
+    talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+    try:
+        after = render_prompt(Example(talk, []), tokenizer, opening=False).rpartition(content)[2]
+        opening = _unasked_opening(tokenizer)
+    except ValueError:  # a template with demands that its rows meet and this probe does not
+        return ()
+    return tuple(_without_suffix(tokenizer(after, add_special_tokens=False)["input_ids"], opening))
+
+
 def _without_suffix(ids: list[int], suffix: list[int]) -> list[int]:
     if suffix and ids[-len(suffix) :] == suffix:
         return ids[: -len(suffix)]
