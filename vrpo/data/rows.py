@@ -120,14 +120,16 @@ def _prepare(
     stamp = f"{_STAMP}{limits}"
     if dataset.info.description == stamp:
         return dataset, _report_of_prepared(dataset, sides)
-    tokenised = _check_columns(dataset.column_names, sides)
     if not len(dataset):
         raise ValueError("the dataset has no rows")
+    has_transform = dataset.format["type"] == "custom"
+    columns = list(dataset[0]) if has_transform else dataset.column_names
+    tokenised = _check_columns(columns, sides)
     if not tokenised and tokenizer is None:
         raise ValueError("processing_class is None, but the dataset holds text; pass the tokenizer")
     mapped = _mapped(dataset, None if tokenised else tokenizer, sides, limits, num_proc)
     raise_problems(mapped["problem"])
-    if "example_id" in dataset.column_names:
+    if "example_id" in columns:
         _check_unique(mapped)
     counts = [field.name for field in fields(RowCounts)]
     totals = {name: torch.tensor(mapped[name][:]) for name in counts}
