@@ -81,7 +81,7 @@ BAD_FLAGS = {
     "unknown command": (["trian"], "unknown command 'trian'; there are sft, train"),
     "unknown flag": (["train", "--datset_name", "a"], "did you mean --dataset_name"),
     "missing flag": (["train"], "required: --dataset_name"),
-    "stray word": (["train", "--dataset_name", "a", "b"], "unexpected argument 'b'"),
+    "stray word": (["train", "--dataset_name=a", "b"], "unexpected argument 'b'"),
     "missing config": (["train", "--config", "absent.yaml"], "'absent.yaml': no such file"),
     "no model": (["train", "--dataset_name", "a"], "model_name_or_path is needed"),
     "neither model nor sizes": (["sft", "--dataset_name", "a"], "new_model section"),

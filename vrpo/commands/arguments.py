@@ -12,16 +12,22 @@ def _field(default: Any, text: str) -> Any:
 class ScriptArguments:
     """The data of a training run."""
 
-    dataset_name: str = field(
-        metadata={"help": "Training data: a .jsonl, .json or .parquet file, a folder, or a hub name."}
+    dataset_name: str | list[str] = field(
+        metadata={
+            "help": "Training data: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, also as .gz), "
+            "several of them, a folder, or a hub name."
+        }
     )
     dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
     dataset_train_split: str = _field("train", "Split to train on; slices such as train[:500] work.")
     dataset_test_split: str | None = _field(
         None, "Split of dataset_name to evaluate on, instead of eval_dataset_name."
     )
-    eval_dataset_name: str | None = _field(
-        None, "Data to evaluate on every eval_steps and at the end: a file, folder or hub name."
+    eval_dataset_name: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Data to evaluate on every eval_steps and at the end: files, a folder or a hub name."
+        },
     )
 
 

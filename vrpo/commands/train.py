@@ -1,10 +1,12 @@
 """`vrpo sft` and `vrpo train`: check, load, build, run, save. They have no defaults of their own."""
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import integration_utils
 
 from vrpo import data
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
@@ -30,6 +32,8 @@ def sft(
     sizes = None if new_model is None else NewModel.from_mapping(new_model)
     if (sizes is None) == (model_args.model_name_or_path is None):
         raise ValueError("give either model_name_or_path or a new_model section in the config file")
+    _check_loggers(config)
+    _resume_from(config)
     adapter = _adapter(model_args)
     set_seed(config.seed)
     check_loading(model_args.dtype, model_args.attn_implementation)
@@ -54,6 +58,8 @@ def sft(
 def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
+    _check_loggers(config)
+    _resume_from(config)
     adapter = _adapter(model_args)
     set_seed(config.seed)
     check_loading(model_args.dtype, model_args.attn_implementation)
@@ -69,6 +75,17 @@ def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfi
         peft_config=adapter,
     )
     _train_and_save(trainer, config)
+
+
+def _check_loggers(config: DiffusionConfig) -> None:
+    """ValueError for a logger that transformers does not know or whose package is missing."""
+    there = integration_utils.get_available_reporting_integrations()
+    for name in config.report_to:
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to must be none, all or some of {known}; got {name!r}")
+        if name not in there and hasattr(integration_utils, f"is_{name}_available"):
+            raise ValueError(f"report_to={name} needs the package {name}, which is not installed")
 
 
 def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
@@ -134,10 +151,21 @@ def _texts(rows: Dataset) -> Iterator[str]:
                 yield from (message["content"] for message in value)
 
 
+def _resume_from(config: DiffusionConfig) -> str | bool | None:
+    """A checkpoint's path; True for the last one in output_dir; None to start anew."""
+    word = str(config.resume_from_checkpoint or "false").lower()
+    if word in ("true", "yes", "on", "false", "no", "off"):
+        return True if word in ("true", "yes", "on") else None
+    if not os.path.isdir(config.resume_from_checkpoint):
+        raise ValueError(
+            "resume_from_checkpoint must be the folder of a checkpoint, or true for the last one in "
+            f"output_dir; got {config.resume_from_checkpoint!r}"
+        )
+    return config.resume_from_checkpoint
+
+
 def _train_and_save(trainer: DiffusionTrainer, config: DiffusionConfig) -> None:
-    resume = config.resume_from_checkpoint
-    # "true" resumes from the last checkpoint in output_dir, a path from that checkpoint.
-    result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    result = trainer.train(resume_from_checkpoint=_resume_from(config))
     trainer.save_model(config.output_dir)
     trainer.save_state()
     metrics = dict(result.metrics)

@@ -42,7 +42,8 @@ def check_output(
     Errors: ValueError naming the argument, what it got and what is wrong with it.
     """
     told = f"{name} {os.fspath(output)!r}"
-    if os.fspath(output).endswith(("/", os.sep)) or not Path(output).name or os.path.isdir(output):
+    output = os.path.expanduser(output)
+    if output.endswith(("/", os.sep)) or not Path(output).name or os.path.isdir(output):
         raise ValueError(f"{told} must be a file, not a folder")
     try:
         path = Path(os.path.realpath(output))
@@ -109,7 +110,7 @@ def check_output_dir(output_dir: str, *, models: Inputs, data: Inputs) -> None:
         models, data: what the run starts from. output_dir is neither one of these folders nor inside one; and
             no start is one of output_dir's own checkpoints, which are deleted in turn.
     """
-    target = os.path.realpath(output_dir)
+    target = os.path.realpath(os.path.expanduser(output_dir))
     for argument, source in _each(models | data):
         if os.path.isdir(source) and _is_inside(target, source):
             raise ValueError(
@@ -128,7 +129,7 @@ def check_output_dir(output_dir: str, *, models: Inputs, data: Inputs) -> None:
 def _each(inputs: Inputs) -> Iterator[tuple[str, str]]:
     for argument, value in inputs.items():
         for source in [value] if isinstance(value, str) else value or ():
-            yield argument, source
+            yield argument, os.path.expanduser(source)
 
 
 def _check_target(path: Path, told: str) -> None:

@@ -41,8 +41,8 @@ class ScoreArguments:
     """What to score, with which model, against which reference."""
 
     model_name_or_path: str = field(metadata={"help": "Model to score with: a folder or a hub name."})
-    dataset_name: str = field(
-        metadata={"help": "Preference pairs or prompt/completion rows: file, folder or hub name."}
+    dataset_name: str | list[str] = field(
+        metadata={"help": "Preference pairs or prompt/completion rows: files, folder or hub name."}
     )
     output_file: str = field(metadata={"help": "JSONL file to write, one line per row of the data."})
     dataset_config: str | None = _field(None, "Configuration of a hub dataset.")

@@ -32,7 +32,7 @@ class VarianceArguments:
 
     model_name_or_path: str = field(metadata={"help": "The policy: a folder or a hub name."})
     ref_model_name_or_path: str = field(metadata={"help": "The reference: a folder or a hub name."})
-    dataset_name: str = field(metadata={"help": "Preference pairs: file, folder or hub name."})
+    dataset_name: str | list[str] = field(metadata={"help": "Preference pairs: files, folder or hub name."})
     output_file: str = field(metadata={"help": "JSON file of all figures; the plot goes beside it, .png."})
     designs: list[str] = field(
         default_factory=lambda: ["paper", "folded", "balanced", "ratio"],

@@ -23,8 +23,11 @@ class GenerateArguments:
     model_name_or_path: str = field(metadata={"help": "Model: a folder or a hub name."})
     prompt: str | None = _field(None, "One prompt; the answer is printed. Instead of dataset_name.")
     chat: bool = _field(False, "Take `prompt` for a user's message and put it into the chat template.")
-    dataset_name: str | None = _field(
-        None, "File, folder or hub name with a column `prompt`, text or messages. Needs output_file."
+    dataset_name: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Files, folder or hub name with a column `prompt`, text or messages. Needs output_file."
+        },
     )
     output_file: str | None = _field(None, "JSONL file to write: row, sample, prompt, response.")
     dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
