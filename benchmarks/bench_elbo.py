@@ -1,6 +1,7 @@
 """Variance of ELBOs by themselves under the mask designs, on models of benchmarks/variance_models.py.
 
     python benchmarks/bench_elbo.py measure runs/elbo/gsm8k-1 --stages random sft-early reference
+    python benchmarks/bench_elbo.py gradient runs/elbo/gsm8k-1 --stages sft-early reference
     python benchmarks/bench_elbo.py report
 
 A score is a difference of two models on the same masks. The ELBO of one model has no such partner and noise
@@ -9,12 +10,12 @@ pairs and appends, for every design and K, the variance over draws of each respo
 difference (chosen - rejected, sides sharing positions) to benchmarks/results/elbo.jsonl. Designs that differ
 in row weights alone are weighed on the same forward passes. `report` turns that file into
 benchmarks/results/elbo.csv: nats squared per response, and ratios to `paper` at equal forwards with 95 %
-intervals from resampled responses.
+intervals from resampled responses. `gradient` appends the trace of the variance of the SFT loss gradient,
+-B / L at the up-projection of block 0, to benchmarks/results/elbo_gradient.jsonl, which `report` prints.
 """
 
 import argparse
 import csv
-import functools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -28,30 +29,24 @@ from torch import Tensor
 from vrpo import data
 from vrpo.batch import ResponseBatch
 from vrpo.estimator import masking
+from vrpo.estimator.elbo import elbo
 from vrpo.estimator.packing import pack
 from vrpo.estimator.row_weights import RowWeights, balanced, leave_one_couple_out
 from vrpo.evaluation import variance
 from vrpo.models import load_model, load_tokenizer
+from vrpo.objectives.preference import denoising_loss
 from vrpo.step import split_by_tokens
 from vrpo_kernels import segment_sum
 
 VARIANCES = RESULTS / "elbo.jsonl"
+GRADIENTS = RESULTS / "elbo_gradient.jsonl"
 
 WEIGHTINGS: dict[str, dict[str, RowWeights | None]] = {
     "paper": {"paper": None},
     "stratified": {"stratified": None},
     "cyclic": {"cyclic": None},
-    "tiled": {
-        "tiled": None,
-        "tiled, balanced": balanced,
-        "tiled, signal 8": functools.partial(balanced, signal=8.0),
-    },
-    "spaced-whole": {
-        "spaced-whole": None,
-        "whole": balanced,
-        "whole, signal 8": functools.partial(balanced, signal=8.0),
-    },
-    "folded-whole": {"folded-whole": None, "folded-whole, balanced": balanced},
+    "tiled": {"tiled": None, "tiled, balanced": balanced},
+    "mirrored": {"mirrored": None, "mirrored-balanced": balanced},
     "spaced": {"spaced": None, "balanced": balanced},
     "folded": {"folded": None, "folded-loo": leave_one_couple_out, "folded-balanced": balanced},
     "coupled": {"coupled": None},
@@ -156,6 +151,65 @@ def measure(args: argparse.Namespace) -> None:
                         f"{mean:10.2f} {told['mean']:10.2f} {row['seconds']:6.1f} s",
                         flush=True,
                     )
+
+
+def gradient(args: argparse.Namespace) -> None:
+    """Trace of the variance of the gradient of -B / L (nats per token), for the chosen responses."""
+    torch.set_num_threads(1)
+    pairs, mask_token_id = load_responses(args.models, args.pairs)
+    batch = completions(pairs)
+    trained = json.loads((args.models / "training.json").read_text())
+    for stage in args.stages:
+        model = load_model(str(args.models / stage)).eval().requires_grad_(False)
+        probe = variance.Probe(model.model.layers[0].mlp.up_proj)
+        for num_samples in args.num_samples:
+            for design in args.designs:
+                started = time.perf_counter()
+                scheme = variance.Scheme(design, num_samples)
+                total, square_R = 0.0, 0.0
+                for repeat in range(args.repeats):
+                    found = []
+                    for part in split_by_tokens(batch, num_samples, 16_384):
+                        packed = pack(part, scheme.draw(part, args.seed, repeat), mask_token_id)
+                        with probe.attached():
+                            nll_N = model(**packed.model_inputs()).nll
+                        loss_R = denoising_loss(elbo(nll_N, packed), part.response_length_R)
+                        bounds = packed.cu_seqlens_S1[::num_samples].tolist()
+                        found += probe.gradients(loss_R.sum(), bounds)
+                    gradient_RG = torch.stack(found).double()
+                    total = total + gradient_RG
+                    square_R = square_R + gradient_RG.square().sum(1)
+                mean_RG = total / args.repeats
+                value_R = (square_R - args.repeats * mean_RG.square().sum(1)) / (args.repeats - 1)
+                row = provenance("cpu") | {
+                    "model": args.models.name,
+                    "model_seed": trained["seed"],
+                    "stage": stage,
+                    "seed": args.seed,
+                    "design": design,
+                    "num_samples": num_samples,
+                    "repeats": args.repeats,
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "variance": short(value_R),
+                }
+                with GRADIENTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{row['model']} {stage} K={num_samples} {design:<14}{value_R.mean():.4g}", flush=True)
+
+
+def completions(pairs: ResponseBatch) -> ResponseBatch:
+    """The chosen responses as a batch of their own."""
+    ends = pairs.length_R.cumsum(0)
+    starts = ends - pairs.length_R
+    kept = [pairs.tokens_U[a:b] for a, b in zip(starts[0::2].tolist(), ends[0::2].tolist(), strict=True)]
+    return ResponseBatch(
+        tokens_U=torch.cat(kept),
+        prompt_length_R=pairs.prompt_length_R[0::2],
+        response_length_R=pairs.response_length_R[0::2],
+        example_R=pairs.example_R[0::2],
+        side_R=pairs.side_R[0::2],
+        num_sides=1,
+    )
 
 
 def moments(elbo_QRK: Tensor, name: str) -> dict:
@@ -288,6 +342,24 @@ def report(args: argparse.Namespace) -> None:
             f"[{row['difference_ratio_low']}, {row['difference_ratio_high']}]"
         )
 
+    say_gradients()
+
+
+def say_gradients() -> None:
+    """Ratio of the gradient's variance to that of `paper` at equal K, per model and stage."""
+    rows = [json.loads(line) for line in GRADIENTS.read_text().splitlines()] if GRADIENTS.exists() else []
+    found = {
+        (row["model"], row["stage"], row["num_samples"], row["design"]): torch.tensor(row["variance"])
+        for row in rows
+    }
+    for (model, stage, num_samples, design), value_R in found.items():
+        paper_R = found[model, stage, num_samples, "paper"]
+        told = variance.mean_over_pairs(value_R, paper_R)
+        print(
+            f"SFT gradient  {model:<10}{stage:<11}K={num_samples:<3}{design:<16}"
+            f"{told.value:.2f} [{told.low:.2f}, {told.high:.2f}]"
+        )
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -301,6 +373,17 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=16)
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=measure)
+    command = commands.add_parser("gradient")
+    command.add_argument("models", type=Path)
+    command.add_argument("--stages", nargs="+", default=["sft-early", "reference"])
+    command.add_argument(
+        "--designs", nargs="*", default=["paper", "mirrored", "balanced", "tiled", "coupled"]
+    )
+    command.add_argument("--num-samples", nargs="+", type=int, default=[4, 2])
+    command.add_argument("--pairs", type=int, default=32)
+    command.add_argument("--repeats", type=int, default=8)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=gradient)
     command = commands.add_parser("report")
     command.add_argument("--lengths", choices=("all", "short", "long"), default="all")
     command.add_argument("--num-samples", nargs="+", type=int, default=[4, 8], help="which to print")

@@ -51,19 +51,17 @@ CASES = [
     ("balanced", 3, 4),
     ("balanced", 3, 5),
     ("balanced", 2, 6),
-    ("folded-whole", 3, 4),
-    ("folded-whole", 4, 4),
-    ("folded-whole", 3, 5),
-    ("folded-whole", 1, 4),
-    ("spaced-whole", 3, 4),
-    ("spaced-whole", 3, 5),
-    ("spaced-whole", 2, 6),
-    ("whole", 1, 2),
-    ("whole", 2, 1),
-    ("whole", 3, 2),
-    ("whole", 3, 4),
-    ("whole", 3, 5),
-    ("whole", 2, 6),
+    ("mirrored", 1, 2),
+    ("mirrored", 2, 1),
+    ("mirrored", 2, 2),
+    ("mirrored", 3, 2),
+    ("mirrored", 3, 4),
+    ("mirrored", 3, 5),
+    ("mirrored", 2, 6),
+    ("mirrored", 4, 4),
+    ("mirrored-balanced", 3, 4),
+    ("mirrored-balanced", 3, 5),
+    ("mirrored-balanced", 2, 6),
 ]
 IDS = [f"{design}-L{length}-K{num_samples}" for design, length, num_samples in CASES]
 
@@ -185,8 +183,10 @@ def assert_law(sampled, every, copies=1):
     fourth = (fourth + 3 * (copies - 1) * second**2) / copies**3
     variance = second / copies
     assert ((sampled.mean(0) - mean).abs() < 5 * (variance / num_draws).sqrt() + FP32_WEIGHTS).all()
-    error_of_variance = ((fourth - variance**2) / num_draws).sqrt()
-    assert ((sampled.var(0) - variance).abs() < 5 * error_of_variance + FP32_WEIGHTS).all()
+    error_of_variance = ((fourth - variance**2).clamp(min=0) / num_draws).sqrt()
+    # The square of the mean's own error; of two equally likely values it is all the error there is.
+    of_the_mean = 26 * variance / num_draws
+    assert ((sampled.var(0) - variance).abs() < 5 * error_of_variance + of_the_mean + FP32_WEIGHTS).all()
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ def one_length(length, num_responses):
 @pytest.mark.parametrize(
     ("design", "length", "size"),
     [
-        ("whole", 1, 2),
-        ("whole", 2, 2),
-        ("whole", 3, 2),
-        ("whole", 2, 4),
-        ("whole", 3, 3),
+        ("mirrored", 1, 2),
+        ("mirrored", 2, 2),
+        ("mirrored", 3, 2),
+        ("mirrored-balanced", 2, 4),
+        ("mirrored", 3, 3),
         ("balanced", 2, 4),
         ("stratified", 3, 2),
         ("cyclic", 3, 2),
@@ -70,8 +70,8 @@ def test_elbo_std__square_averages_to_the_variance_over_all_draws(design, length
 @pytest.mark.parametrize(
     ("design", "num_samples", "num_replicates"),
     [
-        ("whole", 8, 2),
-        ("whole", 6, 3),
+        ("mirrored-balanced", 8, 2),
+        ("mirrored", 6, 3),
         ("balanced", 8, 2),
         ("paper", 5, 1),
         ("coupled", 6, 1),
@@ -133,8 +133,8 @@ def constant_spread(design, length, num_samples):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 50])
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 8])
-def test_designs__of_whole_total_have_no_noise_for_constant_log_p(length, num_samples):
-    for design in ("paper", "stratified", "tiled", "folded-whole", "spaced-whole", "whole"):
+def test_designs__of_constant_total_have_no_noise_for_constant_log_p(length, num_samples):
+    for design in ("paper", "stratified", "tiled", "mirrored", "mirrored-balanced"):
         assert constant_spread(design, length, num_samples) < 1e-5
 
 

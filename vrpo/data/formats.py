@@ -41,8 +41,7 @@ class Example:
     """A row in the one shape that is encoded: all texts are strings, or all are lists of messages.
 
     A message has "role" and "content", a string or, beside tool calls, None; other keys are kept for the
-    template. repeated: the responses of the row repeated the prompt, which was taken off them. doubled: they
-    are plain text that begins with the prompt's, which may be meant, and stays.
+    template. repeated: the responses of the row repeated the prompt, which was taken off them.
     """
 
     prompt: Text
@@ -50,7 +49,6 @@ class Example:
     tools: list[Any] | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     repeated: bool = False
-    doubled: bool = False
 
     @property
     def conversational(self) -> bool:
@@ -169,8 +167,7 @@ def _finish(
                         f"{side} must begin and end with an assistant message, not one of {turn['role']}; "
                         "earlier turns belong to the prompt"
                     )
-    doubled = isinstance(prompt, str) and all(response.startswith(prompt) for response in responses)
-    return Example(prompt, responses, *_template_inputs(row), repeated, doubled)
+    return Example(prompt, responses, *_template_inputs(row), repeated)
 
 
 def _check_prompt(prompt: Text) -> None:
@@ -224,9 +221,7 @@ def _message(item: Any, name: str) -> Message:
             )
         message = {"role": _SHAREGPT[speaker], "content": message.pop("value", None), **message}
     role = message.get("role")
-    if role is not None and not isinstance(role, str):
-        raise RowProblem(f"the role of a message of {name} must be text, got {shown(role)}")
-    if not role or not role.strip():
+    if not isinstance(role, str) or not role.strip():
         keys = ", ".join(map(str, item)) or "no keys"
         raise RowProblem(f"a message of {name} has no role: it has {keys}; needed are role and content")
     meant = _SHAREGPT.get(role.strip().lower())

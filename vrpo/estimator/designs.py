@@ -7,14 +7,13 @@ number of samples, a level l the number of masked tokens; the target is
 
     B = E over l ~ U{1..L} and subsets M of size l of (L / l) * sum over i in M of log p(y_i | M masked).
 
-A *couple* is a mask and its complement. With l ~ U{0..L} its value (1/2) [(L+1)/l S(M) + (L+1)/(L-l) S(M^c)],
-an empty side counting 0, has expectation B, and it is symmetric under l <-> L - l, so that couples need only
-the folded levels min(l, L - l). The empty side makes the total weight of a couple differ between draws, and
-with it the estimate of a constant log p: of no account in a difference of two models, where constants
-cancel, but much of the noise of an ELBO by itself. A couple *of whole total* has l ~ U{1..L} and value
-(1/2) [L/l S(M) + L/(L-l) S(M^c)], the full mask, which has no complement, counting twice. Its total weight
-is L in every draw, and its expectation B too: with A_l = E[S(M) / l given |M| = l] it is
-A_L + sum over l = 1..L-1 of (A_l + A_{L-l}) / 2 = sum over l = 1..L of A_l = B.
+A *couple* is a mask and its complement. With l ~ U{0..L} its value (1/2) [(L+1)/l S(M) + (L+1)/(L-l)
+S(M^c)], an empty side counting 0, has expectation B, and it is symmetric under l <-> L - l, so that couples
+need only the folded levels min(l, L - l). The empty side takes half of the weight out of one draw in (L +
+1) / 2, so that even a constant log p has noise: of no account in a difference of two models, where
+constants cancel, but not in an ELBO by itself. *Mirrored* levels l and L + 1 - l, the antithetic pair of
+U{1..L}, have no empty side: the second mask is the complement and one token more, (1/2) [L/l S(M) +
+L/(L+1-l) S(M')] has expectation B as each of its halves has, and its total weight is L in every draw.
 """
 
 import math
@@ -156,13 +155,13 @@ def _couples(
     share_RC: Tensor,
     *,
     tiled: bool = False,
-    whole: bool = False,
+    mirrored: bool = False,
 ) -> Levels:
     """Samples 2c and 2c + 1 are couple c: `small` tokens masked, then all the others.
 
     share_RC: the part of B that couple c stands for: its expectation is share * B or, with strata, the sum
     over couples of share * E[couple value] is B. An odd K has one independent l-form sample as its last.
-    whole: couples of whole total (module docstring).
+    mirrored: the second mask has one token more than the complement (module docstring).
     """
     num_couples = small_RC.shape[1]
     couple_C = torch.arange(num_couples)
@@ -173,13 +172,13 @@ def _couples(
     def interleave(first: Tensor, second: Tensor) -> Tensor:
         return torch.stack([first, second], dim=2).flatten(1)
 
-    count_RK = interleave(small_RC, length_R1 - small_RC)
+    count_RK = interleave(small_RC, length_R1 + int(mirrored) - small_RC)
     share_RK = share_RC.repeat_interleave(2, dim=1)
     stream_K = circle_C.repeat_interleave(2)
     first_RK = interleave(first_RC, (first_RC + small_RC) % length_R1)
     # An empty side has no rows, so its weight is never read; 1 avoids the division by zero.
-    scale_RK = torch.where(count_RK == length_R1, 2 * length_R1, length_R1) if whole else length_R1 + 1
-    weight_RK = num_couples * share_RK * scale_RK / count_RK.clamp(min=1).double()
+    num_values_R1 = length_R1 if mirrored else length_R1 + 1
+    weight_RK = num_couples * share_RK * num_values_R1 / count_RK.clamp(min=1).double()
     replicate_K = couple_C.repeat_interleave(2)
     if num_samples % 2:
         single_R1 = 1 + uniform.integers(num_samples, length_R)[:, None]
@@ -199,21 +198,20 @@ def _couples(
 
 
 def _folded(
-    uniform: Uniform, length_R: Tensor, bounds: tuple[int, ...], grid: int, *, whole: bool = False
+    uniform: Uniform, length_R: Tensor, bounds: tuple[int, ...], grid: int, *, mirrored: bool = False
 ) -> Tensor:
     """One folded level per stratum [bounds_c, bounds_c+1) / grid of [0, 1), (R, C) in 0 .. L/2.
 
     With x uniform on the stratum, v = floor(x * (L + 1)) and the folded level is floor(v / 2): over all
     strata, weighted by their widths, v is exactly uniform on 0..L, so that levels 0 .. (L-1)/2 have chance
-    2 / (L+1) each and L/2, which is its own mirror image, 1 / (L+1). whole: v = 1 + floor(x * L) is uniform
-    on 1..L, so that level 0, the full mask, has chance 1 / L. Integers only: exact for every L.
+    2 / (L+1) each and L/2, which is its own mirror image, 1 / (L+1). mirrored: v = floor(x * L) and the level
+    is 1 + floor(v / 2), in 1 .. (L+1)/2, likewise with L in place of L + 1. Integers only: exact for every L.
     """
-    num_values_R = length_R if whole else length_R + 1
+    num_values_R = length_R if mirrored else length_R + 1
     levels = []
     for c, (low, high) in enumerate(pairwise(bounds)):
         point_R = low * num_values_R + uniform.integers(c, (high - low) * num_values_R)
-        value_R = point_R.div(grid, rounding_mode="floor") + int(whole)
-        levels.append(value_R.div(2, rounding_mode="floor"))
+        levels.append(point_R.div(2 * grid, rounding_mode="floor") + int(mirrored))
     return torch.stack(levels, dim=1)
 
 
@@ -265,25 +263,15 @@ def spaced(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
     return _couples(uniform, length_R, num_samples, small_RC, width_C.expand(small_RC.shape), tiled=True)
 
 
-def folded_whole(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
-    """`folded` with couples of whole total: no noise for constant log p."""
-    if num_samples == 1:
-        return paper(uniform, length_R, 1)
-    num_couples = num_samples // 2
-    small_RC = _folded(uniform, length_R, tuple(range(num_couples + 1)), num_couples, whole=True)
-    share_RC = torch.full(small_RC.shape, 1 / num_couples, dtype=torch.float64)
-    return _couples(uniform, length_R, num_samples, small_RC, share_RC, whole=True)
-
-
-def spaced_whole(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
-    """`spaced` with couples of whole total: no noise for constant log p."""
+def mirrored(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
+    """`spaced` with mirrored levels: the strata and tiles of `spaced`, and no noise for constant log p."""
     if num_samples == 1:
         return paper(uniform, length_R, 1)
     bounds, grid = _spaced_bounds(num_samples // 2)
-    small_RC = _folded(uniform, length_R, bounds, grid, whole=True)
+    small_RC = _folded(uniform, length_R, bounds, grid, mirrored=True)
     width_C = torch.tensor(bounds, dtype=torch.float64).diff() / grid
     share_RC = width_C.expand(small_RC.shape)
-    return _couples(uniform, length_R, num_samples, small_RC, share_RC, tiled=True, whole=True)
+    return _couples(uniform, length_R, num_samples, small_RC, share_RC, tiled=True, mirrored=True)
 
 
 def _inverse_cdf(chance_RV: Tensor, point_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,8 +380,7 @@ DESIGNS: dict[str, Design] = {
     "folded-ratio": Design(folded, token_ratio, unbiased=False),
     "folded-jackknife": Design(folded, token_ratio_jackknife, unbiased=False),
     "balanced": Design(spaced, balanced),
-    "folded-whole": Design(folded_whole),
-    "spaced-whole": Design(spaced_whole),
-    "whole": Design(spaced_whole, balanced),
+    "mirrored": Design(mirrored),
+    "mirrored-balanced": Design(mirrored, balanced),
     "ratio": Design(spaced, token_ratio, unbiased=False),
 }

@@ -26,7 +26,7 @@ from vrpo.objectives import preference
 from vrpo.step import Estimator, split_by_tokens
 from vrpo.training.config import VRPOConfig
 
-ABSOLUTE_DESIGN = "whole"
+ABSOLUTE_DESIGN = "mirrored-balanced"
 """The mask design of ELBOs that are not compared with a reference's on the same masks."""
 
 _ROWS_AT_ONCE = 64

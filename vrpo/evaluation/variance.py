@@ -85,7 +85,7 @@ def unbiased_twin(design: str) -> str | None:
     return max(twins, key=lambda name: DESIGNS[name].row_weights is balanced)
 
 
-class _Probe:
+class Probe:
     """Loss gradients of one linear layer's weight, pair by pair, from one backward pass over a pack.
 
     With x_t the layer's input and g_t the gradient of its output, token by token, the weight gradient of
@@ -140,7 +140,7 @@ def sample(
         on_forward: called after every pack, for progress bars.
     Returns: Sampled.
     """
-    grad = _Probe(probe) if probe is not None else None
+    grad = Probe(probe) if probe is not None else None
     is_iid = DESIGNS[scheme.design].iid and scheme.masks_per_level == 1
     twin = unbiased_twin(scheme.design) if scheme.shared else None
     num_levels = scheme.num_samples // scheme.masks_per_level
