@@ -67,6 +67,10 @@ def read_config(
     for key, node in root.value:
         name, line = key.value, key.start_mark.line + 1
         if name in sections:
+            if not isinstance(node, yaml.MappingNode):
+                raise ValueError(
+                    f"config {path!r}, line {line}: {name} must be a mapping, got {_shape(node)}"
+                )
             found[name] = _construct(node)
         elif name not in fields:
             raise UnknownFieldError(path, name, line)

@@ -7,11 +7,13 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vrpo.models import LLaDAForMaskedDiffusion, create_model
+from vrpo.models import LLaDAForMaskedDiffusion, create_model, load_config, load_tokenizer
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER, HEADER_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER, HEADER_END, EOT)
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+_MAX_PARAMETERS = 10**10
 
 # LLaDA's turns, with the assistant header only where it is asked for.
 CHAT_TEMPLATE = (
@@ -49,7 +51,26 @@ class NewModel:
         for name in names:
             if type(section[name]) is not int or section[name] < 1:
                 raise ValueError(f"new_model: {name} must be a positive integer, got {section[name]!r}")
-        return cls(**section)
+        sizes = cls(**section)
+        sizes.check()
+        return sizes
+
+    def check(self) -> None:
+        """ValueError unless there is a model of these sizes, and one that a machine can hold."""
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"new_model: vocab_size must be at least {SMALLEST_VOCABULARY}, 256 bytes and the special "
+                f"tokens; got {self.vocab_size}"
+            )
+        if self.d_model % self.n_heads or self.d_model // self.n_heads % 2:
+            raise ValueError(
+                f"new_model: d_model must be an even multiple of n_heads (rotary positions turn pairs), got "
+                f"d_model={self.d_model} and n_heads={self.n_heads}"
+            )
+        layer = 4 * self.d_model**2 + 3 * self.d_model * self.mlp_hidden_size
+        count = 2 * self.vocab_size * self.d_model + self.n_layers * layer
+        if count > _MAX_PARAMETERS:
+            raise ValueError(f"new_model: these sizes make {count:.2g} parameters, at most 1e10 are allowed")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -57,9 +78,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     It can write every string. Small corpora may give fewer tokens than asked for.
     """
-    smallest = 256 + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest}, got {vocab_size}")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,6 +99,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         additional_special_tokens=[HEADER, HEADER_END, EOT],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def trained_tokenizer(checkpoint: str, sizes: NewModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run started with, from one of its checkpoints.
+
+    The weights know its tokens; one trained anew, on data that has changed since, would have others.
+    Errors: ValueError unless the checkpoint has the sizes of the section.
+    """
+    config = load_config(checkpoint)
+    found = {
+        "d_model": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "mlp_hidden_size": config.intermediate_size,
+    }
+    for name, value in found.items():
+        if value != getattr(sizes, name):
+            raise ValueError(
+                f"new_model: {name} is {getattr(sizes, name)}, but resume_from_checkpoint goes on with "
+                f"{checkpoint!r}, where it is {value}"
+            )
+    if config.vocab_size > sizes.vocab_size:
+        raise ValueError(
+            f"new_model: vocab_size is {sizes.vocab_size}, but resume_from_checkpoint goes on with "
+            f"{checkpoint!r}, which has {config.vocab_size} tokens"
+        )
+    return load_tokenizer(checkpoint)
 
 
 def build_model(

@@ -7,11 +7,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import integration_utils
+from transformers.trainer_utils import get_last_checkpoint
 
 from vrpo import data
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
 from vrpo.commands.console import say, say_metrics
-from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
+from vrpo.commands.new_model import NewModel, build_model, train_tokenizer, trained_tokenizer
+from vrpo.data.formats import example
 from vrpo.data.output import check_output_dir
 from vrpo.models import load_tokenizer
 from vrpo.models.adapters import require_peft
@@ -33,7 +35,7 @@ def sft(
     if (sizes is None) == (model_args.model_name_or_path is None):
         raise ValueError("give either model_name_or_path or a new_model section in the config file")
     _check_loggers(config)
-    _resume_from(config)
+    _checkpoint(config)
     adapter = _adapter(model_args)
     set_seed(config.seed)
     check_loading(model_args.dtype, model_args.attn_implementation)
@@ -42,7 +44,12 @@ def sft(
     if sizes is None:
         model, tokenizer = _load_model(model_args)
     else:
-        tokenizer = train_tokenizer(_texts(train), sizes.vocab_size)
+        checkpoint = _checkpoint(config)
+        tokenizer = (
+            train_tokenizer(_texts(train), sizes.vocab_size)
+            if checkpoint is None
+            else trained_tokenizer(checkpoint, sizes)
+        )
         model = build_model(sizes, tokenizer, max_length=config.max_length, seed=config.seed)
     trainer = DiffusionSFTTrainer(
         model=model,
@@ -59,7 +66,7 @@ def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfi
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
     _check_loggers(config)
-    _resume_from(config)
+    _checkpoint(config)
     adapter = _adapter(model_args)
     set_seed(config.seed)
     check_loading(model_args.dtype, model_args.attn_implementation)
@@ -141,14 +148,22 @@ def _adapter(args: ModelArguments) -> Any:
 
 
 def _texts(rows: Dataset) -> Iterator[str]:
-    """Every string of the prompt and response columns, messages included."""
+    """Every text of the rows, messages included; rows that are unusable are named when they are prepared.
+
+    Errors: ValueError if the rows are token ids.
+    """
+    if "prompt_ids" in rows.column_names:
+        raise ValueError(
+            "new_model trains a tokenizer and needs text: the dataset holds token ids, prompt_ids"
+        )
     for row in rows:
-        for name in ("prompt", "completion"):
-            value = row.get(name)
-            if isinstance(value, str):
-                yield value
-            elif isinstance(value, list):
-                yield from (message["content"] for message in value)
+        try:
+            shaped = example(row, data.COMPLETION_SIDES)
+        except data.RowProblem:
+            continue
+        for text in (shaped.prompt, *shaped.responses):
+            messages = [{"content": text}] if isinstance(text, str) else text
+            yield from (message["content"] for message in messages if message.get("content"))
 
 
 def _resume_from(config: DiffusionConfig) -> str | bool | None:
@@ -164,8 +179,21 @@ def _resume_from(config: DiffusionConfig) -> str | bool | None:
     return config.resume_from_checkpoint
 
 
+def _checkpoint(config: DiffusionConfig) -> str | None:
+    """The checkpoint that training goes on from, or None."""
+    resume = _resume_from(config)
+    if resume is not True:
+        return resume
+    found = get_last_checkpoint(config.output_dir) if os.path.isdir(config.output_dir) else None
+    if found is None:
+        raise ValueError(
+            f"resume_from_checkpoint=true, but output_dir {config.output_dir!r} has no checkpoint"
+        )
+    return found
+
+
 def _train_and_save(trainer: DiffusionTrainer, config: DiffusionConfig) -> None:
-    result = trainer.train(resume_from_checkpoint=_resume_from(config))
+    result = trainer.train(resume_from_checkpoint=_checkpoint(config))
     trainer.save_model(config.output_dir)
     trainer.save_state()
     metrics = dict(result.metrics)
