@@ -10,6 +10,7 @@ BENCHMARKS = {
         "cross_entropy of logits against every rival",
     ),
     "designs": ("benchmarks.bench_designs", "draw and step time of every mask design"),
+    "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
 }
 

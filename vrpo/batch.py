@@ -23,6 +23,8 @@ class ResponseBatch:
     example_R: int64 in [0, 2**32), the row of the dataset; it keys the mask draw.
     side_R: int64, 0 chosen (or the only completion), 1 rejected.
     num_sides: responses per example, 2 for preference pairs and 1 for completions.
+    fill_R: int64, how many tokens at the end of each response are EOS fill (SFT only, estimator/eos_fill.py);
+        response_length_R counts them. None: no response has any.
     """
 
     tokens_U: Tensor
@@ -31,6 +33,7 @@ class ResponseBatch:
     example_R: Tensor
     side_R: Tensor
     num_sides: int
+    fill_R: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -52,6 +55,7 @@ class ResponseBatch:
             example_R=self.example_R[first:last],
             side_R=self.side_R[first:last],
             num_sides=self.num_sides,
+            fill_R=None if self.fill_R is None else self.fill_R[first:last],
         )
 
 

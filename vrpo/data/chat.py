@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from vrpo.data.formats import Example, Message
 from vrpo.data.problems import RowProblem, one_line
 
+_SHORT = 16  # characters of a content that may stand in the rest of a text by chance
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -38,15 +40,15 @@ def render(shaped: Example, sides: Sequence[str], tokenizer: PreTrainedTokenizer
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("processing_class has no chat_template, which rows of messages need; set one")
     prompt = render_prompt(shaped, tokenizer, opening=True)
-    unrendered = False
-    if missing := _missing(shaped.prompt, prompt):
+    if missing := _missing(shaped, prompt, tokenizer, opening=True):
         in_parts = replace(shaped, prompt=_in_parts(shaped.prompt))
         as_parts = _render_or_none(in_parts, tokenizer, opening=True)
-        if as_parts is not None and len(_missing(shaped.prompt, as_parts)) < len(missing):
-            responses = [_in_parts(response) for response in shaped.responses]
-            shaped, prompt = replace(in_parts, responses=responses), as_parts
-            missing = _missing(shaped.prompt, prompt)
-        unrendered = bool(missing)
+        if as_parts is not None:
+            still_missing = _missing(in_parts, as_parts, tokenizer, opening=True)
+            if len(still_missing) < len(missing):
+                responses = [_in_parts(response) for response in shaped.responses]
+                shaped, prompt, missing = replace(in_parts, responses=responses), as_parts, still_missing
+    unrendered = bool(missing)
     if shaped.tools:
         unrendered |= render_prompt(replace(shaped, tools=None), tokenizer, opening=True) == prompt
     unrendered |= _ignores_calls(shaped, shaped.prompt, tokenizer)
@@ -68,14 +70,17 @@ def render_prompt(shaped: Example, tokenizer: PreTrainedTokenizerBase, *, openin
 
     Errors: RowProblem where the template raises.
     """
-    text = _apply(shaped, tokenizer, opening)
-    if any(message["content"] is None for message in shaped.prompt):
-        # Jinja writes a None that the template does not ask about as the word.
-        blank = [message | {"content": message["content"] or ""} for message in shaped.prompt]
-        as_blank = _render_or_none(replace(shaped, prompt=blank), tokenizer, opening=opening)
-        if as_blank is not None and as_blank.count("None") < text.count("None"):
-            return as_blank
-    return text
+    if not any(message["content"] is None for message in shaped.prompt):
+        return _apply(shaped, tokenizer, opening)
+    # Beside tool calls. A template that does not ask about it fails, or writes the word None.
+    text = _render_or_none(shaped, tokenizer, opening=opening)
+    blank = replace(
+        shaped, prompt=[message | {"content": message["content"] or ""} for message in shaped.prompt]
+    )
+    if text is None:
+        return _apply(blank, tokenizer, opening)
+    as_blank = _render_or_none(blank, tokenizer, opening=opening)
+    return as_blank if as_blank is not None and as_blank.count("None") < text.count("None") else text
 
 
 def _apply(shaped: Example, tokenizer: PreTrainedTokenizerBase, opening: bool) -> str:
@@ -103,9 +108,25 @@ def _string(message: Message) -> str:
     return content if isinstance(content, str) else content[0]["text"]
 
 
-def _missing(messages: Sequence[Message], text: str) -> list[int]:
-    """Which messages' content does not stand in the text."""
-    return [i for i, message in enumerate(messages) if _string(message).strip() not in text]
+def _missing(shaped: Example, text: str, tokenizer: PreTrainedTokenizerBase, *, opening: bool) -> set[int]:
+    """Which messages' content the template does not write, judged by its text."""
+    contents = [_string(message).strip() for message in shaped.prompt]
+    missing = {i for i, content in enumerate(contents) if content not in text}
+    short = {i for i, content in enumerate(contents) if 0 < len(content) < _SHORT} - missing
+    if short:  # they may stand there by chance, in the header of a turn say; so write them longer
+        longer = [
+            _with_text(message, f"{contents[i]}<{i}>") if i in short else message
+            for i, message in enumerate(shaped.prompt)
+        ]
+        marked = _render_or_none(replace(shaped, prompt=longer), tokenizer, opening=opening)
+        if marked is not None:
+            missing |= {i for i in short if f"{contents[i]}<{i}>" not in marked}
+    return missing
+
+
+def _with_text(message: Message, text: str) -> Message:
+    in_parts = isinstance(message["content"], list)
+    return message | {"content": [{"type": "text", "text": text}] if in_parts else text}
 
 
 def _in_parts(messages: Sequence[Message]) -> list[Message]:
@@ -148,11 +169,15 @@ def _check_answer_is_there(
 ) -> None:
     if _ignores_calls(whole, response, tokenizer):
         raise RowProblem(f"the chat template does not write the tool calls of {side}; pass one that does")
-    if not any(_string(message).strip() for message in response) or not _missing(response, text):
+    first = len(whole.prompt) - len(response)
+    if not any(i >= first for i in _missing(whole, text, tokenizer, opening=False)):
         return
+    # A template may write an answer in its own way, its thoughts apart say; it is lost if nothing changes.
     blank = [message | {"content": ""} if message["content"] else message for message in response]
-    prompt = whole.prompt[: len(whole.prompt) - len(response)]
-    if _render_or_none(replace(whole, prompt=[*prompt, *blank]), tokenizer, opening=False) == text:
+    if (
+        _render_or_none(replace(whole, prompt=[*whole.prompt[:first], *blank]), tokenizer, opening=False)
+        == text
+    ):
         raise RowProblem(f"the chat template does not write the content of {side}; pass one that does")
 
 

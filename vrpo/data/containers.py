@@ -21,7 +21,7 @@ def as_dataset(data: Any, name: str = "dataset") -> Dataset:
     Errors: ValueError saying what else it is and what to pass instead.
     """
     if isinstance(data, Dataset):
-        return data if data.format["type"] == "custom" else data.with_format(None)
+        return data if data.format["type"] in (None, "custom") else data.with_format(None)
     if isinstance(data, DatasetDict):
         if len(data) == 1:
             return as_dataset(next(iter(data.values())), name)
@@ -43,20 +43,20 @@ def as_dataset(data: Any, name: str = "dataset") -> Dataset:
 def _from_list(rows: list[Any], name: str) -> Dataset:
     if not rows:
         raise ValueError(f"{name} has no rows")
-    plain = []
+    found = []
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"{name}: row {index} must map column names to values, got {shown(row)}")
         try:
-            plain.append({str(key): plain(value) for key, value in row.items()})
-            check_value(plain[-1])
-            if not table.is_finite(plain[-1]):
+            found.append({str(key): plain(value) for key, value in row.items()})
+            check_value(found[-1])
+            if not table.is_finite(found[-1]):
                 raise ValueError("NaN and infinity are no data; use None")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}: row {index}: {one_line(error)}") from error
-    if not any(plain):
+    if not any(found):
         raise ValueError(f"{name}: the rows have no columns")
-    return table.in_memory(plain)
+    return table.in_memory(found)
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -20,7 +20,7 @@ class EncodedRow:
 
     merged: the tokenizer joined the end of the prompt and the beginning of a response, so the boundary
     moved back to the last token that prompt and prompt + response share.
-    repeated: the responses began with the prompt, which was taken off them.
+    repeated, doubled: the responses began with the prompt, see `formats.Example`.
     unrendered: the chat template left something of the row out. See `chat.Rendered`.
     special_in_text: a message spells special tokens.
     """
@@ -29,6 +29,7 @@ class EncodedRow:
     response_ids: list[list[int]]
     merged: bool
     repeated: bool = False
+    doubled: bool = False
     unrendered: bool = False
     special_in_text: bool = False
 
@@ -48,21 +49,15 @@ def encode_rows(
         EoT token with LLaDA's). Both belong to the response and are scored like any token.
     Errors: ValueError if the tokenizer lacks what the format needs.
     """
-    rendered: list[Rendered | RowProblem] = []
-    repeated = []
+    shapes: list[tuple[Example, Rendered] | RowProblem] = []
     for row in rows:
         try:
             shaped = example(row, sides)
-            rendered.append(_rendered(shaped, sides, tokenizer))
-            repeated.append(shaped.repeated)
+            shapes.append((shaped, _rendered(shaped, sides, tokenizer)))
         except RowProblem as problem:
-            rendered.append(problem)
-            repeated.append(False)
-    ids = iter(_tokenise([item for item in rendered if isinstance(item, Rendered)], tokenizer))
-    return [
-        item if isinstance(item, RowProblem) else _encoded(next(ids), item, again)
-        for item, again in zip(rendered, repeated, strict=True)
-    ]
+            shapes.append(problem)
+    ids = iter(_tokenise([item[1] for item in shapes if not isinstance(item, RowProblem)], tokenizer))
+    return [item if isinstance(item, RowProblem) else _encoded(next(ids), *item) for item in shapes]
 
 
 def encode_prompts(
@@ -124,14 +119,15 @@ def _tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase) 
     return result
 
 
-def _encoded(ids: list[list[int]], rendered: Rendered, repeated: bool) -> EncodedRow:
+def _encoded(ids: list[list[int]], shaped: Example, rendered: Rendered) -> EncodedRow:
     prompt_ids, *full_ids = ids
     shared = shared_prefix(ids)
     return EncodedRow(
         prompt_ids=prompt_ids[:shared],
         response_ids=[tokens[shared:] for tokens in full_ids],
         merged=shared < len(prompt_ids),
-        repeated=repeated,
+        repeated=shaped.repeated,
+        doubled=shaped.doubled,
         unrendered=rendered.unrendered,
         special_in_text=rendered.special_in_text,
     )
@@ -193,6 +189,23 @@ def _unasked_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             "token columns (prompt_ids, ...)"
         )
     return after_ids[-shared:]
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids with which the chat template ends an answer; none where there is no template, or it refuses.
+
+    With them a response can be told from one that lost its end, whatever the template puts after EoT.
+    """
+    if not tokenizer.chat_template:
+        return ()
+    content = "answer"
+    talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+    try:
+        after = render_prompt(Example(talk, []), tokenizer, opening=False).rpartition(content)[2]
+        opening = _unasked_opening(tokenizer)
+    except ValueError:  # a template with demands that its rows meet and this probe does not
+        return ()
+    return tuple(_without_suffix(tokenizer(after, add_special_tokens=False)["input_ids"], opening))
 
 
 def _without_suffix(ids: list[int], suffix: list[int]) -> list[int]:

@@ -32,6 +32,10 @@ from vrpo.data.readers import Row
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 SUFFIXES = (*FORMATS, ".parquet")
+_OTHER_SUFFIXES = (
+    ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".txt", ".arrow", ".xlsx", ".yaml", ".yml",
+    ".jsonlines", ".pkl",
+)  # fmt: skip
 _LAYOUT = 1  # of the cached files; to be raised when what the readers make of a file changes
 _PARQUET_ROWS = 1000
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
@@ -84,12 +88,11 @@ def load_rows(name: str | Sequence[str], *, config: str | None = None, split: st
 
 def _looks_like_a_path(name: str) -> bool:
     """Whether nobody can mean a dataset of the hub, whose names are `name` or `owner/name`."""
-    plain = name.lower().removesuffix(".gz")
     return (
-        plain.endswith(SUFFIXES)
+        name.lower().endswith((*SUFFIXES, *_OTHER_SUFFIXES))
         or name.startswith((".", "~", "/"))
         or not _HUB_NAME.fullmatch(name)
-        or (Path(name).parent.is_dir() and Path(name).parent != Path("."))
+        or ("/" in name and Path(name).parent.exists())
     )
 
 
@@ -97,46 +100,53 @@ def _not_found(name: str, path: Path) -> str:
     """What is missing, from the first part of the path that is, and what is there of a similar name."""
     if "://" in name:
         return f"dataset {name!r}: URLs are not read; download the file, or give a hub name"
-    missing = path
-    while missing.parent != missing and not missing.parent.exists():
-        missing = missing.parent
-    rest = path.relative_to(missing)
     told = f"dataset {name!r}: no such file or folder"
+    if "\\" in name:
+        slashed = name.replace("\\", "/")
+        return (
+            f"{told}; did you mean {slashed}?" if Path(slashed).exists() else f"{told}; separate folders by /"
+        )
+    missing = _first_missing(path)
     if missing != path:
         told += f" (there is no folder {str(missing)!r})"
-    try:
-        there = sorted(item.name for item in missing.parent.iterdir())
-    except OSError:
-        there = []
-    close = [missing.parent / match for match in difflib.get_close_matches(missing.name, there, n=3)]
-    close = [item / rest if (item / rest).exists() else item for item in close]
-    if close:
+    if close := _close_matches(path):
         told += f"; did you mean {' or '.join(map(str, close))}?"
-    elif "\\" in name:
-        told += "; separate folders by /"
     elif re.search(r"[*?\[]", name):
         told += "; patterns are not expanded here, list the files"
     return told
+
+
+def _first_missing(path: Path) -> Path:
+    while path.parent != path and not path.parent.exists():
+        path = path.parent
+    return path
+
+
+def _close_matches(path: Path) -> list[Path]:
+    """What is there of a similar name as the first part of the path that is missing."""
+    missing = _first_missing(path)
+    try:
+        there = sorted(item.name for item in missing.parent.iterdir())
+    except OSError:
+        return []
+    found = [missing.parent / match for match in difflib.get_close_matches(missing.name, there, n=3)]
+    rest = path.relative_to(missing)
+    return [item / rest if (item / rest).exists() else item for item in found]
 
 
 def _from_hub(name: str, config: str | None, split: str) -> Dataset:
     try:
         return load_dataset(name, config, split=split)
     except Exception as error:  # its errors are of a dozen types, from httpx's to its own
-        close = difflib.get_close_matches(name, [str(item) for item in _siblings(Path(name))], n=3)
-        near = f"; did you mean {' or '.join(close)}?" if close else ""
+        if Path(name).exists():
+            raise ValueError(f"dataset {name!r} cannot be loaded: {one_line(error, 400)}") from error
+        close = _close_matches(Path(name))
+        near = f" (did you mean {' or '.join(map(str, close))}?)" if close else ""
         kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
         raise kind(
             f"dataset {name!r}: there is no such file or folder{near}, and as a dataset of the hub it cannot "
-            f"be loaded: {one_line(error)}"
+            f"be loaded: {one_line(error, 400)}"
         ) from error
-
-
-def _siblings(path: Path) -> list[Path]:
-    try:
-        return list(path.parent.iterdir())
-    except OSError:
-        return []
 
 
 def _from_folder(path: Path, config: str | None, split: str) -> Dataset:
@@ -256,10 +266,10 @@ def _parquet_source(path: Path) -> tuple[Features, Iterator[pa.RecordBatch]]:
         if len(set(schema.names)) < len(schema.names):
             raise ValueError("two columns have the same name")
         features = Features.from_arrow_schema(schema)
-        if not file.metadata.num_rows:
-            raise ValueError("the file holds no rows")
     except (ValueError, OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise ValueError(f"{path}: not a Parquet file that can be read: {one_line(error)}") from error
+    if not file.metadata.num_rows:
+        raise ValueError(f"{path}: the file holds no rows")
     return features, _parquet_batches(path, file, features)
 
 

@@ -41,7 +41,8 @@ class Example:
     """A row in the one shape that is encoded: all texts are strings, or all are lists of messages.
 
     A message has "role" and "content", a string or, beside tool calls, None; other keys are kept for the
-    template. repeated: the responses of the row repeated the prompt, which was taken off them.
+    template. repeated: the responses of the row repeated the prompt, which was taken off them. doubled: they
+    are plain text that begins with the prompt's, which may be meant, and stays.
     """
 
     prompt: Text
@@ -49,6 +50,7 @@ class Example:
     tools: list[Any] | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     repeated: bool = False
+    doubled: bool = False
 
     @property
     def conversational(self) -> bool:
@@ -167,7 +169,8 @@ def _finish(
                         f"{side} must begin and end with an assistant message, not one of {turn['role']}; "
                         "earlier turns belong to the prompt"
                     )
-    return Example(prompt, responses, *_template_inputs(row), repeated)
+    doubled = isinstance(prompt, str) and all(response.startswith(prompt) for response in responses)
+    return Example(prompt, responses, *_template_inputs(row), repeated, doubled)
 
 
 def _check_prompt(prompt: Text) -> None:
@@ -221,7 +224,9 @@ def _message(item: Any, name: str) -> Message:
             )
         message = {"role": _SHAREGPT[speaker], "content": message.pop("value", None), **message}
     role = message.get("role")
-    if not isinstance(role, str) or not role.strip():
+    if role is not None and not isinstance(role, str):
+        raise RowProblem(f"the role of a message of {name} must be text, got {shown(role)}")
+    if not role or not role.strip():
         keys = ", ".join(map(str, item)) or "no keys"
         raise RowProblem(f"a message of {name} has no role: it has {keys}; needed are role and content")
     meant = _SHAREGPT.get(role.strip().lower())

@@ -96,6 +96,7 @@ class RowCounts:
     response_tokens: int = 0
     longest: int = 0
     repeated: int = 0
+    doubled: int = 0
     unrendered: int = 0
     special_in_text: int = 0
 
@@ -109,6 +110,8 @@ def truncate(
 ) -> tuple[list[list[int]], RowCounts]:
     """Prompt and responses within the limits, and what that cost; `encoded`: where the tokens come from."""
     for name, ids in zip(("prompt", *sides), (prompt, *responses), strict=True):
+        if not ids and encoded is not None and encoded.merged:
+            raise RowProblem(f"{name} has no token of its own: the tokenizer joins prompt and response")
         if not ids:
             raise RowProblem(f"{name} has no tokens")
         limits.check_ids(ids)
@@ -130,6 +133,7 @@ def truncate(
         response_tokens=sum(kept),
         longest=kept_prompt + max(kept),
         repeated=encoded is not None and encoded.repeated,
+        doubled=encoded is not None and encoded.doubled,
         unrendered=encoded is not None and encoded.unrendered,
         special_in_text=encoded is not None and encoded.special_in_text,
     )

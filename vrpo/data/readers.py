@@ -108,7 +108,7 @@ def _syntax(error: json.JSONDecodeError, place: str) -> ValueError:
         what = "ends in the middle of a value: is the file cut?"
     else:
         what = f"is not JSON: {error.msg} at column {error.colno}"
-    return ValueError(f"{place} {what} (each line must be one object)")
+    return ValueError(f"{place} {what} (each line must be one object; in a .json file it may span lines)")
 
 
 def _json_text(file: io.BufferedReader) -> Iterator[Placed]:

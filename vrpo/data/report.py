@@ -16,6 +16,7 @@ class DataReport:
     prompt_tokens, response_tokens: tokens that remain, summed over rows (a pair's prompt counts once).
     longest: tokens of the longest prompt + response that remains.
     repeated: rows whose responses began with the prompt again, as whole conversations do; it was taken off.
+    doubled: rows whose responses are plain text that begins with the prompt's, which stays.
     unrendered: rows of which the chat template left something out: a message, tools, or calls of tools.
     special_in_text: rows in whose messages special tokens are spelt out, which become those tokens.
     """
@@ -32,6 +33,7 @@ class DataReport:
     response_tokens: int
     longest: int
     repeated: int = 0
+    doubled: int = 0
     unrendered: int = 0
     special_in_text: int = 0
 
@@ -39,7 +41,7 @@ class DataReport:
     def num_changed(self) -> int:
         """Rows and responses that lost something or are not what they seem; 0: nothing worth a warning."""
         lost = self.dropped_same + self.prompts_truncated + self.responses_truncated + self.unrendered
-        return lost + self.boundaries_merged + self.special_in_text
+        return lost + self.boundaries_merged + self.special_in_text + self.doubled
 
     def __str__(self) -> str:
         told = [
@@ -58,6 +60,7 @@ class DataReport:
             (self.dropped_same, "pairs dropped: equal after truncation"),
             (self.boundaries_merged, "rows where prompt and response share a token"),
             (self.repeated, "rows whose responses repeat the prompt; taken off"),
+            (self.doubled, "rows whose responses begin with the text of the prompt, which stays"),
             (self.unrendered, "rows of which the chat template leaves out a message, tools or tool calls"),
             (self.special_in_text, "rows whose messages spell special tokens"),
         ):

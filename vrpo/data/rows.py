@@ -67,19 +67,27 @@ def prepare_completions(
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, **options)
 
 
-def check_token_budget(dataset: Dataset, num_samples: int, max_tokens_per_pack: int) -> None:
+def check_token_budget(
+    dataset: Dataset,
+    num_samples: int,
+    max_tokens_per_pack: int,
+    *,
+    max_fill: int = 0,
+    max_length: int = 0,
+) -> None:
     """Raise unless every example of a prepared dataset fits into a pack, which never divides one.
 
-        K * sum over its responses of (P + L) <= max_tokens_per_pack
+        K * sum over its responses of (P + L + F) <= max_tokens_per_pack
 
+    Args: max_fill: the largest EOS fill F of a response, as far as P + L + F stays within max_length.
     Errors: ValueError with the number of examples that do not fit, and the longest.
     """
     sides = [name for name in dataset.column_names if name in SIDE_COLUMNS]
     longest, longest_id, over = 0, 0, 0
     for part in dataset.with_format("arrow").iter(batch_size=10_000):
         prompt = compute.list_value_length(part["prompt_ids"]).to_numpy()
-        tokens = sum(prompt + compute.list_value_length(part[side]).to_numpy() for side in sides)
-        tokens *= num_samples
+        lengths = [prompt + compute.list_value_length(part[side]).to_numpy() for side in sides]
+        tokens = num_samples * sum(length + np.clip(max_length - length, 0, max_fill) for length in lengths)
         over += int((tokens > max_tokens_per_pack).sum())
         if tokens.max() > longest:
             longest, longest_id = int(tokens.max()), part["example_id"][int(tokens.argmax())].as_py()
@@ -87,7 +95,8 @@ def check_token_budget(dataset: Dataset, num_samples: int, max_tokens_per_pack: 
         raise ValueError(
             f"{over} of {len(dataset)} examples are longer than the token budget, the longest is example "
             f"{longest_id}: its num_samples={num_samples} masked copies take {longest} tokens, but "
-            f"max_tokens_per_pack={max_tokens_per_pack}; raise that, or lower max_length or num_samples"
+            f"max_tokens_per_pack={max_tokens_per_pack}; raise that, or lower max_length, num_samples"
+            + (f" or max_eos_fill (up to {max_fill} tokens a response)" if max_fill else "")
         )
 
 
@@ -111,14 +120,16 @@ def _prepare(
     stamp = f"{_STAMP}{limits}"
     if dataset.info.description == stamp:
         return dataset, _report_of_prepared(dataset, sides)
-    tokenised = _check_columns(dataset.column_names, sides)
     if not len(dataset):
         raise ValueError("the dataset has no rows")
+    has_transform = dataset.format["type"] == "custom"
+    columns = list(dataset[0]) if has_transform else dataset.column_names
+    tokenised = _check_columns(columns, sides)
     if not tokenised and tokenizer is None:
         raise ValueError("processing_class is None, but the dataset holds text; pass the tokenizer")
     mapped = _mapped(dataset, None if tokenised else tokenizer, sides, limits, num_proc)
     raise_problems(mapped["problem"])
-    if "example_id" in dataset.column_names:
+    if "example_id" in columns:
         _check_unique(mapped)
     counts = [field.name for field in fields(RowCounts)]
     totals = {name: torch.tensor(mapped[name][:]) for name in counts}

@@ -211,3 +211,21 @@ class DiffusionSFTConfig(DiffusionConfig):
     warmup_steps: float = field(
         default=50, metadata=_help("Linear warm-up steps, or a ratio if below 1; 50 in LLaDA.")
     )
+    max_eos_fill: int | None = field(
+        default=None,
+        metadata=_help(
+            "EOS fill, tokens: in training, responses are continued by 0 to max_eos_fill EOS tokens, afresh "
+            "each epoch, every doubling equally likely, within max_length. Without it a model learns the "
+            "length of an answer from the number of masks and fills all that it is given. It should reach "
+            "the largest max_new_tokens you will decode with. None: 4 times the longest response of the "
+            "training set. 0: no fill."
+        ),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_eos_fill is not None and not 0 <= self.max_eos_fill < 2**30:
+            raise ValueError(
+                f"max_eos_fill must be a number of tokens below 2**30, 0 for no fill, or None, "
+                f"got {self.max_eos_fill}"
+            )

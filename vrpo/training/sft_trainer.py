@@ -1,29 +1,50 @@
-"""DiffusionSFTTrainer: masked-diffusion supervised fine-tuning."""
+"""DiffusionSFTTrainer: masked-diffusion supervised fine-tuning, with EOS fill."""
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as compute
+from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from vrpo import data
+from vrpo.data.encode import closing_ids
+from vrpo.estimator.eos_fill import EosFill, mean_fill
+from vrpo.models import max_positions, special_tokens
 from vrpo.step import denoising_step
 from vrpo.training.config import DiffusionSFTConfig
 from vrpo.training.trainer import DiffusionTrainer, as_nll
+
+logger = logging.get_logger(__name__)
+
+AUTOMATIC_FILL = 4
+"""max_eos_fill=None: times the longest response, so that even the shortest is seen among that many masks."""
 
 
 class DiffusionSFTTrainer(DiffusionTrainer):
     """Masked-diffusion supervised fine-tuning: minimises -B(y) / L of the completions.
 
+    y is the completion and, in training, its EOS fill (DiffusionSFTConfig.max_eos_fill), without which a
+    model learns the length of an answer from the number of masks; L counts both. Evaluation is without fill:
+    eval_loss is that of the completions alone, the same draw at every evaluation, comparable across epochs,
+    fills and runs, and what `vrpo score` measures.
+
     Args: as VRPOTrainer, without a reference; datasets in TRL's format `prompt`, `completion`, text or
         messages, or `prompt_ids`, `completion_ids`.
 
-    Metrics, means over examples: `logps/completion` (ELBO estimate, nats), `elbo/completion_per_token`,
-    `vrpo/tokens_per_second`.
+    Metrics, means over examples: `logps/completion` (ELBO estimate, nats; with its fill in training),
+    `elbo/completion_per_token` (the same per token, fill counted), `sft/eos_fill` (tokens of fill per
+    example; training only), `vrpo/tokens_per_second`.
     """
 
     args: DiffusionSFTConfig
     collator = data.CompletionCollator
     prepare_dataset = staticmethod(data.prepare_completions)
+    eos_fill: EosFill | None = None
 
     def __init__(
         self,
@@ -32,6 +53,26 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         **kwargs: Any,
     ):
         super().__init__(model, args or DiffusionSFTConfig(output_dir="sft_output"), **kwargs)
+
+    def _check_prepared(self, prepared, tokenizer, args, model, split):
+        if split != "train":  # evaluation is without fill
+            return super()._check_prepared(prepared, tokenizer, args, model, split)
+        self.eos_fill = build_eos_fill(prepared, tokenizer, args, model)
+        if self.eos_fill is None:
+            return super()._check_prepared(prepared, tokenizer, args, model, split)
+        data.check_token_budget(
+            prepared,
+            args.num_samples,
+            args.max_tokens_per_pack,
+            max_fill=self.eos_fill.max_fill,
+            max_length=self.eos_fill.max_length,
+        )
+
+    def _responses(self, inputs, model):
+        batch = super()._responses(inputs, model)
+        if self.eos_fill is None or not model.training:
+            return batch
+        return self.eos_fill(batch, self._draw_epoch(model))
 
     def _micro_batch_loss(self, model, batch, epoch):
         result = denoising_step(
@@ -45,4 +86,70 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             "logps/completion": result.elbo_R,
             "elbo/completion_per_token": -result.loss_R.detach(),
         }
+        if batch.fill_R is not None:
+            metrics["sft/eos_fill"] = batch.fill_R.to(result.elbo_R)
         return result.loss_R, metrics, result.num_tokens
+
+
+def build_eos_fill(
+    prepared: Dataset, tokenizer: PreTrainedTokenizerBase, args: DiffusionSFTConfig, model: nn.Module
+) -> EosFill | None:
+    """The fill that the configuration asks for; None where it is switched off. Says what it will do.
+
+    Errors: ValueError if there is no EOS token.
+    """
+    if args.max_eos_fill == 0:
+        return None
+    special = special_tokens(model.config, tokenizer)
+    if special.eos is None:
+        raise ValueError(
+            "EOS fill needs an eos_token, and processing_class has none: set tokenizer.eos_token, or switch "
+            "the fill off with max_eos_fill=0 (a model then learns an answer's length from its masks)"
+        )
+    max_fill = args.max_eos_fill
+    if max_fill is None:
+        max_fill = AUTOMATIC_FILL * _longest_response(prepared)
+    endings = [(token,) for token in special.terminal]
+    if closing := closing_ids(tokenizer):
+        endings.append(closing)
+    fill = EosFill(
+        eos_token_id=special.eos,
+        endings=tuple(dict.fromkeys(endings)),
+        max_fill=max_fill,
+        max_length=min(args.max_length, max_positions(model.config)),
+        seed=args.seed,
+    )
+    _report(fill, prepared, tokenizer)
+    return fill
+
+
+def _longest_response(prepared: Dataset) -> int:
+    return max(
+        compute.max(compute.list_value_length(table["completion_ids"])).as_py() for table in _tables(prepared)
+    )
+
+
+def _tables(prepared: Dataset) -> Iterator[pa.Table]:
+    return prepared.select_columns("completion_ids").with_format("arrow").iter(batch_size=10_000)
+
+
+def _tails(table: pa.Table, size: int) -> Iterator[list[int]]:
+    """The last tokens of each response, at most `size`."""
+    lists = table["completion_ids"].combine_chunks()
+    values, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
+    for start, end in pairwise(ends.tolist()):
+        yield values[max(start, end - size) : end].tolist()
+
+
+def _report(fill: EosFill, prepared: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    told = f"EOS fill: 0 to {fill.max_fill} tokens a response, {mean_fill(fill.max_fill):.1f} on average"
+    open_rows = sum(
+        not fill.is_whole(ids) for table in _tables(prepared) for ids in _tails(table, fill.longest_ending)
+    )
+    if not open_rows:
+        return logger.info(told)
+    endings = " or ".join(repr(tokenizer.decode(list(ending))) for ending in fill.endings)
+    logger.warning(
+        f"{told}; but {open_rows} of {len(prepared)} responses do not end with {endings}: they count as "
+        "truncated, get no fill and teach no stop"
+    )

@@ -157,9 +157,17 @@ class DiffusionTrainer(Trainer):
             vocab_size=model.config.vocab_size,
             num_proc=args.dataset_num_proc,
         )
-        data.check_token_budget(prepared, args.num_samples, args.max_tokens_per_pack)
+        self._check_prepared(prepared, tokenizer, args, model, split)
         (logger.warning if report.num_changed else logger.info)(f"{split} data: {report}")
         return prepared
+
+    def _check_prepared(self, prepared, tokenizer, args, model, split) -> None:
+        """ValueError unless every example of a prepared dataset fits into a pack."""
+        data.check_token_budget(prepared, args.num_samples, args.max_tokens_per_pack)
+
+    def _responses(self, inputs: dict[str, Any], model: nn.Module) -> ResponseBatch:
+        """What a batch trains or evaluates on; the token budget cuts what this returns."""
+        return inputs["responses"]
 
     def _micro_batch_loss(
         self, model: nn.Module, batch: ResponseBatch, epoch: int
@@ -214,7 +222,7 @@ class DiffusionTrainer(Trainer):
         model.train()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
-        batch = inputs["responses"]
+        batch = self._responses(inputs, model)
         if num_items_in_batch is None:
             num_items_in_batch = (
                 batch.num_examples * self.args.gradient_accumulation_steps * self.args.world_size
@@ -248,15 +256,15 @@ class DiffusionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the batch's examples, in one graph."""
-        loss_B = torch.cat(
-            [loss_B for loss_B, _, _ in self._losses(model, self._micro_batches(inputs["responses"]))]
-        )
+        parts = self._micro_batches(self._responses(inputs, model))
+        loss_B = torch.cat([loss_B for loss_B, _, _ in self._losses(model, parts)])
         return (loss_B.mean(), {"loss": loss_B}) if return_outputs else loss_B.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         parts: dict[str, list[Tensor]] = defaultdict(list)
         with torch.no_grad():
-            for loss_B, metrics, _ in self._losses(model, self._micro_batches(inputs["responses"])):
+            batch = self._responses(inputs, model)
+            for loss_B, metrics, _ in self._losses(model, self._micro_batches(batch)):
                 for key, value_B in {"loss": loss_B, **metrics}.items():
                     parts[key].append(value_B)
         values = {key: torch.cat(part) for key, part in parts.items()}
