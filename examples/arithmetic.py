@@ -1,11 +1,11 @@
-"""A verifiable miniature of GSM8K: sums of four digits, answered with written working. No model in here.
+"""A verifiable miniature of GSM8K: sums of three to five digits, answered with working. No model in here.
 
     prompt    7+4+8+3=
     careful   11 19 22      each number is the running total so far; the last one is the answer
     careless  01 09 02      the same sum by somebody who forgets to carry
 
-Every problem has at least one carry, so the two ways of answering never agree. Everything has a fixed width
-and one character per token: that is what a model of 0.2 M parameters learns in minutes.
+Every problem has at least one carry, so the two ways of answering never agree. Answers have two to four
+numbers of two digits, one character per token: that is what a model of 0.2 M parameters learns in minutes.
 """
 
 import itertools
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-NUM_TERMS = 4
-RESPONSE_LENGTH = 3 * (NUM_TERMS - 1)  # tokens: two digits and a space each, with EOS for the last space
+NUM_TERMS = (3, 4, 5)
+PROBLEMS_OF_EACH = 3000  # at most; there are 645 sums of three digits
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
 CORRECT, CARELESS, OTHER = "correct", "forgot to carry", "other mistake"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A sum of NUM_TERMS digits from 1 to 9 that reaches 10 at least."""
+    """A sum of digits from 1 to 9 that reaches 10 at least."""
 
     terms: tuple[int, ...]
 
@@ -31,17 +31,29 @@ class Problem:
     def prompt(self) -> str:
         return "+".join(map(str, self.terms)) + "="
 
+    @property
+    def response_length(self) -> int:
+        """Tokens of an answer: two digits and a space for each number, with EOS for the last space."""
+        return 3 * (len(self.terms) - 1)
+
     def working(self, carries: bool) -> str:
         """The running totals as a careful (`carries`) or a careless person writes them."""
         totals = list(itertools.accumulate(self.terms))[1:]
         return " ".join(f"{total if carries else total % 10:02d}" for total in totals)
 
 
+LONGEST_RESPONSE = Problem((9,) * max(NUM_TERMS)).response_length
+
+
 def all_problems(seed: int) -> list[Problem]:
-    """Every problem once, in an order that is a pure function of the seed."""
-    digits = itertools.product(range(1, 10), repeat=NUM_TERMS)
-    problems = [Problem(terms) for terms in digits if sum(terms) >= 10]
-    random.Random(seed).shuffle(problems)
+    """Different problems of every length, in an order that is a pure function of the seed."""
+    drawn = random.Random(seed)
+    problems = []
+    for num_terms in NUM_TERMS:
+        digits = itertools.product(range(1, 10), repeat=num_terms)
+        of_this_length = [Problem(terms) for terms in digits if sum(terms) >= 10]
+        problems += drawn.sample(of_this_length, min(PROBLEMS_OF_EACH, len(of_this_length)))
+    drawn.shuffle(problems)
     return problems
 
 

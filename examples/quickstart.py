@@ -35,6 +35,9 @@ from vrpo.models import LLaDAForMaskedDiffusion, create_model
 from vrpo.step import Estimator
 from vrpo.training.trainer import DiffusionTrainer
 
+LENGTHS = ((1, False), (2, False), (4, False), (4, True))
+"""(times the answer's length, in blocks): how many masks the length table decodes into."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -58,6 +61,7 @@ class Settings:
     num_samples: int = 8  # K
     beta: float = 0.2
     sft_weight: float = 1.0  # the paper's 0.05 unteaches here: chosen and rejected are nearly the same text
+    length_problems: int = 300  # of the test problems, for the accuracy at 1, 2 and 4 times their length
     curve_every: int = 10  # steps between two points of the learning curves
     evaluation_samples: int = 32  # K of the held-out preference accuracy
     threads: int = 1  # of torch; the models are too small to need more
@@ -111,18 +115,23 @@ def answers(
     *,
     temperature: float,
     seed: int,
+    max_new_tokens: int = arithmetic.LONGEST_RESPONSE,
+    block_length: int | None = None,
     progress: bool = True,
 ) -> list[str]:
     """One answer to each problem, decoded with the diffusion sampler, one token per step.
 
-    Drawn answers reveal their tokens in random order: revealing the most confident first would favour the
-    more frequent way of answering far beyond its probability.
+    All get the same number of masks, whatever the length of their answers: the model ends them. Drawn answers
+    reveal their tokens in random order: revealing the most confident first would favour the more frequent way
+    of answering far beyond its probability.
     """
     tokenizer = run.tokenizer
     sampler = SamplerConfig(
-        max_new_tokens=arithmetic.RESPONSE_LENGTH,
+        max_new_tokens=max_new_tokens,
+        block_length=block_length,
         temperature=temperature,
         remasking="random" if temperature else "low_confidence",
+        stop_ids=(tokenizer.eos_token_id,),
     )
     tokens_BG = generate(
         model,
@@ -159,6 +168,33 @@ def outcomes(run: Run, model: LLaDAForMaskedDiffusion) -> dict[str, dict[str, fl
     }
 
 
+def lengths(run: Run, model: LLaDAForMaskedDiffusion) -> dict[str, float]:
+    """Share of right most likely answers by the masks they were given: 1, 2 and 4 times the answer's tokens.
+
+    Decoded in one block, and in blocks of the answer's length from left to right.
+    """
+    problems = run.test[: run.settings.length_problems]
+    right: dict[str, int] = {}
+    for num_terms in sorted({len(problem.terms) for problem in problems}):
+        alike = [problem for problem in problems if len(problem.terms) == num_terms]
+        size = alike[0].response_length
+        for times, is_cut in LENGTHS:
+            written = answers(
+                run,
+                model,
+                alike,
+                temperature=0.0,
+                seed=0,
+                max_new_tokens=times * size,
+                block_length=size if is_cut else None,
+                progress=False,
+            )
+            kinds = [arithmetic.verify(*pair) for pair in zip(alike, written, strict=True)]
+            name = f"{times}x, in blocks" if is_cut else f"{times}x"
+            right[name] = right.get(name, 0) + kinds.count(arithmetic.CORRECT)
+    return {name: count / len(problems) for name, count in right.items()}
+
+
 def train(run: Run, trainer: DiffusionTrainer, folder: str) -> dict[str, float]:
     """Train, save the checkpoint, and say how fast it went."""
     for callback in (PrinterCallback, ProgressCallback):
@@ -181,6 +217,7 @@ def trainer_arguments(run: Run, folder: str, steps: int, batch: int, learning_ra
         weight_decay=0.01,
         seed=run.settings.seed,
         logging_steps=min(10, steps),
+        logging_first_step=True,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
@@ -260,9 +297,18 @@ def align(
         title = {"vrpo": "VRPO", "sft_on_chosen": "SFT on the chosen answers, for comparison"}[name]
         with run.phase(name, f"{title}: {settings.vrpo_steps} steps"):
             run.metrics[name] = train(run, trainer, name)
+        if name == "vrpo":
+            run.metrics["first_step"] = first_step(trainer)
         start = accuracy(run, model, curve.problems)
         run.metrics[name]["curve"] = [(0, start), *curve.points]
     return aligned
+
+
+def first_step(trainer: VRPOTrainer) -> dict[str, float]:
+    """What VRPO logs at step 1, where policy and reference are still the same: ln 2, and a margin of 0."""
+    line = trainer.state.log_history[0]
+    sft_loss = trainer.args.sft_weight * line["vrpo/sft_loss"]
+    return {"loss": line["loss"] - sft_loss, "sft_loss": sft_loss, "margin": line["rewards/margins"]}
 
 
 def estimator(run: Run, num_samples: int, seed: int) -> Estimator:
@@ -343,7 +389,11 @@ def quickstart(settings: Settings, output_dir: Path) -> dict[str, Any]:
     with run.phase("evaluation", f"Evaluation on {len(run.test)} problems that no training has seen"):
         prepared, _ = prepare_pairs(Dataset.from_list(test_pairs), run.tokenizer)
         run.metrics["held_out"] = {
-            name: {"outcomes": outcomes(run, model), **held_out(run, model, sft, prepared)}
+            name: {
+                "outcomes": outcomes(run, model),
+                "lengths": lengths(run, model),
+                **held_out(run, model, sft, prepared),
+            }
             for name, model in models.items()
         }
         run.metrics["score_variance"] = score_variance(run, models["vrpo"], sft, prepared)

@@ -37,6 +37,9 @@ def table(metrics: Metrics) -> str:
     def shares(mode: str, kind: str) -> list[str]:
         return [f"{100 * models[name]['outcomes'][mode][kind]:.1f} %" for name in TITLES]
 
+    def lengths(name: str) -> list[str]:
+        return [f"{100 * models[model]['lengths'][name]:.1f} %" for model in TITLES]
+
     def percent(key: str) -> list[str]:
         return [f"{100 * models[name][key]:.1f} %" for name in TITLES]
 
@@ -48,6 +51,7 @@ def table(metrics: Metrics) -> str:
         [
             line("held-out problems and pairs", list(TITLES.values())),
             line("exact match, most likely answer", shares("greedy", CORRECT)),
+            *(line(f"   of {name} the masks it needs", lengths(name)) for name in models["sft"]["lengths"]),
             line("exact match, sampled at temperature 1", shares("sampled", CORRECT)),
             line("   forgot to carry", shares("sampled", CARELESS)),
             line("   other mistakes", shares("sampled", OTHER)),
@@ -63,6 +67,11 @@ def say_results(metrics: Metrics) -> None:
     """The table, the estimator's variance, throughput, and the warning about displaced likelihood."""
     settings, seconds = metrics["settings"], metrics["seconds"]
     say(f"\n{table(metrics)}\n")
+    first = metrics["first_step"]
+    say(
+        f"step 1 of VRPO: loss {first['loss']:.4f} (ln 2 = 0.6931) + SFT term {first['sft_loss']:.4f}, "
+        f"margin {first['margin']:.4f}: policy and reference start as one"
+    )
     variance = metrics["score_variance"]
     ratio = variance["separate"] / variance["shared"]
     say(

@@ -1,6 +1,7 @@
 """The quickstart's task, its verifier, and the whole road in miniature."""
 
 import json
+import math
 
 import pytest
 
@@ -18,7 +19,9 @@ def test_working__running_totals_with_and_without_carries():
 
 def test_all_problems__each_once_and_always_with_a_carry():
     problems = arithmetic.all_problems(seed=3)
-    assert len(set(problems)) == len(problems) == 9**4 - 126  # 126 sums of four digits stay below 10
+    # 84 of the 729 sums of three digits stay below 10; of longer ones there are more than are taken.
+    assert len(set(problems)) == len(problems) == 645 + 2 * arithmetic.PROBLEMS_OF_EACH
+    assert {len(problem.terms) for problem in problems[:100]} == set(arithmetic.NUM_TERMS)
     for problem in problems:
         assert problem.working(True) != problem.working(False)
         assert int(problem.working(True).split()[-1]) == sum(problem.terms)
@@ -66,7 +69,7 @@ def test_build_tokenizer__one_token_per_character_and_back():
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text)
         assert tokenizer.decode(ids) == text
-    assert len(problem.working(True)) + 1 == arithmetic.RESPONSE_LENGTH
+        assert len(problem.working(True)) + 1 == problem.response_length <= arithmetic.LONGEST_RESPONSE
     assert tokenizer.mask_token_id not in ids
     assert tokenizer.mask_token_id != tokenizer.eos_token_id
 
@@ -95,7 +98,7 @@ def test_sample_pairs__chosen_is_right_and_rejected_wrong(tmp_path, monkeypatch)
 
 
 def test_quickstart__too_many_problems_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="6435 problems"):
+    with pytest.raises(ValueError, match="6645 problems"):
         quickstart.quickstart(quickstart.Settings(sft_problems=9000), tmp_path)
 
 
@@ -118,6 +121,10 @@ def test_quickstart__whole_road_in_miniature(tmp_path, monkeypatch):
         for shares in measured["outcomes"].values():
             assert sum(shares.values()) == pytest.approx(1)
         assert 0 <= measured["elbo/accuracies"] <= 1
+        assert list(measured["lengths"]) == ["1x", "2x", "4x", "4x, in blocks"]
+        assert all(0 <= share <= 1 for share in measured["lengths"].values())
+    assert metrics["first_step"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["first_step"]["margin"] == 0
     assert metrics["held_out"]["sft"]["rewards/margins"] == 0  # the start is its own reference
     assert metrics["held_out"]["vrpo"]["rewards/margins"] != 0
     assert [step for step, _ in metrics["vrpo"]["curve"]] == [0, 1, 2]
@@ -128,6 +135,26 @@ def test_quickstart__whole_road_in_miniature(tmp_path, monkeypatch):
         assert (
             load_tokenizer(str(tmp_path / folder)).mask_token_id == arithmetic.build_tokenizer().mask_token_id
         )
+
+
+def test_lengths__decodes_each_problem_into_multiples_of_its_own_answer(tmp_path, monkeypatch):
+    problems = [Problem((9, 9, 9)), Problem((9, 9, 9, 9)), Problem((1, 9, 9))]
+    run = quickstart.Run(quickstart.Settings(), tmp_path, arithmetic.build_tokenizer(), test=problems)
+    calls = []
+
+    def write(run, model, alike, *, max_new_tokens, block_length, **kwargs):
+        calls.append((len(alike), max_new_tokens, block_length))
+        return [problem.working(carries=max_new_tokens < 12) for problem in alike]
+
+    monkeypatch.setattr(quickstart, "answers", write)
+    assert quickstart.lengths(run, None) == {
+        "1x": 1.0,
+        "2x": 0.0,
+        "4x": 0.0,
+        "4x, in blocks": 0.0,
+    }
+    assert calls[:4] == [(2, 6, None), (2, 12, None), (2, 24, None), (2, 24, 6)]
+    assert calls[4:] == [(1, 9, None), (1, 18, None), (1, 36, None), (1, 36, 9)]
 
 
 def test_quickstart__says_when_there_is_nothing_to_learn_from(tmp_path, monkeypatch):
