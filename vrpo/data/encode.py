@@ -139,7 +139,7 @@ def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
     Nothing may come between a prompt and its response, and the end of a response is `_ending_with_eos`'s.
     A text that spells BOS itself, as one written by a chat template does, does not get a second one.
     """
-    before, after = _added(tokenizer)
+    before, after = _added(tokenizer, texts[0])
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
     encoded = []
     for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
@@ -148,12 +148,14 @@ def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
     return encoded
 
 
-def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _added(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     """Special tokens that the tokenizer puts before and after every text.
 
     Usually nothing or BOS, and nothing; EOS after it with `add_eos_token`.
+    text: one of the data's; a small vocabulary cannot write just any.
     """
-    with_special, without = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    with_special = tokenizer(text)["input_ids"]
+    without = tokenizer(text, add_special_tokens=False)["input_ids"]
     for start in range(len(with_special) - len(without) + 1):
         if with_special[start : start + len(without)] == without:
             return with_special[:start], with_special[start + len(without) :]
