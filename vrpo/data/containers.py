@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from vrpo.data import table
 from vrpo.data.problems import one_line, shown
-from vrpo.data.readers import check_value
+from vrpo.data.readers import check_name, check_value
 
 
 def as_dataset(data: Any, name: str = "dataset") -> Dataset:
@@ -50,6 +50,8 @@ def _from_list(rows: list[Any], name: str) -> Dataset:
         try:
             found.append({str(key): plain(value) for key, value in row.items()})
             check_value(found[-1])
+            for key in found[-1]:
+                check_name(key, "column names")
             if not table.is_finite(found[-1]):
                 raise ValueError("NaN and infinity are no data; use None")
         except (ValueError, RecursionError) as error:

@@ -275,9 +275,14 @@ def _parquet_source(path: Path) -> tuple[Features, Iterator[pa.RecordBatch]]:
 
 def _parquet_batches(path: Path, file: parquet.ParquetFile, features: Features) -> Iterator[pa.RecordBatch]:
     schema = features.arrow_schema
+    missing = file.metadata.num_rows
     try:
         for batch in file.iter_batches(_PARQUET_ROWS):
+            batch.validate(full=True)  # else text that is no UTF-8 fails wherever it is read first
+            missing -= len(batch)
             yield from table_cast(pa.Table.from_batches([batch]), schema).to_batches()
+        if missing:
+            raise ValueError(f"{missing} rows are missing")
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: the Parquet file is damaged: {one_line(error)}; fetch it again") from error
 

@@ -163,7 +163,9 @@ def _object(value: Any, text: str, place: str) -> Row:
         raise ValueError(
             f'{place} holds {shown(value, 30)}; every row must be an object such as {{"prompt": ..., ...}}'
         )
-    # Both are rare, and looking at every value takes long.
+    for name in value:
+        check_name(name, place)
+    # What follows is rare, and looking at every value takes long.
     if "\\u" in text or _LONG_NUMBER.search(text) or text.count("[") > MAX_DEPTH or (
         text.count("{") > MAX_DEPTH
     ):  # fmt: skip
@@ -174,6 +176,12 @@ def _object(value: Any, text: str, place: str) -> Row:
             except ValueError as error:
                 raise ValueError(f"{place}, {name!a}: {error}") from error
     return value
+
+
+def check_name(name: str, place: str) -> None:
+    """ValueError for the name of a column that Arrow would cut short."""
+    if "\0" in name:
+        raise ValueError(f"{place}: the key {name!a} holds a NUL character")
 
 
 def check_value(value: Any, depth: int = 0) -> None:
@@ -264,6 +272,8 @@ def _next_line(reader: Any) -> list[str] | None:
 def _check_header(names: list[str], delimiter: str) -> None:
     if not any(names):
         raise ValueError("line 1 is no header: it must name the columns")
+    for name in names:
+        check_name(name, "line 1")
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise ValueError(f"line 1: the column {shown(twice[0])} stands twice in the header")
