@@ -319,7 +319,7 @@ def test_score_arguments__defaults_are_the_trainers():
 
 
 def test_main__peft_missing_is_told(files, model_path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vrpo.models.adapters.is_peft_available", lambda: False)
+    monkeypatch.setattr("vrpo.models.adapter_config.is_peft_available", lambda: False)
     flags = train_flags(files, model_path, tmp_path, "--use_peft")
     assert "pip install 'vrpo[peft]'" in error_of(capsys, flags)
 

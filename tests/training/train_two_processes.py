@@ -21,7 +21,6 @@ def train(output_dir: str, batch_size: int, reference: str) -> dict:
         {"prompt": f"What is {n}?", "chosen": "one " * (1 + n % 7), "rejected": f"two {n}"}
         for n in range(12)
     ]
-    torch.manual_seed(0)  # of the adapter, which peft draws from the global generator
     tokenizer = train_tokenizer([text for row in rows for text in row.values()], vocab_size=300)
     model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.2, seed=3).double()
     peft_config = LoraConfig(r=2, target_modules=["q_proj"]) if reference == "adapter" else None

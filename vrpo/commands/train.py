@@ -16,7 +16,7 @@ from vrpo.commands.new_model import NewModel, build_model, train_tokenizer, trai
 from vrpo.data.formats import example
 from vrpo.data.output import check_output_dir
 from vrpo.models import load_tokenizer
-from vrpo.models.adapters import require_peft
+from vrpo.models.adapter_config import ALL_LINEAR, require_peft
 from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_loading, check_model_path
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
@@ -139,11 +139,15 @@ def _adapter(args: ModelArguments) -> Any:
     require_peft("use_peft")
     from peft import LoraConfig
 
+    targets = args.lora_target_modules or [ALL_LINEAR]
+    if [target.lower() for target in targets] == [ALL_LINEAR]:
+        targets = ALL_LINEAR  # to PEFT the word means all layers, a list of it a layer of that name
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules or "all-linear",
+        target_modules=targets,
+        revision=None if args.model_revision == "main" else args.model_revision,
     )
 
 

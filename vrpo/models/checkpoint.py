@@ -1,27 +1,43 @@
 """What the commands load: a checkpoint, or an adapter merged into its base model."""
 
-import json
-from pathlib import Path
-
+import torch
 from transformers import PreTrainedModel
 
 from vrpo.models import load_model
-from vrpo.models.adapters import require_peft
+from vrpo.models.adapter_config import base_of, check_mergeable
+from vrpo.models.adapters import adapter_folder, load_adapter, read_adapter
 
-_ADAPTER_CONFIG = "adapter_config.json"
 
+def load_policy(
+    path_or_id: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "vrpo",
+    revision: str = "main",
+) -> PreTrainedModel:
+    """`models.load_model`; of an adapter's folder, the base with the adapter merged.
 
-def load_policy(path_or_id: str, *, dtype: str, attn_implementation: str, revision: str) -> PreTrainedModel:
-    """`models.load_model`, or the base model of an adapter folder with the adapter merged into it.
+    The result is a model as any other: `save_pretrained` writes a checkpoint without an adapter.
 
-    Errors: ValueError if the path holds an adapter and peft is not installed; those of `load_model`.
+    Args: as `load_model`. revision: of the repository that is named; adapter_config.json has the base's.
+    Errors: ValueError if the path holds an adapter and peft is not installed, or naming the file that is
+        broken or missing; those of `load_model`.
     """
-    adapter = Path(path_or_id) / _ADAPTER_CONFIG
-    if not adapter.is_file():
+    if adapter_folder(path_or_id, revision) is None:
         return load_model(path_or_id, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
-    require_peft(f"{path_or_id} holds a LoRA adapter, which")
-    from peft import PeftModel
-
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    model = load_model(base, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
-    return PeftModel.from_pretrained(model, path_or_id).merge_and_unload()
+    saved = read_adapter(path_or_id, revision)
+    check_mergeable(saved.config, str(saved.folder))
+    base = base_of(saved.folder, saved.config)
+    try:
+        model = load_model(
+            base,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=saved.config.revision or "main",
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the base model of the adapter in {saved.folder}: {error}") from error
+    merged = load_adapter(model, saved).merge_and_unload(safe_merge=True)
+    # What is merged is not what lies at the base's path.
+    merged.name_or_path = merged.config.name_or_path = str(saved.folder)
+    return merged.eval().requires_grad_(True)  # PEFT froze the base

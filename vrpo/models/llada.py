@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from vrpo.models.attention import ATTENTION_NAMES, Segments
 from vrpo.models.layers import Attention, RMSNorm, RotaryEmbedding
-from vrpo.models.names import CHECKPOINT_NAMES, TO_HERE, to_here
+from vrpo.models.names import CHECKPOINT_RENAMINGS, TO_HERE, to_here
 from vrpo_kernels import gather_rows, linear_cross_entropy
 
 # Original configuration key -> transformers' key.
@@ -52,8 +52,8 @@ _ARCHITECTURE = {
 
 
 def checkpoint_renamings() -> list[WeightRenaming]:
-    """The 13 rules of `CHECKPOINT_NAMES` for transformers, which also reverses them to write."""
-    return [WeightRenaming(source, target) for source, target in CHECKPOINT_NAMES]
+    """The 12 rules of `CHECKPOINT_RENAMINGS` for transformers, which also reverses them to write."""
+    return [WeightRenaming(source, target) for source, target in CHECKPOINT_RENAMINGS]
 
 
 def _accept_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -1,6 +1,7 @@
 """Strict loading of checkpoints, tokenizers and special tokens, and building small new models."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from vrpo.models.adapter_config import CONFIG_FILE, base_of, read_config
 from vrpo.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
 
 MODEL_CLASSES = {"llada": (LLaDAConfig, LLaDAForMaskedDiffusion)}
@@ -104,7 +106,13 @@ def _first_few(names, limit: int = 6) -> str:
 
 
 def load_tokenizer(path_or_id: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; remote tokenizer code is refused by transformers."""
+    """The checkpoint's tokenizer; remote tokenizer code is refused by transformers.
+
+    An adapter's folder without a tokenizer has its base's.
+    """
+    folder = Path(path_or_id)
+    if (folder / CONFIG_FILE).is_file() and not any(folder.glob("*tokenizer*")):
+        return load_tokenizer(base_of(folder, read_config(folder / CONFIG_FILE)))
     return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **hub_kwargs)
 
 

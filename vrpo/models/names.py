@@ -28,12 +28,14 @@ _IN_BLOCK = {
 }
 _NORMS = ("model.transformer.ln_f", "attn_norm", "ff_norm")
 
-# Weight in a checkpoint -> weight here, tried in this order. The whole model's ff_out (the head) must come
-# before a block's ff_out (the down projection): the other way round the head would silently stay random.
-CHECKPOINT_NAMES = (
-    *((f"{original}.weight", f"{here}.weight") for original, here in _TOP.items()),
-    (f"{_BLOCKS[0]}.", f"{_BLOCKS[1]}."),
-    *((f".{original}.weight", f".{here}.weight") for original, here in _IN_BLOCK.items()),
+# The same for transformers: patterns that it can also reverse, to write checkpoints. They end before
+# "weight", because adapters have other names there. Each starts at the model, so no name is renamed twice.
+CHECKPOINT_RENAMINGS = (
+    *((f"{original}.", f"{here}.") for original, here in _TOP.items()),
+    *(
+        (rf"{_BLOCKS[0]}.(\d+).{original}.", rf"{_BLOCKS[1]}.\1.{here}.")
+        for original, here in _IN_BLOCK.items()
+    ),
 )
 
 

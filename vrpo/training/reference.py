@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from vrpo.models.adapters import is_peft_model
+from vrpo.models.adapters import equals_its_base, is_peft_model
 from vrpo.training.precision import prepare_reference
 from vrpo.training.trainer import DiffusionTrainer, switch_dropout_off
 
@@ -22,7 +22,7 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
     """
     if ref_model is None:
         if is_peft_model(trainer.model):
-            return _check_adapter_is_new(trainer.model)
+            return _check_adapter_is_new(trainer)
         ref_model = copy.deepcopy(trainer.model)
     else:
         _check_same_computation(trainer.model, ref_model)
@@ -89,12 +89,15 @@ def _spelled(dtypes: dict[str, torch.dtype], names: Iterable[str]) -> str:
     return " and ".join(sorted({str(dtypes[name]) for name in names}))
 
 
-def _check_adapter_is_new(model: nn.Module) -> None:
-    # Switching the adapter off gives the base model; that is the start of training only if B = 0.
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name and parameter.detach().count_nonzero():
-            raise ValueError(
-                f"model starts from a trained adapter ({name} is not zero), so switching it off would "
-                "not give the model that training starts from. Merge it first "
-                "(model.merge_and_unload()) or pass ref_model."
-            )
+def _check_adapter_is_new(trainer: DiffusionTrainer) -> None:
+    # Switching the adapter off gives the base model; that is the start of training only if the two agree.
+    if is_deepspeed_zero3_enabled():
+        if trainer.adapter_is_new:
+            return  # weights that are partitioned already cannot be asked
+        raise ValueError("under DeepSpeed ZeRO-3 pass the base model and peft_config instead of a PeftModel")
+    if not equals_its_base(trainer.model):
+        raise ValueError(
+            "model starts from a trained adapter: its output is not exactly the base's, so the base is not "
+            "what training starts from. Merge it first (model.merge_and_unload(), with peft_config for a new "
+            "adapter), or pass ref_model."
+        )

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from vrpo import data
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
-from vrpo.models import LLaDAForMaskedDiffusion, load_model, load_tokenizer, special_tokens
+from vrpo.models import LLaDAForMaskedDiffusion, load_tokenizer, special_tokens
 from vrpo.models.adapters import add_adapter, is_peft_model
+from vrpo.models.checkpoint import load_policy
 from vrpo.step import NLL, Estimator, split_by_tokens
+from vrpo.training.adapter_trainer import AdapterTrainer, check_adapters
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.finite import StopAtBadGradients, check_weights, last_good_checkpoint
 from vrpo.training.precision import keep_output_dtype, release
@@ -58,7 +60,7 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(AdapterTrainer):
     """What the two trainers share; not used by itself.
 
     A subclass says how its dataset is prepared and collated, and what a micro-batch costs
@@ -89,13 +91,16 @@ class DiffusionTrainer(Trainer):
                 raise ValueError("processing_class is needed: pass the tokenizer of the model")
             processing_class = load_tokenizer(model)
         if isinstance(model, str):
-            model = load_model(model, dtype=torch.float32)
+            model = load_policy(model, dtype=torch.float32)
         _check_model(model)
         mask_token_id = args.mask_token_id
         if mask_token_id is None:
             mask_token_id = special_tokens(model.config, processing_class).mask
+        self.adapter_is_new = peft_config is not None
         if peft_config is not None:
-            model = add_adapter(model, peft_config)
+            model = add_adapter(model, peft_config, seed=args.seed)
+        if is_peft_model(model):
+            check_adapters(model)
         if args.disable_dropout:
             switch_dropout_off(model)
         self.estimator = Estimator(

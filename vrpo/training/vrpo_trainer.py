@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from vrpo import data
 from vrpo.batch import PackedBatch
-from vrpo.models import load_model, load_tokenizer
+from vrpo.models import load_tokenizer
+from vrpo.models.checkpoint import load_policy
 from vrpo.objectives import preference
 from vrpo.step import NLL, preference_step
 from vrpo.training.config import VRPOConfig
@@ -61,7 +62,7 @@ class VRPOTrainer(DiffusionTrainer):
         args = args or VRPOConfig(output_dir="vrpo_output")
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
-            model = load_model(model, dtype=torch.float32)
+            model = load_policy(model, dtype=torch.float32)
         if ref_model is model:
             raise ValueError("ref_model is the model itself and would move with it; pass None or a copy")
         super().__init__(

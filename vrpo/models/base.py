@@ -1,0 +1,116 @@
+"""The base model of an adapter: is it on disk as it is in memory, and if not, put it there.
+
+An adapter is worth nothing without the very weights it was trained on. They are at no path when the base is
+an earlier adapter merged in, a new model, or one whose embedding was resized; and a checkpoint can change on
+disk. So they are compared, by value, before training.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from vrpo.models.adapters import unwrapped
+from vrpo.models.loading import load_config
+from vrpo.models.names import HEAD, layers, to_here
+
+BASE_FOLDER = "base_model"
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Name here -> weight of the base under PEFT's wrappers; a tied head is left out."""
+    base = model.get_base_model()
+    names = [layer.here for layer in layers(base.config.num_hidden_layers)]
+    if base.config.tie_word_embeddings:
+        names.remove(HEAD.here)
+    return {f"{name}.weight": unwrapped(base, name).weight.detach() for name in names}
+
+
+def is_saved(model: nn.Module, path_or_id: str, revision: str | None = None) -> bool:
+    """Whether the base equals the checkpoint at a path or in the hub's cache, bit for bit in its dtype."""
+    if not path_or_id:
+        return False
+    try:
+        saved_config = load_config(path_or_id, revision=revision or "main", local_files_only=True)
+        files = _weight_files(path_or_id, revision)
+    except (OSError, ValueError):
+        return False
+    if _architecture(saved_config) != _architecture(model.get_base_model().config):
+        return False
+    return bool(files) and _same(base_weights(model), files)
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    apart = ("torch_dtype", "transformers_version", "architectures", "_name_or_path", "bos_token_id")
+    return {key: value for key, value in config.to_diff_dict().items() if key not in apart}
+
+
+def _weight_files(path_or_id: str, revision: str | None) -> list[str]:
+    def find(name: str) -> str | None:
+        return cached_file(
+            path_or_id,
+            name,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+    single = find(SAFE_WEIGHTS_NAME)
+    if single is not None:
+        return [single]
+    index = find(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return []
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    files = [find(name) for name in names]
+    return [] if None in files else files
+
+
+def _same(weights: dict[str, Tensor], files: list[str]) -> bool:
+    from safetensors import safe_open
+
+    left = dict(weights)
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 -- not a mapping
+                weight = left.pop(to_here(name), None)
+                if weight is None:
+                    continue  # a tied head, written twice
+                saved = opened.get_tensor(name)
+                if not torch.equal(saved.to(weight.device, weight.dtype), weight):
+                    return False
+    return not left
+
+
+def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -> Path | None:
+    """Write the base to output_dir/base_model, unless the path that its adapters name holds it already.
+
+    Written aside and renamed. Call it on one process, before the weights are sharded.
+
+    Returns: the folder that the adapters must name, or None if the one they name is right.
+    """
+    base = model.get_base_model()
+    named = {config.base_model_name_or_path or base.name_or_path for config in model.peft_config.values()}
+    revision = next(iter(model.peft_config.values())).revision
+    if len(named) == 1 and is_saved(model, path := named.pop(), revision):
+        return Path(path).resolve() if Path(path).is_dir() else None
+    folder = Path(output_dir).resolve() / BASE_FOLDER
+    if is_saved(model, str(folder)):
+        return folder
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    weights = base_weights(model)
+    if base.config.tie_word_embeddings:
+        weights[f"{HEAD.here}.weight"] = base.get_input_embeddings().weight.detach()
+    base.save_pretrained(aside, state_dict=weights)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return folder
