@@ -5,7 +5,8 @@ import torch
 from packs import MASK_ID, VOCAB, tiny_model
 from torch import nn
 
-from vrpo.generation.sampler import SamplerConfig, draw_categorical, generate, split_evenly, trim_response
+from vrpo.generation import SamplerConfig, generate, trim_response
+from vrpo.generation.sampler import split_evenly
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [1, 2, 3]]
 
@@ -155,48 +156,16 @@ def test_generate__stopping_early_changes_nothing_before_the_stop(model):
     assert len(recorder.calls[-1]) < len(recorder.calls[3])
 
 
-def test_generate__restores_the_training_flag(model):
+def test_generate__restores_the_training_flags(model):
     model.train()
+    model.model.norm.eval()
     decode(model, SamplerConfig(2))
-    assert model.training
+    assert [name for name, module in model.named_modules() if not module.training] == ["model.norm"]
     model.eval()
 
 
 def test_generate__no_prompts_give_no_responses(model):
     assert decode(model, SamplerConfig(4), prompts=[]).shape == (0, 4)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "options", "message"),
-    [
-        ([[1], []], {}, "a prompt is empty"),
-        ([[1] * 60], {}, "need 72 tokens, the model has positions for 64"),
-        ([[1], [2]], {"sample_ids": [1]}, "2 prompts need as many sample_ids, got 1"),
-        ([[1]], {"sample_ids": [-1]}, "sample_ids must be in"),
-    ],
-    ids=["empty", "too-long", "sample-count", "sample-range"],
-)
-def test_generate__refuses_bad_input(model, prompts, options, message):
-    with pytest.raises(ValueError, match=message):
-        decode(model, SamplerConfig(12), prompts=prompts, **options)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"block_length": 5}, "block_length must divide max_new_tokens = 12, got 5"),
-        ({"block_length": 4, "steps": 2}, "steps must be between 3"),
-        ({"steps": 13}, "steps must be between 1"),
-        ({"temperature": -1.0}, "temperature must be 0 or more"),
-        ({"cfg_scale": -1.0}, "cfg_scale must be 0 or more"),
-        ({"remasking": "best"}, "remasking must be one of"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_sampler_config__refuses_bad_fields(fields, message):
-    with pytest.raises(ValueError, match=message):
-        SamplerConfig(**{"max_new_tokens": 12} | fields)
 
 
 def test_split_evenly__remainder_comes_first():
@@ -206,19 +175,3 @@ def test_split_evenly__remainder_comes_first():
 def test_trim_response__cuts_before_the_first_terminal_token():
     assert trim_response(torch.tensor([5, 6, 2, 7, 1]), [1, 2]) == [5, 6]
     assert trim_response([5, 6], [1]) == [5, 6]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draw_categorical__equal_steps_of_u_give_the_softmax(temperature):
-    logits = torch.tensor([1.0, -torch.inf, 0.0, 2.5, -3.0])
-    n = 20_000
-    uniform = (torch.arange(n).double() + 0.5) / n
-    tokens = draw_categorical(logits.expand(1, n, -1), temperature, uniform[None])[0]
-    frequency = tokens.bincount(minlength=5) / n
-    torch.testing.assert_close(frequency, (logits / temperature).softmax(0), atol=2 / n, rtol=0)
-
-
-def test_draw_categorical__ends_of_the_interval_hit_possible_tokens():
-    logits = torch.tensor([[[-torch.inf, 0.3, 0.1, -torch.inf]] * 2])
-    uniform = torch.tensor([[0.0, 1 - 2**-53]], dtype=torch.float64)
-    assert draw_categorical(logits, 1.0, uniform).tolist() == [[1, 2]]
