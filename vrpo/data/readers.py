@@ -34,7 +34,6 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 _SPACE = re.compile(r"[ \t\r\n]*")
-_LONG_NUMBER = re.compile(r"\d{19}")
 
 
 def read_rows(path: Path, format: str) -> Iterator[Placed]:
@@ -166,9 +165,7 @@ def _object(value: Any, text: str, place: str) -> Row:
     for name in value:
         check_name(name, place)
     # What follows is rare, and looking at every value takes long.
-    if "\\u" in text or _LONG_NUMBER.search(text) or text.count("[") > MAX_DEPTH or (
-        text.count("{") > MAX_DEPTH
-    ):  # fmt: skip
+    if "\\u" in text or text.count("[") > MAX_DEPTH or text.count("{") > MAX_DEPTH:
         for name, cell in value.items():
             try:
                 check_value(cell)
@@ -194,8 +191,8 @@ def check_value(value: Any, depth: int = 0) -> None:
         except UnicodeEncodeError as error:
             code = f"\\u{ord(value[error.start]):04x}"
             raise ValueError(f"{code} is half a surrogate pair and no character; remove it") from error
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError("an integer has more than 64 bits; write it as a string")
+    elif isinstance(value, int):
+        _check_int(value)
     elif isinstance(value, dict):
         for key, item in value.items():
             check_value(key, depth + 1)
@@ -203,6 +200,17 @@ def check_value(value: Any, depth: int = 0) -> None:
     elif isinstance(value, list):
         for item in value:
             check_value(item, depth + 1)
+
+
+def _check_int(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("an integer has more than 64 bits; write it as a string")
+    return value
+
+
+def _int(text: str) -> int:
+    # Python refuses to convert what has more than 4300 digits.
+    return _check_int(int(text) if len(text) < 30 else 2**63)
 
 
 def _no_constant(name: str) -> Any:
@@ -225,7 +233,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_float, object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_float, parse_int=_int, object_pairs_hook=_unique
+)
 
 
 def _csv(file: io.BufferedReader, delimiter: str = ",") -> Iterator[Placed]:
