@@ -12,7 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from vrpo.data import as_dataset, encode_prompts, load_rows, prepare_completions, prepare_pairs
+from vrpo.data import (
+    as_dataset,
+    encode_prompts,
+    load_rows,
+    prepare_completions,
+    prepare_pairs,
+    read_columns,
+)
 
 
 def turn(role, content, **more):
@@ -458,6 +465,23 @@ def test_encode_prompts__unusable_prompts_are_named(tokenizer):
     assert "prompt is empty (rows 1, 2)" in str(caught.value)
     for row in (3, 4, 5):
         assert f"(row {row})" in str(caught.value)
+
+
+def test_encode_prompts__a_prompt_of_a_special_token_does_not_mislead(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)],
+    )
+    ids = encode_prompts([bos, "one"], changed)
+    assert ids == [[tokenizer.bos_token_id], [tokenizer.bos_token_id, *tokenizer("one")["input_ids"]]]
+
+
+def test_read_columns__json_is_exact():
+    rows = as_dataset([{"a": [0.471], "b": "x"}, {"a": "1"}])
+    assert read_columns(rows, ("a", "c")) == {"a": [[0.471], "1"]}
+    assert read_columns(rows, ("c",)) == {}
 
 
 # --- many rows

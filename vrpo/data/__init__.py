@@ -1,5 +1,6 @@
 """Files -> rows -> token ids, checked -> batches. Needs the package `datasets`."""
 
+from vrpo.data.containers import as_dataset, read_columns
 from vrpo.data.encode import encode_prompts, encode_rows
 from vrpo.data.files import load_rows
 from vrpo.data.formats import Text
@@ -10,7 +11,6 @@ from vrpo.data.rows import (
     PAIR_SIDES,
     CompletionCollator,
     PairCollator,
-    as_dataset,
     check_token_budget,
     prepare_completions,
     prepare_pairs,
@@ -31,4 +31,5 @@ __all__ = [
     "load_rows",
     "prepare_completions",
     "prepare_pairs",
+    "read_columns",
 ]

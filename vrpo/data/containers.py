@@ -1,6 +1,6 @@
 """What a trainer is given as a dataset -> a `datasets.Dataset`; values of any library -> plain ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,16 @@ def as_dataset(data: Any, name: str = "dataset") -> Dataset:
     raise ValueError(
         f"{name} must be a datasets.Dataset, got {kind}; pass {cure.get(kind, 'one')} or a list of rows"
     )
+
+
+def read_columns(dataset: Dataset, names: Sequence[str]) -> dict[str, list[Any]]:
+    """The columns that the dataset has of these, as Python values; `datasets.Json` exactly as written."""
+    names = [name for name in names if name in dataset.column_names]
+    if not names:
+        return {}
+    chosen = dataset.with_format(None).select_columns(names)
+    rows = table.python_rows(chosen.with_format("arrow")[:], chosen.features)
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def _from_list(rows: list[Any], name: str) -> Dataset:

@@ -13,6 +13,8 @@ from vrpo.data.chat import Rendered, render, render_prompt
 from vrpo.data.formats import Example, Text, example, prompt_only, shared_prefix
 from vrpo.data.problems import RowProblem, raise_problems
 
+_PROBES = 16
+
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -139,10 +141,12 @@ def _plain_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list
     Nothing may come between a prompt and its response, and the end of a response is `_ending_with_eos`'s.
     A text that spells BOS itself, as one written by a chat template does, does not get a second one.
     """
-    before, after = _added(tokenizer, texts[0])
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    all_ids = tokenizer(list(texts))["input_ids"]
+    longest = max(range(len(texts[:_PROBES])), key=lambda i: len(all_ids[i]))
+    before, after = _added(tokenizer, texts[longest])
     encoded = []
-    for text, ids in zip(texts, tokenizer(list(texts))["input_ids"], strict=True):
+    for text, ids in zip(texts, all_ids, strict=True):
         doubled = bos is not None and before[-1:] == [bos_id] and text.startswith(bos)
         encoded.append(_without_suffix(ids, after)[len(before) if doubled else 0 :])
     return encoded
@@ -152,7 +156,8 @@ def _added(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], li
     """Special tokens that the tokenizer puts before and after every text.
 
     Usually nothing or BOS, and nothing; EOS after it with `add_eos_token`.
-    text: one of the data's; a small vocabulary cannot write just any.
+    text: one of the data's, because a small vocabulary cannot write just any; a long one, because one of a
+    single special token leaves open which of two is its own.
     """
     with_special = tokenizer(text)["input_ids"]
     without = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vrpo import data
-from vrpo.data.encode import Text, encode_prompts
+from vrpo.data.encode import encode_prompts
+from vrpo.data.formats import TEMPLATE_COLUMNS, Text
 from vrpo.data.output import check_output, to_json, write
 from vrpo.generation.sampler import SamplerConfig, generate, trim_response
 from vrpo.models import load_tokenizer, special_tokens
@@ -64,7 +65,7 @@ def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
             models={"model_name_or_path": args.model_name_or_path},
             data={"dataset_name": args.dataset_name},
         )
-    prompts = _prompts(args)
+    prompts, template_columns = _prompts(args)
     if args.num_return_sequences < 1:
         raise ValueError(f"num_return_sequences must be at least 1, got {args.num_return_sequences}")
     if args.num_return_sequences > 1 and args.temperature == 0 and args.remasking != "random":
@@ -92,7 +93,7 @@ def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
         defer_ids=special.terminal if args.confidence_eos_eot_inf else (),
         stop_ids=special.terminal,
     )
-    prompt_ids = encode_prompts(prompts, tokenizer)
+    prompt_ids = encode_prompts(prompts, tokenizer, **template_columns)
     response_BG = generate(
         model.to(device),
         [ids for ids in prompt_ids for _ in range(args.num_return_sequences)],
@@ -111,11 +112,12 @@ def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
     return answers
 
 
-def _prompts(args: GenerateArguments) -> list[Text]:
+def _prompts(args: GenerateArguments) -> tuple[list[Text], dict[str, list[Any]]]:
+    """The prompts, and the columns besides that the chat template gets."""
     if (args.prompt is None) == (args.dataset_name is None):
         raise ValueError("give either prompt or dataset_name")
     if args.prompt is not None:
-        return [[{"role": "user", "content": args.prompt}] if args.chat else args.prompt]
+        return [[{"role": "user", "content": args.prompt}] if args.chat else args.prompt], {}
     if args.chat:
         raise ValueError("chat belongs to prompt; a dataset says itself which prompts are messages")
     if args.output_file is None:
@@ -123,4 +125,5 @@ def _prompts(args: GenerateArguments) -> list[Text]:
     rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
     if "prompt" not in rows.column_names:
         raise ValueError(f"the dataset lacks the column prompt: it has {', '.join(rows.column_names)}")
-    return rows["prompt"][:]
+    columns = data.read_columns(rows, ("prompt", *TEMPLATE_COLUMNS))
+    return columns.pop("prompt"), columns
