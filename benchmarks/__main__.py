@@ -11,6 +11,7 @@ BENCHMARKS = {
     ),
     "designs": ("benchmarks.bench_designs", "draw and step time of every mask design"),
     "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),
+    "elbo": ("benchmarks.bench_elbo", "variance of ELBOs by themselves under every mask design"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
 }
 

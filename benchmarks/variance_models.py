@@ -156,6 +156,7 @@ def train_reference(args: argparse.Namespace) -> dict:
             learning_rate=2e-3,
             lr_scheduler_type="constant_with_warmup",
             max_steps=sft_steps,
+            max_eos_fill=0,  # the committed figures are of models that end where their answers do
         ),
         train_dataset=completions,
         processing_class=tokenizer,

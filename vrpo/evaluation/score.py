@@ -27,7 +27,12 @@ from vrpo.step import Estimator, split_by_tokens
 from vrpo.training.config import VRPOConfig
 
 ABSOLUTE_DESIGN = "mirrored-balanced"
-"""The mask design of ELBOs that are not compared with a reference's on the same masks."""
+"""The mask design of ELBOs that are not compared with a reference's on the same masks.
+
+The noise of an ELBO is another one than that of a score: what a level is worth, and what a token is worth
+whatever the level. Mirrored couples in strata take the former away (for constant log p all of it, where the
+couples of `balanced` add noise), best linear row weights the latter (benchmarks/bench_elbo.py).
+"""
 
 _ROWS_AT_ONCE = 64
 
@@ -199,9 +204,10 @@ def mask_options(args: ScoreArguments) -> dict[str, Any]:
     """mask_design, pair_masks and num_replicates; what is unset is chosen by what the scores are for.
 
     With a reference both models see the same masks, most of their noise cancels in rewards and margins, and
-    the masks are those of training, the best for what is left. Without one an ELBO stands by itself, and the
-    design is ABSOLUTE_DESIGN. elbo_* and ref_elbo_* of a run with a reference come from the masks that favour
-    its margin; for ELBOs alone score each model without the other, or give the design.
+    the masks are those of training, chosen for the noise of margins. Without one an ELBO stands by itself,
+    and the design is ABSOLUTE_DESIGN. elbo_* and ref_elbo_* of a run with a reference come from the masks
+    that favour its margin: unbiased as well, but noisier, for an untrained model many times (elbo_std_* says
+    how noisy). For ELBOs alone score each model by itself, or give the design.
 
     Errors: ValueError naming the argument.
     """
