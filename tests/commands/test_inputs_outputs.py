@@ -187,3 +187,11 @@ def test_train__output_dir_never_is_the_model_or_the_data(files, model_path, tmp
         told = error_of(capsys, [*flags, "--use_cpu", f"--output_dir={output}"])
         assert "must be apart from model_name_or_path" in told
     assert (files / "sft" / "model.safetensors").read_bytes() == before
+
+
+def test_score__never_overwrites_its_config(files, model_path, tmp_path, capsys):
+    config = tmp_path / "score.yaml"
+    config.write_text("num_samples: 2\n")
+    flags = score_flags(files, model_path, tmp_path / "." / "score.yaml", f"--config={config}")
+    assert "must not overwrite --config" in error_of(capsys, flags)
+    assert config.read_text() == "num_samples: 2\n"

@@ -57,6 +57,8 @@ def _explain(error: Exception) -> str | None:
         return str(error) or name
     if isinstance(error, ImportError):
         return f"a package is missing or broken: {error}"
+    if type(error).__module__.split(".")[0] == "httpx":
+        return f"the network failed: {error or name}"
     if isinstance(error, MemoryError):
         return "out of memory: lower max_tokens_per_pack"
     if name == "OutOfMemoryError" and type(error).__module__.startswith("torch"):

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,8 @@ def parse(command: Command, argv: Sequence[str]) -> tuple[list[Any], dict[str, A
         raise ValueError(f"{error}{_origin(str(error), path, settings, flags)}") from error
     if unknown:
         raise ValueError(f"unexpected argument {unknown[0]!r}: flags start with --")
+    for group in parsed:
+        _check_not_overwritten(path, getattr(group, "output_file", None))
     return parsed, sections
 
 
@@ -182,6 +185,12 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     if len(paths) > 1:
         raise ValueError(f"--config is given twice, as {' and '.join(map(repr, paths))}; give one file")
     return (paths[0] if paths else None), rest
+
+
+def _check_not_overwritten(config: str | None, output_file: str | None) -> None:
+    both = config is not None and output_file is not None and os.path.exists(output_file)
+    if both and os.path.samefile(config, output_file):
+        raise ValueError(f"output_file {output_file!r} must not overwrite --config {config!r}")
 
 
 def _check_flags(words: Sequence[str], kinds: Mapping[str, Kind], negations: set[str]) -> list[str]:

@@ -18,6 +18,7 @@ class Command:
         file's sections.
     fields: heading of the help -> "module:dataclass" whose fields are flags.
     sections: mappings that may stand in the config file without being flags, with what they hold.
+    defaults: where the defaults come from.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Command:
     code: str
     fields: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, str] = field(default_factory=dict)
+    defaults: str = ""
 
     @property
     def run(self) -> Callable[..., None]:
@@ -59,6 +61,8 @@ _COMMANDS = (
             "the training text: vocab_size, d_model, n_layers, n_heads, mlp_hidden_size. Instead of "
             "model_name_or_path."
         },
+        "learning rate, warm-up and decay as in LLaDA's SFT (arXiv 2502.09992 section 2.3 and App. B), the "
+        "betas of AdamW as in LLaDA 1.5; what the fields below do not explain is transformers'.",
     ),
     Command(
         "train",
@@ -67,6 +71,9 @@ _COMMANDS = (
         "--output_dir out",
         "vrpo.commands.train:train",
         _DATA | {"VRPO": "vrpo.training.config:VRPOConfig"},
+        defaults="the recipe of LLaDA 1.5 (arXiv 2505.19223 section 4 and App. D), but for how masks are "
+        "drawn: --mask_design paper --pair_masks independent is the paper's draw. What the fields below do "
+        "not explain is transformers'.",
     ),
     Command(
         "score",
@@ -74,6 +81,8 @@ _COMMANDS = (
         "vrpo score --model_name_or_path out --dataset_name pairs.jsonl --output_file scores.jsonl",
         "vrpo.commands.infer:score",
         {"Score": "vrpo.evaluation.score:ScoreArguments"},
+        defaults="those of vrpo train where they have one meaning, but for the masks of ELBOs without a "
+        "reference.",
     ),
     Command(
         "variance",
@@ -89,6 +98,8 @@ _COMMANDS = (
         "vrpo generate --model_name_or_path out --prompt 'What is 2 + 3?'",
         "vrpo.commands.infer:generate",
         {"Generate": "vrpo.generation.answer:GenerateArguments"},
+        defaults="LLaDA's sampler (arXiv 2502.09992 App. B.4): one token per call, the most likely one, the "
+        "least sure ones masked again.",
     ),
     Command(
         "env",

@@ -38,8 +38,11 @@ def help_text(command: Command, *, everything: bool) -> str:
     """What `vrpo <command> --help` prints; with `everything`, all inherited training fields too."""
     parts = [
         f"vrpo {command.name}: {command.summary}\n\n  {command.example}",
-        "  --config file.yaml\n      The fields below, one `name: value` per line; flags override it.",
+        "  --config file.yaml\n      The fields below, one `name: value` per line; flags override it. What "
+        "stands there means what it\n      means behind a flag. Of a flag given twice the last one counts.",
     ]
+    if command.defaults:
+        parts.append(_wrapped("Defaults", command.defaults))
     for name, text in command.sections.items():
         parts.append(_wrapped(f"{name}: in the config file only", text))
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
