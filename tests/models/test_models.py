@@ -278,9 +278,22 @@ def test_config__head_size_must_fill_the_model():
 
 
 def test_special_tokens__config_knows_the_mask_token_first(tokenizer):
-    config = LLaDAConfig(**GSAI_CONFIG | {"embedding_size": len(tokenizer)})
-    assert special_tokens(config, tokenizer).mask == GSAI_CONFIG["mask_token_id"]
+    config = LLaDAConfig(**GSAI_CONFIG | {"embedding_size": len(tokenizer), "vocab_size": len(tokenizer)})
+    without = copy.deepcopy(tokenizer)  # as LLaDA's, which names no mask token
+    without.mask_token = None
+    assert special_tokens(config, without).mask == GSAI_CONFIG["mask_token_id"]
     config.mask_token_id = None
+    assert special_tokens(config, tokenizer).mask == tokenizer.mask_token_id
+
+
+def test_special_tokens__config_and_tokenizer_that_disagree_are_refused(tokenizer):
+    config = LLaDAConfig(**GSAI_CONFIG | {"embedding_size": len(tokenizer), "vocab_size": len(tokenizer)})
+    assert config.mask_token_id != tokenizer.mask_token_id
+    with pytest.raises(
+        ValueError, match=f"48 in the config and {tokenizer.mask_token_id} .* in the tokenizer"
+    ):
+        special_tokens(config, tokenizer)
+    config.mask_token_id = tokenizer.mask_token_id
     assert special_tokens(config, tokenizer).mask == tokenizer.mask_token_id
 
 

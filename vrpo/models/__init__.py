@@ -2,11 +2,12 @@
 
 Importing this package registers our own classes and attention functions with transformers
 (AutoConfig, AutoModelForCausalLM, checkpoint renaming, AttentionInterface), the way transformers
-documents for custom models: afterwards `AutoModelForCausalLM.from_pretrained` reads LLaDA
-checkpoints. Nothing of transformers is patched.
+documents for custom models: afterwards `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` read LLaDA
+checkpoints. transformers looks for no entry points of packages, so a script that uses these without anything
+else of vrpo needs the one line `import vrpo.models`. Nothing of transformers is patched.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from vrpo.models.attention import ATTENTION_NAMES, choose_attention, register_attention
@@ -30,7 +31,8 @@ from vrpo.models.loading import (
 register_attention()
 register_checkpoint_conversion_mapping("llada", checkpoint_renamings(), overwrite=True)
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
-AutoModelForCausalLM.register(LLaDAConfig, LLaDAForMaskedDiffusion, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForCausalLM):  # both, as the original's auto_map
+    auto_class.register(LLaDAConfig, LLaDAForMaskedDiffusion, exist_ok=True)
 
 __all__ = [
     "ATTENTION_NAMES",

@@ -1,4 +1,4 @@
-"""LLaDA on transformers' Llama layers: configuration, checkpoint names, forward with masked rows.
+"""LLaDA on transformers' Llama layers: checkpoint names, forward with masked rows.
 
 LLaDA (arXiv 2502.09992) is a Llama without a causal mask and with OLMo-style names. No remote code
 is used: the original config.json and weights load into the classes here, and what they save carries
@@ -9,46 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import ModelOutput
 
 from vrpo.models.attention import ATTENTION_NAMES, Segments
 from vrpo.models.layers import Attention, RMSNorm, RotaryEmbedding
+from vrpo.models.llada_config import LLaDAConfig
 from vrpo.models.names import CHECKPOINT_RENAMINGS, TO_HERE, to_here
 from vrpo_kernels import gather_rows, linear_cross_entropy
-
-# Original configuration key -> transformers' key.
-_CONFIG_NAMES = {
-    "d_model": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "mlp_hidden_size": "intermediate_size",
-    "max_sequence_length": "max_position_embeddings",
-    "init_std": "initializer_range",
-}
-
-# What every LLaDA checkpoint says about itself, and the only values these layers implement.
-_ARCHITECTURE = {
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "embedding_dropout": 0.0,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "residual_dropout": 0.0,
-    "rope": True,
-    "rope_full_precision": True,
-    "scale_logits": False,
-}
 
 
 def checkpoint_renamings() -> list[WeightRenaming]:
@@ -78,102 +47,6 @@ def _accept_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], p
             "its config does not select these layers. vrpo.models.adapters.load_adapter reads adapters "
             "that name layers as LLaDA does"
         )
-
-
-class LLaDAConfig(LlamaConfig):
-    """Configuration of a LLaDA model; takes and writes the original checkpoint's key names.
-
-    Args (original name, transformers' name in brackets is accepted too):
-        d_model (hidden_size), n_layers (num_hidden_layers), n_heads (num_attention_heads),
-        n_kv_heads (num_key_value_heads; None: n_heads), mlp_hidden_size (intermediate_size; None:
-        mlp_ratio * d_model), max_sequence_length (max_position_embeddings),
-        embedding_size (vocab_size): rows of the embedding, at least the tokenizer's size,
-        weight_tying (tie_word_embeddings): the head is the embedding,
-        rope_theta: base of the rotary embedding, default 10000,
-        rms_norm_eps: default 1e-5,
-        mask_token_id: id of the token that stands for "masked"; None if the tokenizer knows it,
-        eos_token_id, pad_token_id, bos_token_id: None unless given (LlamaConfig would invent 1 and
-        2). Any other key of the original config.json is kept and written back.
-    Errors: ValueError for is_causal=True, a head size other than d_model / n_heads, or an
-        architecture option these layers do not implement (`_ARCHITECTURE`).
-    Source: configuration_llada.py and config.json of GSAI-ML/LLaDA-8B-Instruct.
-    """
-
-    model_type = "llada"
-    attribute_map = {**LlamaConfig.attribute_map, **_CONFIG_NAMES}  # noqa: RUF012 -- transformers' form
-
-    def __init__(self, **kwargs: Any):
-        for key, value in _ARCHITECTURE.items():
-            if kwargs.setdefault(key, value) != value:
-                raise ValueError(f"LLaDA config {key} must be {value!r}, got {kwargs[key]!r}")
-        if kwargs.get("multi_query_attention"):
-            raise ValueError("LLaDA config multi_query_attention is not supported; use n_kv_heads=1")
-        if kwargs.setdefault("is_causal", False):
-            raise ValueError("is_causal must be False: a masked-diffusion model attends both ways")
-        if kwargs.get("embedding_size"):
-            kwargs["vocab_size"] = kwargs.pop("embedding_size")
-        if "weight_tying" in kwargs:
-            kwargs["tie_word_embeddings"] = kwargs.pop("weight_tying")
-        rope_theta = kwargs.pop("rope_theta", None)
-        if not kwargs.get("rope_parameters"):
-            kwargs["rope_parameters"] = {
-                "rope_type": "default",
-                "rope_theta": 10000.0 if rope_theta is None else rope_theta,
-            }
-        if kwargs["rope_parameters"]["rope_type"] != "default":
-            raise ValueError(f"LLaDA has plain RoPE only, got {kwargs['rope_parameters']}")
-        # Given twice (both spellings), transformers' name wins, as when a config is copied through
-        # to_dict().
-        for original, ours in _CONFIG_NAMES.items():
-            value = kwargs.pop(original, None)
-            if value is not None:
-                kwargs.setdefault(ours, value)
-        mlp_ratio = kwargs.setdefault("mlp_ratio", 4)
-        if "hidden_size" in kwargs:
-            kwargs.setdefault("intermediate_size", mlp_ratio * kwargs["hidden_size"])
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
-            kwargs.setdefault(key, None)
-        kwargs.setdefault("rms_norm_eps", 1e-5)
-        kwargs["use_cache"] = False  # a key-value cache has no meaning without a causal mask
-        super().__init__(**kwargs)
-        if self.head_dim * self.num_attention_heads != self.hidden_size:
-            raise ValueError(
-                f"head_dim must be d_model / n_heads = {self.hidden_size} / "
-                f"{self.num_attention_heads}, got {self.head_dim}"
-            )
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """What save_pretrained writes: original key names, no auto_map to absent code files."""
-        written = super().to_diff_dict()
-        for key in (
-            "auto_map",
-            "is_causal",
-            "head_dim",
-            "hidden_act",
-            "attention_bias",
-            "mlp_bias",
-            "pretraining_tp",
-            "rope_parameters",
-            *_CONFIG_NAMES.values(),
-        ):
-            written.pop(key, None)
-        written |= {original: getattr(self, ours) for original, ours in _CONFIG_NAMES.items()}
-        written |= {key: getattr(self, key) for key in _ARCHITECTURE}
-        written |= {
-            "architectures": ["LLaDAModelLM"],
-            "embedding_size": self.vocab_size,
-            "vocab_size": self.vocab_size,
-            "rope_theta": self.rope_parameters["rope_theta"],
-            "weight_tying": self.tie_word_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "use_cache": False,
-        }
-        written.pop("tie_word_embeddings", None)
-        if "dtype" in written:
-            written["torch_dtype"] = written.pop("dtype")
-        if self.bos_token_id is None:
-            written.pop("bos_token_id")  # not an original key
-        return dict(sorted(written.items()))
 
 
 @dataclass

@@ -13,6 +13,14 @@ from transformers import (
 )
 
 from vrpo.models.adapter_config import CONFIG_FILE, base_of, read_config
+from vrpo.models.files import (
+    check_finite,
+    check_weight_files,
+    find_file,
+    first_few,
+    read_object,
+    why_unsupported,
+)
 from vrpo.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
 
 MODEL_CLASSES = {"llada": (LLaDAConfig, LLaDAForMaskedDiffusion)}
@@ -46,17 +54,23 @@ def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def load_config(path_or_id: str, **hub_kwargs: Any) -> PretrainedConfig:
     """Configuration of a checkpoint directory or hub id, without ever running remote code.
 
-    Errors: ValueError if the checkpoint is not a masked-diffusion model we know (a causal
-        one, say).
+    Errors: ValueError of one line naming the file if it is not a JSON object, if the checkpoint is not a
+        masked-diffusion model that this version supports, or if a value in it makes no such model; OSError if
+        there is no config.json.
     """
-    raw, _ = PretrainedConfig.get_config_dict(path_or_id, **hub_kwargs)
+    file = find_file(path_or_id, "config.json", **hub_kwargs)
+    raw = read_object(file)
     model_type = raw.get("model_type")
-    if model_type not in MODEL_CLASSES:
+    if not isinstance(model_type, str) or model_type not in MODEL_CLASSES:
+        what = "names no model_type" if model_type is None else f"is a {model_type!r} checkpoint"
         raise ValueError(
-            f"{path_or_id} is a {model_type!r} checkpoint; VRPO needs a masked-diffusion model, one of "
-            f"{sorted(MODEL_CLASSES)}. A causal language model cannot fill in masked tokens"
+            f"{path_or_id} {what}; VRPO needs a masked-diffusion model, one of {sorted(MODEL_CLASSES)}. "
+            f"{why_unsupported(raw)}"
         )
-    return MODEL_CLASSES[model_type][0].from_pretrained(path_or_id, **hub_kwargs)
+    try:
+        return MODEL_CLASSES[model_type][0].from_pretrained(path_or_id, **hub_kwargs)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def load_model(
@@ -74,21 +88,29 @@ def load_model(
         attn_implementation: "vrpo" picks the best packed attention per call (`choose_attention`);
             "vrpo_sdpa", "vrpo_varlen", "vrpo_fa" force one. Any other refuses packs.
         hub_kwargs: revision, cache_dir, token, local_files_only, ...
-    Errors: ValueError for a causal or unknown checkpoint, a wrong dtype, or missing, unexpected or
-        misshapen weights, which are named.
+    Errors: ValueError of one line for a checkpoint of another architecture, a wrong dtype, files that are
+        cut, corrupt or pickled, weights that are missing, unexpected, misshapen, NaN or infinite, which are
+        named; OSError for files that are not there.
     """
     dtype = parse_dtype(dtype)
     config = load_config(path_or_id, **hub_kwargs)
-    model, report = MODEL_CLASSES[config.model_type][1].from_pretrained(
-        path_or_id,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-        **hub_kwargs,
-    )
+    if Path(path_or_id).is_dir():
+        check_weight_files(Path(path_or_id, hub_kwargs.get("subfolder") or ""))
+    try:
+        model, report = MODEL_CLASSES[config.model_type][1].from_pretrained(
+            path_or_id,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below, in one line
+            **hub_kwargs,
+        )
+    except OSError as error:
+        raise OSError(" ".join(str(error).split())) from error
     problems = [
-        f"{kind} {_first_few(report[kind])}"
+        f"{kind} {first_few(report[kind])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         if report.get(kind)
     ]
@@ -96,24 +118,28 @@ def load_model(
         raise ValueError(
             f"{path_or_id} does not fit its config (names as in the module): " + "; ".join(problems)
         )
+    check_finite(model, path_or_id)
     return model.eval()
 
 
-def _first_few(names, limit: int = 6) -> str:
-    names = sorted(str(name) for name in names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def load_tokenizer(path_or_id: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; remote tokenizer code is refused by transformers.
+    """The checkpoint's tokenizer, without ever running remote code; an adapter's folder may have its base's.
 
-    An adapter's folder without a tokenizer has its base's.
+    Errors: ValueError of one line if it is code of its own or its files make no tokenizer, OSError of one
+        line if there are none.
     """
     folder = Path(path_or_id)
     if (folder / CONFIG_FILE).is_file() and not any(folder.glob("*tokenizer*")):
         return load_tokenizer(base_of(folder, read_config(folder / CONFIG_FILE)))
-    return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **hub_kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **hub_kwargs)
+    except OSError as error:
+        raise OSError(" ".join(str(error).split())) from error
+    except Exception as error:  # the tokenizers library raises bare Exceptions for files it cannot read
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it is code of its own, which is never run"
+        raise ValueError(f"the tokenizer of {path_or_id} cannot be loaded: {reason}") from error
 
 
 def max_positions(config: PretrainedConfig) -> int:
@@ -153,8 +179,8 @@ def special_tokens(
     The mask id comes from the config if it has one (LLaDA's tokenizer has no mask token), else from
     the tokenizer; EOS from the tokenizer, else the config; EoT is the token "<|eot_id|>" if it
     exists.
-    Errors: ValueError if nobody knows the mask token, the tokenizer has more ids than the embedding
-        has rows, or an id lies outside the embedding.
+    Errors: ValueError if nobody knows the mask token, config and tokenizer know different ones, the
+        tokenizer has more ids than the embedding has rows, or an id lies outside the embedding.
     """
     num_rows = config.vocab_size
     if tokenizer is not None and len(tokenizer) > num_rows:
@@ -168,6 +194,12 @@ def special_tokens(
     if mask is None:
         raise ValueError(
             "no mask token: neither the config (mask_token_id) nor the tokenizer (mask_token) has one"
+        )
+    known = None if tokenizer is None else tokenizer.mask_token_id
+    if known is not None and known != mask:
+        raise ValueError(
+            f"mask_token_id is {mask} in the config and {known} ({tokenizer.mask_token!r}) in the tokenizer: "
+            "they do not belong together, or one of them must be corrected"
         )
     if not 0 <= mask < num_rows:
         raise ValueError(f"mask_token_id must be in [0, {num_rows}), got {mask}")

@@ -23,6 +23,7 @@ from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.models import LLaDAForMaskedDiffusion, load_tokenizer, special_tokens
 from vrpo.models.adapters import add_adapter, is_peft_model
 from vrpo.models.checkpoint import load_policy
+from vrpo.models.files import why_unsupported
 from vrpo.step import NLL, Estimator, split_by_tokens
 from vrpo.training.adapter_trainer import AdapterTrainer, check_adapters
 from vrpo.training.config import DiffusionConfig
@@ -54,9 +55,10 @@ def switch_dropout_off(model: nn.Module) -> None:
 def _check_model(model: nn.Module) -> None:
     base = model.get_base_model() if is_peft_model(model) else model
     if not isinstance(base, LLaDAForMaskedDiffusion):
+        config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
         raise ValueError(
             f"model must be a masked-diffusion model (LLaDAForMaskedDiffusion, or PEFT around one), got "
-            f"{type(base).__name__}; a causal language model cannot fill in masked tokens"
+            f"{type(base).__name__}. {why_unsupported(config)}"
         )
 
 
