@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from packs import MASK_ID, VOCAB, tiny_model
+from plain_llada import PlainLLaDA
 from plain_sampler import PlainSettings, plain_decode
 
 from vrpo.generation import SamplerConfig, generate
@@ -85,6 +86,28 @@ def test_generate__makes_every_decision_of_llada(model, frequent):
         if deferred and options["remasking"] == "low_confidence":
             differ_without_deferring += ours(()) != plain
     assert differ_without_deferring > 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("temperature", "cfg_scale"), [(0.0, 0.0), (0.0, 1.5), (1.0, 0.5)])
+def test_generate__equals_the_plain_sampler_on_the_plain_model(model, frequent, temperature, cfg_scale):
+    """Nothing of the product on the other side: neither the model's class nor the sampler."""
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    options = {"temperature": temperature, "cfg_scale": cfg_scale}
+    ours = generate(
+        model,
+        prompts,
+        SamplerConfig(LENGTH, 6, 8, defer_ids=frequent, **options),
+        mask_token_id=MASK_ID,
+        seed=11,
+        progress=False,
+    )
+    settings = PlainSettings(LENGTH, 6, 8, confidence_eos_eot_inf=frequent, **options)
+    for sample, prompt in enumerate(prompts):
+        plain = plain_decode(
+            PlainLLaDA.like(model), prompt, settings, mask_id=MASK_ID, seed=11, sample=sample
+        )
+        assert ours[sample].tolist() == plain
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
