@@ -19,7 +19,7 @@ from vrpo.generation.pack import Pack
 from vrpo.generation.predict import Place, predict
 from vrpo.models import max_positions
 
-_MAX_SEED = 2**64 - 1  # the key of Philox
+MAX_SEED = 2**64 - 1  # the key of Philox
 _MAX_SAMPLE_ID = 2**32 - 1  # one word of its counter
 
 
@@ -80,7 +80,7 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts need as many sample_ids, got {len(sample_ids)}")
     max_pack_tokens = checks.integer("max_pack_tokens", max_pack_tokens, 1)
     mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
-    seed = checks.integer("seed", seed, 0, _MAX_SEED)
+    seed = checks.integer("seed", seed, 0, MAX_SEED)
     _check_against_model(model, prompts, config, mask_token_id)
 
     response_BG = torch.full((len(prompts), config.max_new_tokens), mask_token_id)
