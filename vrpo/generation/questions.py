@@ -7,10 +7,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from vrpo.data import COMPLETION_SIDES, PAIR_SIDES, RowProblem, Text, encode_prompts
+from vrpo.data import COMPLETION_SIDES, PAIR_SIDES, RowProblem, Text, encode_prompts, read_columns
 from vrpo.data.formats import MESSAGES_COLUMNS, TEMPLATE_COLUMNS, example, prompt_only
 from vrpo.data.problems import raise_problems
-from vrpo.data.table import python_rows
 
 _COLUMNS = ("prompt", *PAIR_SIDES, *COMPLETION_SIDES, *MESSAGES_COLUMNS, *TEMPLATE_COLUMNS)
 
@@ -54,8 +53,8 @@ def from_rows(dataset: Dataset) -> Questions:
             f"the dataset lacks the column prompt: it has {', '.join(dataset.column_names)}; messages or "
             "pairs of chosen and rejected hold prompts too"
         )
-    dataset = dataset.select_columns(names)
-    rows = python_rows(dataset.with_format("arrow")[:], dataset.features)
+    columns = read_columns(dataset, names)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     shaped, problems = [], []
     for row in rows:
         try:
