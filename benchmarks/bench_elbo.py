@@ -114,6 +114,7 @@ def elbos(
 
 def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    facts = provenance("cpu")
     batch, mask_token_id = load_responses(args.models, args.pairs)
     trained = json.loads((args.models / "training.json").read_text())
     for stage in args.stages:
@@ -132,7 +133,7 @@ def measure(args: argparse.Namespace) -> None:
                     num_repeats=args.repeats,
                     seed=args.seed,
                 )
-                row = provenance("cpu") | {
+                row = facts | {
                     "model": args.models.name,
                     "model_seed": trained["seed"],
                     "stage": stage,
@@ -158,6 +159,7 @@ def measure(args: argparse.Namespace) -> None:
 def gradient(args: argparse.Namespace) -> None:
     """Trace of the variance of the gradient of -B / L (nats per token), for the chosen responses."""
     torch.set_num_threads(1)
+    facts = provenance("cpu")
     pairs, mask_token_id = load_responses(args.models, args.pairs)
     batch = completions(pairs)
     trained = json.loads((args.models / "training.json").read_text())
@@ -183,7 +185,7 @@ def gradient(args: argparse.Namespace) -> None:
                     square_R = square_R + gradient_RG.square().sum(1)
                 mean_RG = total / args.repeats
                 value_R = (square_R - args.repeats * mean_RG.square().sum(1)) / (args.repeats - 1)
-                row = provenance("cpu") | {
+                row = facts | {
                     "model": args.models.name,
                     "model_seed": trained["seed"],
                     "stage": stage,
@@ -358,7 +360,7 @@ def say_gradients() -> None:
         paper_R = found[model, stage, num_samples, "paper"]
         told = variance.mean_over_pairs(value_R, paper_R)
         print(
-            f"SFT gradient  {model:<10}{stage:<11}K={num_samples:<3}{design:<16}"
+            f"SFT gradient  {model:<10}{stage:<11}K={num_samples:<3}{design:<19}"
             f"{told.value:.2f} [{told.low:.2f}, {told.high:.2f}]"
         )
 
