@@ -148,8 +148,10 @@ def test_save_model__without_training_keeps_the_base(tmp_path, tiny_model, token
     assert_opens_everywhere(tmp_path, trainer.model)
 
 
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
-@pytest.mark.parametrize("merged_base", [False, True])
+@pytest.mark.parametrize(
+    ("options", "merged_base"),
+    [({}, True), ({"modules_to_save": ["lm_head"]}, False), ({"use_dora": True}, False)],
+)
 def test_train__resumed_with_an_adapter_is_the_straight_run_bitwise(
     tmp_path, base, completion_rows, pair_rows, options, merged_base
 ):
@@ -286,3 +288,11 @@ def test_init__a_merged_adapter_is_refused(tmp_path, base, completion_rows):
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         sft(model, tmp_path, completion_rows, load_tokenizer(base))
+
+
+def test_train__another_base_under_old_adapters_is_refused(tmp_path, tiny_model, tokenizer, pair_rows):
+    run(vrpo(tiny_model, tmp_path, pair_rows, tokenizer, peft_config=LoraConfig(**LORA)))
+    other = load_policy(str(tmp_path))  # merged: not the base that lies there
+    trainer = vrpo(other, tmp_path, pair_rows, tokenizer, peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="choose another output_dir"):
+        trainer.train()

@@ -7,6 +7,7 @@ is then spelled out in the names that are needed.
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from vrpo.models.names import EMBEDDING, HEAD, Layer, layers
 
 ALL_LINEAR = "all-linear"
 CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 # Initialisations that leave the base model as it is. The others (PiSSA, OLoRA, ...) move part of it into the
 # adapter: then the base on disk is not the one that was trained on.
@@ -57,6 +59,39 @@ def read_config(file: str | Path) -> Any:
         raise ValueError(f"{file} is not a config of a {kind} adapter: {error}") from error
     check_kind(config, str(file))
     return config
+
+
+def adapter_folder(path_or_id: str | os.PathLike, revision: str | None = None) -> Path | None:
+    """The folder (for a hub id: in the cache) that holds adapter_config.json; None if there is none.
+
+    Errors: ValueError for a folder whose adapters all lie in subfolders: which one is meant?
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        if (path / CONFIG_FILE).is_file():
+            return path
+        inside = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
+        inside = [name for name in inside if not name.startswith("checkpoint-")]
+        if inside and not (path / "config.json").is_file():
+            raise ValueError(
+                f"{path} holds adapters in subfolders only ({', '.join(inside)}): name one of them"
+            )
+        return None
+    if path.exists() or path.is_absolute() or not is_peft_available():
+        return None
+    from huggingface_hub.errors import HFValidationError
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        file = find_adapter_config_file(str(path_or_id), revision=revision)
+    except (HFValidationError, OSError):
+        return None  # no repository of that name; whoever loads the model says so
+    if file is None:
+        return None
+    from transformers.utils import cached_file
+
+    cached_file(str(path_or_id), WEIGHTS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(file).parent
 
 
 def base_of(folder: Path, config: Any) -> str:

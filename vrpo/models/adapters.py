@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
 from vrpo.models import adapter_config
-from vrpo.models.adapter_config import CONFIG_FILE, require_peft
+from vrpo.models.adapter_config import CONFIG_FILE, WEIGHTS_FILE, adapter_folder, require_peft
 from vrpo.models.names import EMBEDDING, HEAD, is_original, to_here, to_original
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 
@@ -127,39 +126,6 @@ def load_adapter_weights(model: nn.Module, folder: str | os.PathLike, adapter_na
     Errors: as `load_adapter`.
     """
     _fill(model, read_weights(Path(folder)), adapter_name, Path(folder))
-
-
-def adapter_folder(path_or_id: str | os.PathLike, revision: str | None = None) -> Path | None:
-    """The folder (for a hub id: in the cache) that holds adapter_config.json; None if there is none.
-
-    Errors: ValueError for a folder whose adapters all lie in subfolders: which one is meant?
-    """
-    path = Path(path_or_id)
-    if path.is_dir():
-        if (path / CONFIG_FILE).is_file():
-            return path
-        inside = sorted(file.parent.name for file in path.glob(f"*/{CONFIG_FILE}"))
-        inside = [name for name in inside if not name.startswith("checkpoint-")]
-        if inside and not (path / "config.json").is_file():
-            raise ValueError(
-                f"{path} holds adapters in subfolders only ({', '.join(inside)}): name one of them"
-            )
-        return None
-    if path.exists() or path.is_absolute() or not is_peft_available():
-        return None
-    from huggingface_hub.errors import HFValidationError
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    try:
-        file = find_adapter_config_file(str(path_or_id), revision=revision)
-    except (HFValidationError, OSError):
-        return None  # no repository of that name; whoever loads the model says so
-    if file is None:
-        return None
-    from transformers.utils import cached_file
-
-    cached_file(str(path_or_id), WEIGHTS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return Path(file).parent
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

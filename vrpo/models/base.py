@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from vrpo.models.adapter_config import CONFIG_FILE
 from vrpo.models.adapters import unwrapped
 from vrpo.models.loading import load_config
 from vrpo.models.names import HEAD, layers, to_here
@@ -94,6 +95,7 @@ def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -
     Written aside and renamed. Call it on one process, before the weights are sharded.
 
     Returns: the folder that the adapters must name, or None if the one they name is right.
+    Errors: ValueError if another base lies there and adapters beside it need it.
     """
     base = model.get_base_model()
     named = {config.base_model_name_or_path or base.name_or_path for config in model.peft_config.values()}
@@ -103,6 +105,12 @@ def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -
     folder = Path(output_dir).resolve() / BASE_FOLDER
     if is_saved(model, str(folder)):
         return folder
+    users = _adapters_on(folder)
+    if users:
+        raise ValueError(
+            f"{folder} is the base of the adapter in {users[0]} and not the model that is to be trained; "
+            "choose another output_dir, or start from the same model again"
+        )
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     weights = base_weights(model)
@@ -114,3 +122,18 @@ def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
     return folder
+
+
+def _adapters_on(folder: Path) -> list[Path]:
+    """Folders of adapters beside a base that name it: the run's last one and its checkpoints."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for place in (folder.parent, *sorted(folder.parent.glob("checkpoint-*"))):
+        try:
+            named = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(named, str) and Path(named).name == folder.name:
+            found.append(place)
+    return found

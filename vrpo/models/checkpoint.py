@@ -4,8 +4,8 @@ import torch
 from transformers import PreTrainedModel
 
 from vrpo.models import load_model
-from vrpo.models.adapter_config import base_of, check_mergeable
-from vrpo.models.adapters import adapter_folder, load_adapter, read_adapter
+from vrpo.models.adapter_config import adapter_folder, base_of, check_mergeable
+from vrpo.models.adapters import load_adapter, read_adapter
 
 
 def load_policy(

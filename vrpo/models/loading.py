@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vrpo.models.adapter_config import CONFIG_FILE, base_of, read_config
+from vrpo.models.adapter_config import CONFIG_FILE, adapter_folder, base_of, read_config
 from vrpo.models.files import (
     check_finite,
     check_weight_files,
@@ -130,16 +130,24 @@ def load_tokenizer(path_or_id: str, **hub_kwargs: Any) -> PreTrainedTokenizerBas
     """
     folder = Path(path_or_id)
     if (folder / CONFIG_FILE).is_file() and not any(folder.glob("*tokenizer*")):
-        return load_tokenizer(base_of(folder, read_config(folder / CONFIG_FILE)))
+        return _base_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False, **hub_kwargs)
-    except OSError as error:
-        raise OSError(" ".join(str(error).split())) from error
     except Exception as error:  # the tokenizers library raises bare Exceptions for files it cannot read
+        adapter = None if folder.is_dir() else adapter_folder(path_or_id, hub_kwargs.get("revision"))
+        if adapter is not None:
+            return _base_tokenizer(adapter)
         reason = " ".join(str(error).split())
+        if isinstance(error, OSError):
+            raise OSError(reason) from error
         if "trust_remote_code" in reason:
             reason = "it is code of its own, which is never run"
         raise ValueError(f"the tokenizer of {path_or_id} cannot be loaded: {reason}") from error
+
+
+def _base_tokenizer(adapter: Path) -> PreTrainedTokenizerBase:
+    config = read_config(adapter / CONFIG_FILE)
+    return load_tokenizer(base_of(adapter, config), revision=config.revision or "main")
 
 
 def max_positions(config: PretrainedConfig) -> int:

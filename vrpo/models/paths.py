@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from vrpo.models.adapter_config import adapter_folder
 from vrpo.models.attention import ATTENTION_NAMES
 from vrpo.models.loading import load_config, parse_dtype
 
@@ -12,7 +13,7 @@ _CONFIGS = ("config.json", "adapter_config.json")
 
 
 def check_model_path(path_or_id: str, *, argument: str, revision: str = "main") -> PretrainedConfig | None:
-    """The configuration of a checkpoint folder or hub name; None of an adapter's folder.
+    """The configuration of a checkpoint folder or hub name; None of an adapter.
 
     Errors: ValueError or OSError of one sentence that names the argument and what is wrong: nothing there, a
         file, a folder without a model, no such hub name, or a model of another kind.
@@ -34,6 +35,8 @@ def check_model_path(path_or_id: str, *, argument: str, revision: str = "main") 
     except OSError as error:
         if path.is_dir():
             raise
+        if adapter_folder(path_or_id, revision) is not None:
+            return None
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise OSError(f"{told} is neither a folder nor a model that the hub gives ({reason})") from error
 

@@ -46,14 +46,19 @@ class AdapterTrainer(Trainer):
         # Once, and before anything is sharded. Under ZeRO-3 it is sharded from the start.
         if self._base_is_kept or not is_peft_model(self.model) or is_deepspeed_zero3_enabled():
             return
-        folder = [None]
+        kept: list[Any] = [None]
         if self.is_world_process_zero():
-            folder = [keep_base(self.model, self.processing_class, self.args.output_dir)]
+            try:
+                kept = [keep_base(self.model, self.processing_class, self.args.output_dir)]
+            except (OSError, ValueError) as error:
+                kept = [error]
         if self.args.world_size > 1:
-            broadcast_object_list(folder)
-        if folder[0] is not None:
+            broadcast_object_list(kept)  # an error too: the others would wait for ever
+        if isinstance(kept[0], Exception):
+            raise kept[0]
+        if kept[0] is not None:
             for config in self.model.peft_config.values():
-                config.base_model_name_or_path, config.revision = str(folder[0]), None
+                config.base_model_name_or_path, config.revision = str(kept[0]), None
         self._base_is_kept = True
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -24,14 +24,16 @@ class VRPOTrainer(DiffusionTrainer):
     """Variance-reduced preference optimisation of a masked-diffusion LM (arXiv 2505.19223).
 
     Args:
-        model: a path or hub name, a LLaDAForMaskedDiffusion, or a PeftModel of one.
+        model: a path or hub name (of an adapter: it is merged into its base), a LLaDAForMaskedDiffusion, or
+            a PeftModel of one.
         ref_model: the reference policy. None: with PEFT the model with its adapter switched off, else a
             frozen copy of the model as it is now.
         args: VRPOConfig.
         train_dataset, eval_dataset: TRL's preference format, `prompt`, `chosen`, `rejected` as text or
             messages, or token ids in `prompt_ids`, `chosen_ids`, `rejected_ids`.
         processing_class: the tokenizer; loaded from the model's path when the model is a string.
-        peft_config: a peft.LoraConfig; the model is wrapped with it.
+        peft_config: a peft.LoraConfig; the model is wrapped with it, drawn from args.seed. If the base is not
+            at the path it came from, it is written to output_dir/base_model.
         data_collator, callbacks, optimizers: as in transformers.Trainer.
 
     Metrics, means over pairs: `rewards/{chosen,rejected,margins,accuracies}` (a tie counts as 0, so the
