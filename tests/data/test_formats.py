@@ -501,14 +501,31 @@ messages = st.builds(
 )
 sides = st.lists(messages, max_size=3) | st.text(max_size=6) | cells
 ids = st.lists(st.integers(0, 300), min_size=1, max_size=5) | cells
-rows = st.fixed_dictionaries(
-    {},
-    optional={
-        **dict.fromkeys(["prompt", "chosen", "rejected", "completion", "messages", "conversations"], sides),
-        **dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"], ids),
-        **dict.fromkeys(["example_id", "tools", "chat_template_kwargs", "other"], cells),
-    },
-)
+fields = {
+    **dict.fromkeys(["prompt", "chosen", "rejected", "completion", "messages", "conversations"], sides),
+    **dict.fromkeys(["prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"], ids),
+    **dict.fromkeys(["example_id", "tools", "chat_template_kwargs", "other"], cells),
+}
+words = st.text("ab ?\u00e9", min_size=1, max_size=8).filter(str.strip)
+questions = st.builds(lambda text: [turn("user", text)], words)
+answers = st.builds(lambda text: [turn("assistant", text)], words)
+good_rows = st.one_of(
+    st.fixed_dictionaries(dict.fromkeys(["prompt", "chosen", "rejected", "completion"], words)),
+    st.builds(lambda q, a, b: {"prompt": q, "chosen": a, "rejected": b, "completion": a},
+              questions, answers, answers),
+    st.builds(
+        lambda q, a, b: {"prompt": None, "chosen": q + a, "rejected": q + b, "messages": q + a},
+        questions, answers, answers,
+    ),
+    st.builds(
+        lambda q, a, b: {"prompt": q[0]["content"], "chosen": q + a, "rejected": q + b, "completion": q + a},
+        questions, answers, answers,
+    ),
+)  # fmt: skip
+changes = st.none() | st.none() | st.sampled_from(sorted(fields)).flatmap(
+    lambda name: st.tuples(st.just(name), fields[name])
+)  # fmt: skip
+rows = st.builds(lambda row, change: row | dict([change] if change else []), good_rows, changes)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
