@@ -24,7 +24,7 @@ def decode(model, config, prompts, **options):
     ("prompts", "options", "message"),
     [
         ([[1], []], {}, r"a prompt is empty \(prompt 1\)"),
-        ([[1] * 60], {}, "need 72 tokens, the model has positions for 64"),
+        ([[1], [1] * 60], {}, "prompt 1 .* need 72 tokens, the model has positions for 64"),
         ([[1], [2]], {"sample_ids": [1]}, "2 prompts need as many sample_ids, got 1"),
         ([[1]], {"sample_ids": [-1]}, "sample_ids must be in"),
         ([[1]], {"sample_ids": [2**32]}, "sample_ids must be in"),

@@ -156,6 +156,27 @@ def test_generate__stopping_early_changes_nothing_before_the_stop(model):
     assert len(recorder.calls[-1]) < len(recorder.calls[3])
 
 
+def test_generate__any_stop_id_stops_and_the_first_fills(model):
+    full = decode(model, SamplerConfig(24, 4))
+    unused = next(i for i in range(VOCAB) if i != MASK_ID and i not in full)
+    stop = full[0, 5].item()
+    for fill, stop_ids in ((unused, (unused, stop)), (stop, (stop, unused))):
+        (stopped,) = decode(model, SamplerConfig(24, 4, stop_ids=stop_ids), prompts=PROMPTS[:1])
+        end = 4 * (full[0].tolist().index(stop) // 4 + 1)
+        assert torch.equal(stopped[:end], full[0, :end])
+        assert end < 24
+        assert (stopped[end:] == fill).all()
+
+
+def test_generate__stops_of_one_response_leave_the_others_alone(model):
+    full = decode(model, SamplerConfig(24, 4))
+    stop = next(t for t in full[1].tolist() if sum(t in row.tolist() for row in full) < len(PROMPTS))
+    stopped = decode(model, SamplerConfig(24, 4, stop_ids=(stop,)))
+    for row, cut in zip(full, stopped, strict=True):
+        if stop not in row:
+            assert torch.equal(row, cut)
+
+
 def test_generate__restores_the_training_flags(model):
     model.train()
     model.model.norm.eval()

@@ -109,11 +109,13 @@ def _check_against_model(model: nn.Module, prompts: list[Tensor], config: Sample
     checks.check_vocabulary([("mask_token_id", [mask_token_id]), *named], limits.vocab_size)
     if len({mask_token_id, *config.suppress_ids}) == limits.vocab_size:
         raise ValueError("suppress_ids and the mask token leave no token to produce")
-    longest = max((len(prompt) for prompt in prompts), default=0) + config.max_new_tokens
-    if prompts and longest > max_positions(limits):
-        raise ValueError(
-            f"prompt and response need {longest} tokens, the model has positions for {max_positions(limits)}"
-        )
+    limit = max_positions(limits)
+    for index, prompt in enumerate(prompts):
+        needed = len(prompt) + config.max_new_tokens
+        if needed > limit:
+            raise ValueError(
+                f"prompt {index} and its response need {needed} tokens, the model has positions for {limit}"
+            )
 
 
 @contextmanager
