@@ -1,5 +1,6 @@
 """What the tests of the trainers share: a quick configuration, a trainer, and how to read its log."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def trainer_of(tmp_path, model, tokenizer, rows, kind=VRPOTrainer, **fields) -> 
         for name in ("ref_model", "peft_config", "eval_dataset", "callbacks", "compute_metrics", "model_init")
         if name in fields
     }
+    if "peft_config" in extra:  # PEFT writes the base model's name into it
+        extra["peft_config"] = copy.deepcopy(extra["peft_config"])
     return kind(
         model, args=config(tmp_path, **fields), train_dataset=rows, processing_class=tokenizer, **extra
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.integrations import integration_utils
 from transformers.trainer_utils import get_last_checkpoint
 
 from vrpo import data
@@ -21,6 +20,7 @@ from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_loading, check_model_path
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
 from vrpo.training.sft_trainer import DiffusionSFTTrainer
+from vrpo.training.support import check_runnable
 from vrpo.training.trainer import DiffusionTrainer
 from vrpo.training.vrpo_trainer import VRPOTrainer
 
@@ -34,7 +34,7 @@ def sft(
     sizes = None if new_model is None else NewModel.from_mapping(new_model)
     if (sizes is None) == (model_args.model_name_or_path is None):
         raise ValueError("give either model_name_or_path or a new_model section in the config file")
-    _check_loggers(config)
+    check_runnable(config)
     _checkpoint(config)
     adapter = _adapter(model_args)
     set_seed(config.seed)
@@ -59,13 +59,14 @@ def sft(
         processing_class=tokenizer,
         peft_config=adapter,
     )
+    trainer.dataset_name = script.dataset_name
     _train_and_save(trainer, config)
 
 
 def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
-    _check_loggers(config)
+    check_runnable(config)
     _checkpoint(config)
     adapter = _adapter(model_args)
     set_seed(config.seed)
@@ -81,18 +82,8 @@ def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfi
         processing_class=tokenizer,
         peft_config=adapter,
     )
+    trainer.dataset_name = script.dataset_name
     _train_and_save(trainer, config)
-
-
-def _check_loggers(config: DiffusionConfig) -> None:
-    """ValueError for a logger that transformers does not know or whose package is missing."""
-    there = integration_utils.get_available_reporting_integrations()
-    for name in config.report_to:
-        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
-            raise ValueError(f"report_to must be none, all or some of {known}; got {name!r}")
-        if name not in there and hasattr(integration_utils, f"is_{name}_available"):
-            raise ValueError(f"report_to={name} needs the package {name}, which is not installed")
 
 
 def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
@@ -198,11 +189,11 @@ def _checkpoint(config: DiffusionConfig) -> str | None:
 
 def _train_and_save(trainer: DiffusionTrainer, config: DiffusionConfig) -> None:
     result = trainer.train(resume_from_checkpoint=_checkpoint(config))
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
+        metrics |= trainer.last_evaluation() or trainer.evaluate()
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         say_metrics(metrics)

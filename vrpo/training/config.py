@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_available
+from transformers.trainer_utils import IntervalStrategy
 
 from vrpo.estimator.masking import check_design, check_loss, default_replicates
+from vrpo.training.ranges import check_numbers
+from vrpo.training.support import check_supported
 
 
 def _help(text: str) -> dict[str, str]:
@@ -74,6 +78,10 @@ class DiffusionConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata=_help("Learning-rate schedule."))
     num_train_epochs: float = field(default=1.0, metadata=_help("Passes over the dataset."))
     logging_steps: float = field(default=10, metadata=_help("Steps between log lines."))
+    logging_first_step: bool = field(
+        default=True,
+        metadata=_help("Log step 1, where the loss must be ln 2 and the margin 0."),
+    )
     bf16: bool | None = field(
         default=None,
         metadata=_help("bf16 autocast. None: on where the device is a GPU with bf16, off on CPUs."),
@@ -90,7 +98,23 @@ class DiffusionConfig(TrainingArguments):
                 and torch.cuda.is_available()
                 and torch.cuda.is_bf16_supported()
             )
-        super().__post_init__()
+        check_numbers(self)
+        if self.deepspeed and not is_deepspeed_available():
+            raise ValueError("deepspeed needs the package deepspeed: pip install deepspeed, or use fsdp")
+        if not isinstance(self.report_to, str | list | tuple | None):
+            raise ValueError(f"report_to must be a name or a list of names, got {self.report_to!r}")
+        try:
+            super().__post_init__()
+        except OSError:
+            raise
+        except Exception as error:  # wrong types surface as whatever the line that met them raises
+            raise ValueError(f"training arguments: {' '.join(str(error).split())}") from error
+        if self.data_seed is None:
+            self.data_seed = (
+                self.seed
+            )  # else the order of the data hangs on the global random state at train()
+        if self.logging_strategy == IntervalStrategy.NO:
+            self.logging_first_step = False
         check_design(self.mask_design, self.num_samples, self.masks_per_level)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads columns by name")
@@ -101,8 +125,7 @@ class DiffusionConfig(TrainingArguments):
                 f"max_prompt_length must be in [1, max_length = {self.max_length}), "
                 f"got {self.max_prompt_length}"
             )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+        check_supported(self)
         _check_writable(self.output_dir)
 
 

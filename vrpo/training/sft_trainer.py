@@ -44,11 +44,13 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     args: DiffusionSFTConfig
     collator = data.CompletionCollator
     prepare_dataset = staticmethod(data.prepare_completions)
+    method = "sft"
+    metric_names = ("logps/completion", "elbo/completion_per_token")
     eos_fill: EosFill | None = None
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | PreTrainedModel | nn.Module | None = None,
         args: DiffusionSFTConfig | None = None,
         **kwargs: Any,
     ):

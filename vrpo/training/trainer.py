@@ -6,29 +6,55 @@ all examples of the optimizer step, however they are spread over micro-batches, 
 """
 
 import contextlib
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from vrpo import data
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
-from vrpo.models import LLaDAForMaskedDiffusion, load_tokenizer, special_tokens
+from vrpo.models import load_tokenizer, max_positions, special_tokens
 from vrpo.models.adapters import add_adapter, is_peft_model
 from vrpo.models.checkpoint import load_policy
-from vrpo.models.files import why_unsupported
 from vrpo.step import NLL, Estimator, split_by_tokens
 from vrpo.training.adapter_trainer import AdapterTrainer, check_adapters
+from vrpo.training.checks import (
+    check_batches_exist,
+    check_metric_for_best_model,
+    check_model,
+    check_optimizer,
+)
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.finite import StopAtBadGradients, check_weights, last_good_checkpoint
+from vrpo.training.model_card import model_card
 from vrpo.training.precision import keep_output_dtype, release
+from vrpo.training.resume import (
+    check_checkpoint,
+    check_output_dir,
+    checkpoint_to_resume,
+    digest_of_weights,
+    only_run_in,
+    run_of,
+    settings_of,
+    write_run,
+)
+from vrpo.training.support import check_runnable
 
 logger = logging.get_logger(__name__)
 
@@ -52,14 +78,12 @@ def switch_dropout_off(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _check_model(model: nn.Module) -> None:
-    base = model.get_base_model() if is_peft_model(model) else model
-    if not isinstance(base, LLaDAForMaskedDiffusion):
-        config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
-        raise ValueError(
-            f"model must be a masked-diffusion model (LLaDAForMaskedDiffusion, or PEFT around one), got "
-            f"{type(base).__name__}. {why_unsupported(config)}"
-        )
+class LogTheLastStep(TrainerCallback):
+    """A run shorter than logging_steps, and the end of every run, are logged too."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class DiffusionTrainer(AdapterTrainer):
@@ -71,10 +95,13 @@ class DiffusionTrainer(AdapterTrainer):
 
     collator: Callable
     prepare_dataset: Callable
+    metric_names: tuple[str, ...] = ()
+    method: str | None = None
+    dataset_name: str | None = None
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
+        model: str | PreTrainedModel | nn.Module | None,
         args: DiffusionConfig,
         data_collator: Callable | None = None,
         train_dataset: Dataset | None = None,
@@ -83,7 +110,14 @@ class DiffusionTrainer(AdapterTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
     ):
+        if (model is None) == (model_init is None):
+            raise ValueError("give either model or model_init")
+        if model_init is not None and any(optimizers):
+            raise ValueError("model_init makes a new model for each train(), so optimizers cannot be given")
+        check_runnable(args)
         if args.n_gpu > 1:
             raise ValueError(
                 "nn.DataParallel is not supported: launch one process per GPU with torchrun or accelerate"
@@ -94,24 +128,21 @@ class DiffusionTrainer(AdapterTrainer):
             processing_class = load_tokenizer(model)
         if isinstance(model, str):
             model = load_policy(model, dtype=torch.float32)
-        _check_model(model)
-        mask_token_id = args.mask_token_id
-        if mask_token_id is None:
-            mask_token_id = special_tokens(model.config, processing_class).mask
         self.adapter_is_new = peft_config is not None
-        if peft_config is not None:
-            model = add_adapter(model, peft_config, seed=args.seed)
-        if is_peft_model(model):
-            check_adapters(model)
-        if args.disable_dropout:
-            switch_dropout_off(model)
-        self.estimator = Estimator(
-            mask_token_id=mask_token_id,
-            num_samples=args.num_samples,
-            mask_design=args.mask_design,
-            masks_per_level=args.masks_per_level,
-            seed=args.seed,
-        )
+        self.args, self.peft_config, self.model_init = args, peft_config, model_init
+        if model_init is not None:
+            set_seed(args.seed)
+            model = super().call_model_init()
+        model = self._ready(model)
+        check_optimizer(args, model)
+        self.mask_token_id = args.mask_token_id
+        if self.mask_token_id is None:
+            self.mask_token_id = special_tokens(model.config, processing_class).mask
+        if self.mask_token_id >= model.config.vocab_size:
+            raise ValueError(
+                f"mask_token_id is {self.mask_token_id}, outside the model's embedding of "
+                f"{model.config.vocab_size} rows"
+            )
         self._sums: dict[str, dict[str, Tensor | float]] = {
             "train": defaultdict(float),
             "eval": defaultdict(float),
@@ -119,24 +150,92 @@ class DiffusionTrainer(AdapterTrainer):
         self._num_tokens = 0
         self._seconds = 0.0
         super().__init__(
-            model=release(model),
+            model=model,
             args=args,
             data_collator=data_collator or self.collator(),
-            train_dataset=self._prepare(train_dataset, processing_class, args, model, "train"),
-            eval_dataset=self._prepare(eval_dataset, processing_class, args, model, "eval"),
+            train_dataset=self._prepare(train_dataset, processing_class, model, "train"),
+            eval_dataset=self._prepare_each(eval_dataset, processing_class, model),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_metrics=compute_metrics,
         )
+        self.model_init = model_init
+        self._frozen = self._digest_of_frozen_weights()
+        check_batches_exist(args, self.train_dataset, self.eval_dataset)
+        if compute_metrics is None:
+            check_metric_for_best_model(args, self.eval_dataset, self.metric_names)
         # Our loss is already one mean over the optimizer step (see training_step).
         self.model_accepts_loss_kwargs = True
         self.add_callback(StopAtBadGradients(self.accelerator))
+        if args.logging_strategy != IntervalStrategy.NO:
+            self.add_callback(LogTheLastStep())
         keep_output_dtype(self.accelerator)
 
-    def train(self, *args, **kwargs):
+    def _ready(self, model: nn.Module) -> nn.Module:
+        """The model checked, with its adapter, and without what an earlier trainer left on it."""
+        check_model(model, self.args)
+        if self.peft_config is not None:
+            model = add_adapter(model, self.peft_config, seed=self.args.seed)
+        if is_peft_model(model):
+            check_adapters(model)
+        if self.args.disable_dropout:
+            switch_dropout_off(model)
+        return release(model)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        return self._ready(super().call_model_init(trial))
+
+    @property
+    def estimator(self) -> Estimator:
+        """From the arguments as they are now; a hyperparameter search changes them between trials."""
+        return Estimator(
+            mask_token_id=self.mask_token_id,
+            num_samples=self.args.num_samples,
+            mask_design=self.args.mask_design,
+            masks_per_level=self.args.masks_per_level,
+            seed=self.args.seed,
+        )
+
+    def _digest_of_frozen_weights(self) -> str:
+        """What training does not move and depends on: the base model under an adapter."""
+        if not is_peft_model(self.model):
+            return ""
+        return digest_of_weights((n, p) for n, p in self.model.named_parameters() if not p.requires_grad)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Trains; `resume_from_checkpoint` is a folder, or True (or "true") for the last one in output_dir.
+
+        Errors: ValueError for a checkpoint of another run or with a part missing, an output_dir that holds
+            another run's checkpoints or is in use; FloatingPointError where a loss, a gradient or a weight to
+            be saved is not finite.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.model is self.model_wrapped and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             release(self.model)  # an evaluation prepares the model too, without DistributedDataParallel
-        return super().train(*args, **kwargs)
+        for sums in self._sums.values():
+            sums.clear()
+        with only_run_in(self.args.output_dir, is_writer=self.args.should_save):
+            self._check_run(checkpoint)
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _run(self) -> dict[str, Any]:
+        kind = type(self).__name__ if self.method is None else self.method
+        return run_of(kind, self.args, self.train_dataset, self._frozen, self.mask_token_id)
+
+    def _check_run(self, checkpoint: str | None) -> None:
+        if not self.is_world_process_zero() or self.train_dataset is None:
+            return
+        if checkpoint is None:
+            check_output_dir(self.args.output_dir, self._run(), self.args.save_strategy)
+            return
+        check_checkpoint(
+            checkpoint,
+            self._run(),
+            save_only_model=self.args.save_only_model,
+            is_plain=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+            is_adapter=is_peft_model(self.model),
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         check_weights(
@@ -147,21 +246,65 @@ class DiffusionTrainer(AdapterTrainer):
             run_dir=self.args.output_dir,
         )
         super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call and self.args.should_save and self.train_dataset is not None:
+            write_run(output_dir, self._run())
+        if not _internal_call:
+            self._write_card(output_dir or self.args.output_dir)
 
-    def _prepare(self, dataset, tokenizer, args, model, split):
+    def create_model_card(self, *args, dataset=None, model_name=None, **kwargs) -> None:
+        """Writes README.md to output_dir: base model, dataset, settings, last evaluation, whom to cite."""
+        self._write_card(self.args.output_dir, dataset=dataset, name=model_name, **kwargs)
+
+    def _write_card(self, folder: str, dataset: str | None = None, name: str | None = None, **more) -> None:
+        if not self.is_world_process_zero():
+            return
+        known = {key: more[key] for key in ("license", "language", "tags") if more.get(key)}
+        what = "an adapter of it" if is_peft_model(self.model) else "all its weights"
+        settings = {"trained": what, "optimizer steps": self.state.global_step, "seed": self.args.seed}
+        card = model_card(
+            method=self.method,
+            name=name or os.path.basename(os.path.abspath(folder)),
+            base_model=self.model.config.name_or_path or None,
+            dataset=dataset or self.dataset_name,
+            settings=settings | settings_of(self.args),
+            metrics=self.last_evaluation() or {},
+            **known,
+        )
+        card.save(os.path.join(folder, "README.md"))
+
+    def last_evaluation(self) -> dict[str, float] | None:
+        """The metrics of an evaluation of the model as it is now; None if there was none."""
+        is_best = self.args.load_best_model_at_end and self.state.best_global_step != self.state.global_step
+        found = {}
+        for entry in self.state.log_history if not is_best else ():
+            if entry.get("step") == self.state.global_step:
+                found |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+        return found or None
+
+    def _prepare_each(self, dataset, tokenizer, model):
+        """A dataset, or each of a dict of them."""
+        if not isinstance(dataset, dict):
+            return self._prepare(dataset, tokenizer, model, "eval")
+        return {name: self._prepare(part, tokenizer, model, f"eval {name}") for name, part in dataset.items()}
+
+    def _prepare(self, dataset, tokenizer, model, split):
+        """Rows as token ids, checked; what is prepared already comes back as it is."""
         if dataset is None:
             return None
         if isinstance(dataset, dict):
-            return {
-                name: self._prepare(part, tokenizer, args, model, f"{split} {name}")
-                for name, part in dataset.items()
-            }
+            raise ValueError(
+                f"the {split} dataset is a dict of {sorted(dataset)}: pass one of them, such as "
+                f"dataset[{sorted(dataset)[-1]!r}]"
+            )
+        args = self.args
         prepared, report = self.prepare_dataset(
             dataset,
             tokenizer,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
+            max_positions=max_positions(model.config),
             vocab_size=model.config.vocab_size,
+            mask_token_id=self.mask_token_id,
             num_proc=args.dataset_num_proc,
         )
         self._check_prepared(prepared, tokenizer, args, model, split)
@@ -175,6 +318,16 @@ class DiffusionTrainer(AdapterTrainer):
     def _responses(self, inputs: dict[str, Any], model: nn.Module) -> ResponseBatch:
         """What a batch trains or evaluates on; the token budget cuts what this returns."""
         return inputs["responses"]
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare(eval_dataset, self.processing_class, self.model, "eval")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(
+            self._prepare(test_dataset, self.processing_class, self.model, "test")
+        )
 
     def _micro_batch_loss(
         self, model: nn.Module, batch: ResponseBatch, epoch: int
@@ -246,6 +399,9 @@ class DiffusionTrainer(AdapterTrainer):
                 kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                 self.accelerator.backward(loss, **kwargs)
             total += loss.detach()
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self._seconds += time.perf_counter() - started
         return total
 
@@ -268,6 +424,11 @@ class DiffusionTrainer(AdapterTrainer):
         return (loss_B.mean(), {"loss": loss_B}) if return_outputs else loss_B.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(mean loss, predictions, labels) of a batch.
+
+        Predictions are the metrics of each example by name, "loss" among them, and labels the example ids:
+        what compute_metrics gets, and predict() returns.
+        """
         parts: dict[str, list[Tensor]] = defaultdict(list)
         with torch.no_grad():
             batch = self._responses(inputs, model)
@@ -277,7 +438,10 @@ class DiffusionTrainer(AdapterTrainer):
         values = {key: torch.cat(part) for key, part in parts.items()}
         # Ranks fill up their last batch with examples seen before; this gathers and drops them again.
         self._record("eval", self.accelerator.gather_for_metrics(values))
-        return values["loss"].mean(), None, None
+        if prediction_loss_only:
+            return values["loss"].mean(), None, None
+        example_B = batch.example_R[:: batch.num_sides].to(self.args.device)
+        return values["loss"].mean(), values, example_B
 
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         self._sums["eval"].clear()

@@ -1,22 +1,24 @@
 """VRPOTrainer: preference training on pairs, with a reference that sees the same masks."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from vrpo import data
 from vrpo.batch import PackedBatch
 from vrpo.models import load_tokenizer
+from vrpo.models.adapters import is_peft_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.objectives import preference
-from vrpo.step import NLL, preference_step
+from vrpo.step import NLL, Estimator, preference_step
 from vrpo.training.config import VRPOConfig
 from vrpo.training.reference import build_reference
+from vrpo.training.resume import digest_of_weights
 from vrpo.training.trainer import DiffusionTrainer, as_nll
 
 
@@ -47,11 +49,30 @@ class VRPOTrainer(DiffusionTrainer):
     args: VRPOConfig
     collator = data.PairCollator
     prepare_dataset = staticmethod(data.prepare_pairs)
+    method = "vrpo"
+    metric_names = (
+        "rewards/accuracies",
+        "rewards/margins",
+        "rewards/chosen",
+        "rewards/rejected",
+        "logps/chosen",
+        "logps/rejected",
+        "elbo/ref_chosen",
+        "elbo/ref_rejected",
+        "elbo/chosen_per_token",
+        "elbo/rejected_per_token",
+        "vrpo/sft_loss",
+        "vrpo/score_std",
+        "vrpo/loss_bias",
+        "vrpo/loss_bias_bound",
+        "vrpo/sign_flips",
+        "vrpo/gradient_noise",
+    )
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
-        ref_model: PreTrainedModel | None = None,
+        model: str | PreTrainedModel | nn.Module | None = None,
+        ref_model: str | PreTrainedModel | None = None,
         args: VRPOConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | None = None,
@@ -60,13 +81,20 @@ class VRPOTrainer(DiffusionTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
     ):
         args = args or VRPOConfig(output_dir="vrpo_output")
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_policy(model, dtype=torch.float32)
-        if ref_model is model:
+        if ref_model is not None and ref_model is model:
             raise ValueError("ref_model is the model itself and would move with it; pass None or a copy")
+        if isinstance(ref_model, str):
+            dtype = next(model.parameters()).dtype if model is not None else torch.float32
+            attention = model.config._attn_implementation if model is not None else "vrpo"
+            ref_model = load_policy(ref_model, dtype=dtype, attn_implementation=attention)
+        self._given_reference = ref_model
         super().__init__(
             model=model,
             args=args,
@@ -77,11 +105,31 @@ class VRPOTrainer(DiffusionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
+            compute_metrics=compute_metrics,
+            model_init=model_init,
         )
-        self.estimator = dataclasses.replace(
-            self.estimator, num_replicates=args.num_replicates, pair_masks=args.pair_masks
+        self.ref_model = build_reference(self, self._given_reference)
+
+    @property
+    def estimator(self) -> Estimator:
+        args = self.args
+        return replace(super().estimator, num_replicates=args.num_replicates, pair_masks=args.pair_masks)
+
+    def _digest_of_frozen_weights(self) -> str:
+        """The reference: given, or the policy as it is before training, or the model under its adapter."""
+        model = self.model if self._given_reference is None else self._given_reference
+        is_base = self._given_reference is None and is_peft_model(model)
+        return digest_of_weights(
+            (name, p) for name, p in model.named_parameters() if not (is_base and p.requires_grad)
         )
-        self.ref_model = build_reference(self, ref_model)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """A new policy; the reference that is a copy of it is copied again."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "ref_model"):
+            self.model = model
+            self.ref_model = build_reference(self, self._given_reference)
+        return model
 
     def _reference(self, model: nn.Module) -> NLL:
         if self.ref_model is not None:

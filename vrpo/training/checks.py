@@ -1,0 +1,60 @@
+"""What a trainer refuses before its first step because the run would end in an error, or do nothing."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from vrpo.models import LLaDAForMaskedDiffusion
+from vrpo.models.adapters import is_peft_model
+from vrpo.models.files import why_unsupported
+
+
+def check_model(model: nn.Module, args: TrainingArguments) -> None:
+    """ValueError for a model that is not one of masked diffusion, or whose weights fp16 cannot scale."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    if not isinstance(base, LLaDAForMaskedDiffusion):
+        config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
+        raise ValueError(
+            f"model must be a masked-diffusion model (LLaDAForMaskedDiffusion, or PEFT around one), got "
+            f"{type(base).__name__}. {why_unsupported(config)}"
+        )
+    if args.fp16 and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+        raise ValueError("fp16=True scales gradients of float32 weights, but the model's are float16")
+
+
+def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
+    """ValueError for an optimizer whose package is missing or whose arguments are wrong."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except Exception as error:
+        raise ValueError(f"optim={args.optim.value!r}: {' '.join(str(error).split())}") from error
+
+
+def check_batches_exist(args: TrainingArguments, train: Any, evaluation: Any) -> None:
+    """ValueError where dataloader_drop_last would leave nothing to train on, or to evaluate."""
+    if not args.dataloader_drop_last:
+        return
+    sets = evaluation if isinstance(evaluation, Mapping) else {"eval": evaluation}
+    batches = [("train", train, args.train_batch_size)]
+    batches += [(name, dataset, args.eval_batch_size) for name, dataset in sets.items()]
+    for name, dataset, batch_size in batches:
+        needed = batch_size * args.world_size
+        if dataset is not None and len(dataset) < needed:
+            raise ValueError(
+                f"dataloader_drop_last leaves no batch of the {len(dataset)} {name} rows: one batch of all "
+                f"processes takes {needed}"
+            )
+
+
+def check_metric_for_best_model(args: TrainingArguments, evaluation: Any, names: Collection[str]) -> None:
+    """ValueError for a metric that no evaluation reports; otherwise a KeyError after the first one."""
+    wanted = args.metric_for_best_model
+    if wanted is None or evaluation is None:
+        return
+    prefixes = [f"{name}_" for name in evaluation] if isinstance(evaluation, Mapping) else [""]
+    known = [f"{prefix}{name}" for prefix in prefixes for name in ("loss", *names)]
+    if wanted.removeprefix("eval_") not in known:
+        raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}, got {wanted!r}")

@@ -1,0 +1,268 @@
+"""Resuming the run that was interrupted, and no other one: which checkpoint, whole or not, of which run.
+
+Every checkpoint holds `vrpo_run.json`, what the run was. What decides which example is masked how, and
+against which reference it is scored, must be the same on resume: a run that changes it midway is neither
+the old run nor a new one. What people change on purpose (rate, beta, number of samples, batch) is allowed
+and told.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+from transformers.utils import logging
+
+from vrpo.training.finite import checkpoints
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "vrpo_run.json"
+LOCK_FILE = ".vrpo.lock"
+_STATE = ("optimizer.pt", "scheduler.pt")
+_SAMPLED = 64
+_MUST_EQUAL = {
+    "trainer": "the kind of training",
+    "data": "the training data, or the tokenizer that read them",
+    "reference": "the weights of the reference or of the base model under the adapter",
+    "seed": "seed",
+    "data_seed": "data_seed",
+    "mask_token_id": "mask_token_id",
+}
+# Of the inherited arguments, those that change what is learnt. Of our own, all but these do.
+_INHERITED = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "optim",
+    "bf16",
+    "fp16",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+_OWN_WITHOUT_EFFECT = {"max_tokens_per_pack", "dataset_num_proc"}
+
+
+def run_of(
+    trainer: str, args: TrainingArguments, dataset: Dataset | None, reference: str, mask_token_id: int
+) -> dict[str, Any]:
+    """What a run is, as JSON; `reference` is a digest of frozen weights."""
+    return {
+        "trainer": trainer,
+        "data": digest_of_dataset(dataset),
+        "reference": reference,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "mask_token_id": mask_token_id,
+        "world_size": args.world_size,
+        "settings": settings_of(args),
+    }
+
+
+def settings_of(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that change what is learnt: all of our own but a few, and some inherited ones."""
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(args)} - inherited - _OWN_WITHOUT_EFFECT
+    settings = {name: getattr(args, name) for name in sorted({*own, *_INHERITED})}
+    return {name: getattr(value, "value", value) for name, value in settings.items()}
+
+
+def digest_of_dataset(dataset: Dataset | None) -> str:
+    """SHA-256 of the token ids and example ids, in order."""
+    digest = hashlib.sha256()
+    if dataset is not None:
+        names = sorted(name for name in dataset.column_names if name.endswith(("_ids", "_id")))
+        for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+            for name in names:
+                column = table.column(name).combine_chunks()
+                digest.update(name.encode())
+                if hasattr(column, "flatten") and hasattr(column, "value_lengths"):
+                    digest.update(np.ascontiguousarray(column.value_lengths().to_numpy(zero_copy_only=False)))
+                    column = column.flatten()
+                digest.update(np.ascontiguousarray(column.to_numpy(zero_copy_only=False)))
+    return digest.hexdigest()
+
+
+def digest_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, shapes and a sample of each tensor; training changes every one of them."""
+    digest = hashlib.sha256()
+    # By the names they have without PEFT: which layers carry an adapter is not the base's matter.
+    plain = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in parameters
+    }
+    for name, tensor in sorted(plain.items()):
+        flat = tensor.detach().flatten()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if len(flat):
+            index = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
+            digest.update(flat[index.long().to(flat.device)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means; None to start anew.
+
+    Errors: ValueError for "true" where output_dir has no checkpoint, and for a path that is no folder.
+    """
+    word = str(value).strip().lower()
+    if word in ("none", "false", "no", "off", ""):
+        return None
+    if word in ("true", "yes", "on"):
+        found = checkpoints(output_dir)
+        if not found:
+            raise ValueError(f"resume_from_checkpoint={word}: output_dir {output_dir!r} has no checkpoint")
+        return str(found[0])
+    if not Path(str(value)).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint: there is no folder {str(value)!r}; 'true' takes the last checkpoint in "
+            "output_dir, 'false' starts anew"
+        )
+    return str(value)
+
+
+def check_checkpoint(
+    folder: str, run: dict[str, Any], *, save_only_model: bool, is_plain: bool, is_adapter: bool
+) -> None:
+    """ValueError unless the checkpoint is whole and of this run; a warning for what was changed on purpose.
+
+    is_plain: neither FSDP nor DeepSpeed, which keep states in files of their own.
+    """
+    _check_whole(Path(folder), save_only_model, is_plain)
+    if is_plain:
+        _check_kind(Path(folder), is_adapter)
+    saved = _read_run(folder)
+    if saved is None:
+        logger.warning(
+            f"{folder} has no {RUN_FILE}: whether it is a checkpoint of this run cannot be checked"
+        )
+        return
+    differing = _differing(saved, run)
+    if differing:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} is of another run: {'; '.join(differing)} changed. Give what "
+            "it was trained with, or start anew in another output_dir"
+        )
+    changed = {**run["settings"], "world_size": run["world_size"]}
+    before = {**saved.get("settings", {}), "world_size": saved.get("world_size")}
+    told = [
+        f"{name} {before[name]} -> {value}"
+        for name, value in changed.items()
+        if name in before and before[name] != value
+    ]
+    if told:
+        logger.warning(f"resuming {folder} with other settings: {', '.join(told)}")
+
+
+def check_output_dir(output_dir: str, run: dict[str, Any], save_strategy: SaveStrategy) -> None:
+    """ValueError if output_dir holds checkpoints of another run: they would be rotated away, or resumed."""
+    if save_strategy == SaveStrategy.NO:
+        return
+    for folder in checkpoints(output_dir):
+        saved = _read_run(folder)
+        if saved is None or _differing(saved, run) or saved.get("settings") != run["settings"]:
+            raise ValueError(
+                f"output_dir {output_dir!r} holds a checkpoint of another run, {folder.name}: choose another "
+                "output_dir, remove it, or set resume_from_checkpoint to go on with it"
+            )
+
+
+@contextlib.contextmanager
+def only_run_in(output_dir: str, *, is_writer: bool) -> Iterator[None]:
+    """Holds a lock on output_dir in the process that writes; the system frees it when that process ends.
+
+    Errors: ValueError where another run holds it: two would delete each other's checkpoints.
+    """
+    if not is_writer:
+        yield
+        return
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(output_dir, LOCK_FILE), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"output_dir {output_dir!r} is in use by another training run") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_run(folder: str, run: dict[str, Any]) -> None:
+    Path(folder, RUN_FILE).write_text(json.dumps(run, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_run(folder: str | Path) -> dict[str, Any] | None:
+    path = Path(folder, RUN_FILE)
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} does not describe a run")
+    return saved
+
+
+def _differing(saved: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    return [
+        f"{told} ({saved.get(name)} -> {run[name]})" if told == name else told
+        for name, told in _MUST_EQUAL.items()
+        if saved.get(name) != run[name]
+    ]
+
+
+def _check_kind(folder: Path, is_adapter: bool) -> None:
+    """ValueError where a model is expected and an adapter lies there, or the other way round."""
+    has_adapter = any(folder.glob("**/adapter_model.*"))
+    if is_adapter and not has_adapter:
+        raise ValueError(f"{folder} has the weights of a whole model and no adapter_model.safetensors")
+    if not is_adapter and has_adapter:
+        raise ValueError(f"{folder} has an adapter, but the trainer trains the whole model: pass peft_config")
+
+
+def _check_whole(folder: Path, save_only_model: bool, is_plain: bool) -> None:
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        raise ValueError(f"resume_from_checkpoint: {folder} is no checkpoint, it has no trainer_state.json")
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"resume_from_checkpoint: {state} is not JSON ({error})") from error
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"resume_from_checkpoint: {path} is damaged ({error})") from error
+    if not is_plain:
+        return
+    missing = [name for name in _STATE if not (folder / name).is_file()]
+    if missing and not save_only_model:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has no {' and no '.join(missing)}, so Adam and the warm-up "
+            "would start again in the middle; save_only_model=True allows that"
+        )
+    if missing:
+        logger.warning(f"{folder} has no {' and no '.join(missing)}: optimizer and schedule start again")
+    for name in _STATE:
+        if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
+            raise ValueError(f"resume_from_checkpoint: {folder / name} is damaged")
