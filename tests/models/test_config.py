@@ -130,6 +130,7 @@ def test_load_config__a_folder_without_one_is_one_line(tmp_path):
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {"rope_scaling": YARN},
         {"rope_scaling": "yarn"},
+        {"rope_scaling": {"rope_type": []}},
         {"rope_parameters": YARN},
         {"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}},
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},

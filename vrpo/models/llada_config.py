@@ -125,9 +125,9 @@ def _plain_rope(given: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(rope, dict):
             raise ValueError(f"LLaDA config {name} must be a dictionary or null, got {rope!r}")
-        kinds = {rope.get(key, "default") for key in ("rope_type", "type")}
+        kinds = [rope.get(key, "default") for key in ("rope_type", "type")]
         extra = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if kinds != {"default"} or extra or rope.get("partial_rotary_factor", 1) not in (None, 1):
+        if kinds != ["default"] * 2 or extra or rope.get("partial_rotary_factor", 1) not in (None, 1):
             raise ValueError(f"LLaDA has plain RoPE only, got {name} = {rope!r}")
         if rope.get("rope_theta") is not None:
             thetas[name] = rope["rope_theta"]
