@@ -253,6 +253,7 @@ def test_config__an_id_of_a_wrong_kind_is_named(key, value):
         ({"n_heads": 5, "n_kv_heads": 5}, "not a multiple"),
         ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads must divide"),
         ({"n_heads": 32, "n_kv_heads": 32}, "must be even for RoPE"),
+        ({"mlp_ratio": 1e308, "mlp_hidden_size": None}, "mlp_ratio must be"),
         ({"head_dim": 16}, "head_dim must be d_model / n_heads"),
         ({"embedding_size": 40}, "embedding_size 40 is less than vocab_size 50"),
         ({"hidden_size": 64}, "gives d_model = 32 and hidden_size = 64"),

@@ -73,7 +73,7 @@ _KNOWN = {
 }
 
 _SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "max_sequence_length")
-_LARGEST = 2**31 - 1  # of a size: int32 counts tokens and rows
+_LARGEST = 2**27  # of a size: beyond any model, and no product of two overflows
 _MOST_LAYERS = 10_000
 _IDS = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
 
@@ -248,7 +248,7 @@ class LLaDAConfig(LlamaConfig):
             kwargs["rms_norm_eps"] = 1e-5
         _check_values(kwargs)
         if "hidden_size" in kwargs and "intermediate_size" not in kwargs:
-            _check_number("mlp_ratio", kwargs["mlp_ratio"], above=0)
+            _check_number("mlp_ratio", kwargs["mlp_ratio"], above=0, at_most=_LARGEST)
             kwargs["intermediate_size"] = int(kwargs["mlp_ratio"] * kwargs["hidden_size"])
             _check_count("mlp_hidden_size", kwargs["intermediate_size"])
         kwargs["use_cache"] = False  # a key-value cache has no meaning without a causal mask
