@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from vrpo.models import load_model, load_tokenizer
 from vrpo.models.files import check_weight_files, why_unsupported
-from vrpo.training.trainer import _check_model
+from vrpo.training.checks import check_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -199,9 +199,9 @@ def test_load_tokenizer__code_of_its_own_is_refused_without_advice_that_does_not
 def test_check_model__says_causal_of_causal_models_only():
     causal = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
     with pytest.raises(ValueError, match=r"got GPT2LMHeadModel\. A causal language model cannot"):
-        _check_model(causal)
+        check_model(causal, TrainingArguments(use_cpu=True))
     with pytest.raises(ValueError, match=r"got Linear\. This version does not know"):
-        _check_model(torch.nn.Linear(2, 2))
+        check_model(torch.nn.Linear(2, 2), TrainingArguments(use_cpu=True))
     assert "load_model" in why_unsupported(
         {"model_type": "llada", "auto_map": {"AutoModel": "x.LLaDAModelLM"}}
     )
