@@ -84,7 +84,7 @@ def train(trainer_class: type[VRPOTrainer], output_dir: str, reference: str, bf1
         if not isinstance(p, DTensor)
     }
     trainer.evaluate()
-    trainer.save_model(f"{output_dir}/{reference}-{trainer_class.__name__}")
+    trainer.save_model(f"{output_dir}/{'bf16' if bf16 else reference}-{trainer_class.__name__}")
     weights = {name: full(p.detach()).clone() for name, p in trainer.model.named_parameters()}
     return {"weights": weights, "log": trainer.state.log_history, "whole_weights": whole_weights}
 
