@@ -17,7 +17,8 @@ from vrpo.estimator.eos_fill import EosFill, mean_fill
 from vrpo.models import max_positions, special_tokens
 from vrpo.step import denoising_step
 from vrpo.training.config import DiffusionSFTConfig
-from vrpo.training.trainer import DiffusionTrainer, as_nll
+from vrpo.training.packed_trainer import as_nll
+from vrpo.training.trainer import DiffusionTrainer
 
 logger = logging.get_logger(__name__)
 

@@ -17,9 +17,10 @@ from vrpo.models.checkpoint import load_policy
 from vrpo.objectives import preference
 from vrpo.step import NLL, Estimator, preference_step
 from vrpo.training.config import VRPOConfig
+from vrpo.training.packed_trainer import as_nll
 from vrpo.training.reference import build_reference
 from vrpo.training.resume import digest_of_weights
-from vrpo.training.trainer import DiffusionTrainer, as_nll
+from vrpo.training.trainer import DiffusionTrainer
 
 
 class VRPOTrainer(DiffusionTrainer):
