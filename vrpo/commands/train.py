@@ -1,12 +1,10 @@
 """`vrpo sft` and `vrpo train`: check, load, build, run, save. They have no defaults of their own."""
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from vrpo import data
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
@@ -19,10 +17,13 @@ from vrpo.models.adapter_config import ALL_LINEAR, require_peft
 from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_loading, check_model_path
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
+from vrpo.training.resume import checkpoint_to_resume
 from vrpo.training.sft_trainer import DiffusionSFTTrainer
 from vrpo.training.support import check_runnable
 from vrpo.training.trainer import DiffusionTrainer
 from vrpo.training.vrpo_trainer import VRPOTrainer
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def sft(
@@ -34,56 +35,49 @@ def sft(
     sizes = None if new_model is None else NewModel.from_mapping(new_model)
     if (sizes is None) == (model_args.model_name_or_path is None):
         raise ValueError("give either model_name_or_path or a new_model section in the config file")
-    check_runnable(config)
-    _checkpoint(config)
-    adapter = _adapter(model_args)
-    set_seed(config.seed)
-    check_loading(model_args.dtype, model_args.attn_implementation)
-    train, evaluation = _load_data(script)
-    _check_places(script, model_args, config)
-    if sizes is None:
-        model, tokenizer = _load_model(model_args)
-    else:
-        checkpoint = _checkpoint(config)
-        tokenizer = (
-            train_tokenizer(_texts(train), sizes.vocab_size)
-            if checkpoint is None
-            else trained_tokenizer(checkpoint, sizes)
-        )
-        model = build_model(sizes, tokenizer, max_length=config.max_length, seed=config.seed)
-    trainer = DiffusionSFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
-    trainer.dataset_name = script.dataset_name
-    _train_and_save(trainer, config)
+
+    def new(rows: Dataset, checkpoint: str | None) -> Loaded:
+        if checkpoint is None:
+            tokenizer = train_tokenizer(_texts(rows), sizes.vocab_size)
+        else:
+            tokenizer = trained_tokenizer(checkpoint, sizes)
+        return build_model(sizes, tokenizer, max_length=config.max_length, seed=config.seed), tokenizer
+
+    _run(DiffusionSFTTrainer, script, model_args, config, make=None if sizes is None else new)
 
 
 def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
+    _run(VRPOTrainer, script, model_args, config)
+
+
+def _run(
+    trainer_class: type[DiffusionTrainer],
+    script: ScriptArguments,
+    model_args: ModelArguments,
+    config: DiffusionConfig,
+    make: Callable[[Dataset, str | None], Loaded] | None = None,
+) -> None:
+    """Check, load, train, save; `make` builds a new model from the training rows instead of loading one."""
     check_runnable(config)
-    _checkpoint(config)
+    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
     adapter = _adapter(model_args)
     set_seed(config.seed)
     check_loading(model_args.dtype, model_args.attn_implementation)
-    train, evaluation = _load_data(script)
+    rows, evaluation = _load_data(script)
     _check_places(script, model_args, config)
-    model, tokenizer = _load_model(model_args)
-    trainer = VRPOTrainer(
+    model, tokenizer = _load_model(model_args) if make is None else make(rows, checkpoint)
+    trainer = trainer_class(
         model=model,
         args=config,
-        train_dataset=train,
+        train_dataset=rows,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=adapter,
     )
     trainer.dataset_name = script.dataset_name
-    _train_and_save(trainer, config)
+    _train_and_save(trainer, checkpoint)
 
 
 def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
@@ -112,7 +106,7 @@ def _check_places(script: ScriptArguments, args: ModelArguments, config: Diffusi
     )
 
 
-def _load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_model(args: ModelArguments) -> Loaded:
     tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
     model = load_policy(
         args.model_name_or_path,
@@ -161,40 +155,19 @@ def _texts(rows: Dataset) -> Iterator[str]:
             yield from (message["content"] for message in messages if message.get("content"))
 
 
-def _resume_from(config: DiffusionConfig) -> str | bool | None:
-    """A checkpoint's path; True for the last one in output_dir; None to start anew."""
-    word = str(config.resume_from_checkpoint or "false").lower()
-    if word in ("true", "yes", "on", "false", "no", "off"):
-        return True if word in ("true", "yes", "on") else None
-    if not os.path.isdir(config.resume_from_checkpoint):
-        raise ValueError(
-            "resume_from_checkpoint must be the folder of a checkpoint, or true for the last one in "
-            f"output_dir; got {config.resume_from_checkpoint!r}"
-        )
-    return config.resume_from_checkpoint
-
-
-def _checkpoint(config: DiffusionConfig) -> str | None:
-    """The checkpoint that training goes on from, or None."""
-    resume = _resume_from(config)
-    if resume is not True:
-        return resume
-    found = get_last_checkpoint(config.output_dir) if os.path.isdir(config.output_dir) else None
-    if found is None:
-        raise ValueError(
-            f"resume_from_checkpoint=true, but output_dir {config.output_dir!r} has no checkpoint"
-        )
-    return found
-
-
-def _train_and_save(trainer: DiffusionTrainer, config: DiffusionConfig) -> None:
-    result = trainer.train(resume_from_checkpoint=_checkpoint(config))
+def _train_and_save(trainer: DiffusionTrainer, checkpoint: str | None) -> None:
+    output_dir = trainer.args.output_dir
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    # Before the evaluation, which may fail: what was trained is not lost to it.
+    trainer.save_model(output_dir)
+    trainer.save_state()
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
-        metrics |= trainer.last_evaluation() or trainer.evaluate()
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
+        known = trainer.last_evaluation()
+        metrics |= known or trainer.evaluate()
+        if known is None:
+            trainer.create_model_card()  # with the evaluation's figures
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         say_metrics(metrics)
-        say(f"saved model, tokenizer and metrics in {config.output_dir}\n")
+        say(f"saved model, tokenizer and metrics in {output_dir}\n")
