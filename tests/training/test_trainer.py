@@ -225,6 +225,31 @@ def test_init__refuses_a_reference_that_is_the_policy(tmp_path, tiny_model, toke
         trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, ref_model=tiny_model)
 
 
+@pytest.mark.parametrize("shared", ["base under the adapter", "part", "memory"])
+def test_init__refuses_a_reference_that_shares_trained_weights(
+    tmp_path, tiny_model, tokenizer, pair_rows, shared
+):
+    model, ref_model = tiny_model, copy.deepcopy(tiny_model)
+    if shared == "base under the adapter":
+        model, ref_model = get_peft_model(tiny_model, copy.deepcopy(LORA)), tiny_model
+    elif shared == "part":
+        ref_model.lm_head = model.lm_head
+    else:
+        ref_model.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(ValueError, match=r"ref_model shares weights with the model .*(lora_A|lm_head)"):
+        trainer_of(tmp_path, model, tokenizer, pair_rows, ref_model=ref_model)
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_init__a_reference_may_share_weights_that_stay(tmp_path, tiny_model, tokenizer, pair_rows):
+    ref_model = copy.deepcopy(tiny_model)
+    model = get_peft_model(tiny_model, copy.deepcopy(LORA))
+    ref_model.lm_head = tiny_model.lm_head
+    trainer = trainer_of(tmp_path, model, tokenizer, pair_rows, ref_model=ref_model, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "rewards/margins") == [0.0]
+
+
 def test_init__refuses_a_reference_in_another_dtype(tmp_path, tiny_model, tokenizer, pair_rows):
     with pytest.raises(ValueError, match=r"ref_model has parameters in .*bfloat16"):
         trainer_of(

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vrpo.models.adapters import equals_its_base, is_peft_model
+from vrpo.models.files import first_few
 from vrpo.training.precision import prepare_reference
 from vrpo.training.trainer import DiffusionTrainer, switch_dropout_off
 
@@ -25,6 +26,7 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
             return _check_adapter_is_new(trainer)
         ref_model = copy.deepcopy(trainer.model)
     else:
+        _check_apart(trainer.model, ref_model)
         _check_same_computation(trainer.model, ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
@@ -50,6 +52,26 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
         # accelerator.prepare_model would leave it whole, and accelerator.prepare wants an optimizer.
         return fsdp2_prepare_model(trainer.accelerator, ref_model)
     return prepare_reference(trainer.accelerator, ref_model)
+
+
+def _check_apart(model: nn.Module, ref_model: nn.Module) -> None:
+    """ValueError for a reference that training would move: it holds weights that the policy trains.
+
+    So does the base that was given to PEFT's get_peft_model, which puts the adapter into it. By memory and
+    not by object, because views and `load_state_dict(assign=True)` share the one and not the other.
+    """
+    trained = {_memory(p) for p in model.parameters() if p.requires_grad and p.numel()}
+    shared = [name for name, p in ref_model.named_parameters() if p.numel() and _memory(p) in trained]
+    if shared:
+        raise ValueError(
+            f"ref_model shares weights with the model and would move with it: {first_few(shared)}. Pass None "
+            "(a frozen copy; with PEFT the model with its adapter switched off) or a model loaded by itself."
+        )
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int]:
+    # "meta" tensors have no memory; the object stands for it.
+    return tensor.device, id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
 def _check_same_computation(model: nn.Module, ref_model: nn.Module) -> None:
