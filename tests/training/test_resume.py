@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset
 from trainers import LORA, config, logged, parameters, trainer_of
 
-from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer
+from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
 from vrpo.training.resume import LOCK_FILE, RUN_FILE, checkpoint_to_resume, digest_of_dataset
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -110,6 +111,26 @@ def test_train__the_same_run_may_start_again(stopped):
     trainer = stopped(max_steps=4)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+@dataclass
+class OwnConfig(VRPOConfig):
+    """Fields that JSON has no form for."""
+
+    source: Path = Path("rows")
+    bounds: tuple = (1, 2)
+
+
+def test_train__fields_of_an_own_config_belong_to_the_run(tmp_path, tiny_model, tokenizer, pair_rows):
+    def again(**fields):
+        args = config(tmp_path, OwnConfig, **SAVING, **fields)
+        model = copy.deepcopy(tiny_model)
+        VRPOTrainer(model, args=args, train_dataset=pair_rows, processing_class=tokenizer).train()
+
+    again()
+    again()
+    with pytest.raises(ValueError, match="holds a checkpoint of another run"):
+        again(bounds=(1, 3))
 
 
 def test_train__two_runs_do_not_share_an_output_dir(tmp_path, tiny_model, tokenizer, pair_rows):

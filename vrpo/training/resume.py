@@ -81,7 +81,9 @@ def settings_of(args: TrainingArguments) -> dict[str, Any]:
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {field.name for field in dataclasses.fields(args)} - inherited - _OWN_WITHOUT_EFFECT
     settings = {name: getattr(args, name) for name in sorted({*own, *_INHERITED})}
-    return {name: getattr(value, "value", value) for name, value in settings.items()}
+    plain = {name: getattr(value, "value", value) for name, value in settings.items()}
+    # As they come back from RUN_FILE; a subclass of a config may have fields that JSON does not know.
+    return json.loads(json.dumps(plain, default=lambda value: getattr(value, "__qualname__", str(value))))
 
 
 def digest_of_dataset(dataset: Dataset | None) -> str:
