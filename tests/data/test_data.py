@@ -395,6 +395,33 @@ def test_prepare_pairs__text_needs_a_tokenizer(pair_rows):
         prepare_pairs(pair_rows, None)
 
 
+@pytest.mark.parametrize(
+    ("question", "before", "after"),
+    [("[INST] {} [/INST]", " ", "<|endoftext|>"), ("USER: {} ASSISTANT:", " ", " <|endoftext|>")],
+    ids=["mistral", "vicuna"],
+)
+@pytest.mark.parametrize("alternate", [True, False])
+def test_prepare_pairs__template_without_a_header_is_the_same_asked_and_unasked(
+    tokenizer, question, before, after, alternate
+):
+    changed = llada_tokenizer(tokenizer)
+    ahead, behind = question.split("{}")
+    demand = (
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    )
+    changed.chat_template = (
+        "{% for m in messages %}" + demand * alternate + "{% if m.role == 'user' %}"
+        f"{{{{ '{ahead}' + m.content + '{behind}' }}}}{{% else %}}"
+        f"{{{{ '{before}' + m.content + '{after}' }}}}{{% endif %}}{{% endfor %}}"
+    )
+    row = {"prompt": [user("a")], "chosen": [assistant("c")], "rejected": [assistant("d")]}
+    prepared, _ = prepare_pairs(pairs(row), changed)
+    told = {name: changed.decode(prepared[0][name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    assert told["prompt_ids"] == question.format("a")
+    assert told["chosen_ids"] == f"{before}c{after}"
+    assert told["rejected_ids"] == f"{before}d{after}"
+
+
 def test_prepare_pairs__template_that_hides_the_end_of_a_turn_is_refused(tokenizer):
     changed = llada_tokenizer(tokenizer)
     changed.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

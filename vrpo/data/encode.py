@@ -10,10 +10,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vrpo.data.chat import Rendered, render, render_prompt
-from vrpo.data.formats import Example, Text, example, prompt_only, shared_prefix
+from vrpo.data.formats import Example, Message, Text, example, prompt_only, shared_prefix
 from vrpo.data.problems import RowProblem, raise_problems
 
 _PROBES = 16
+_PROBE = "zyzzyva"  # a content that no template writes by itself
 
 
 @dataclass(frozen=True)
@@ -174,17 +175,15 @@ def _unasked_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     That header is no part of a response. It is what the text before the content of an assistant message
     (start of text, header) and the text after it (end of turn, header) end with in common, in tokens.
     """
-    user = Example([{"role": "user", "content": "question"}], [])
-    content = "answer"
+    user, answer = ([{"role": role, "content": _PROBE}] for role in ("user", "assistant"))
     try:
-        asked, unasked = (render_prompt(user, tokenizer, opening=opening) for opening in (True, False))
+        asked, unasked = (render_prompt(Example(user, []), tokenizer, opening=o) for o in (True, False))
     except RowProblem:  # a template with demands that its rows meet and this probe does not
         return []
-    if asked != unasked:
+    if asked != unasked or _ends_otherwise(unasked, [*user, *answer], tokenizer):
         return []
     try:
-        answer = Example([{"role": "assistant", "content": content}], [])
-        before, _, after = render_prompt(answer, tokenizer, opening=False).partition(content)
+        before, _, after = render_prompt(Example(answer, []), tokenizer, opening=False).partition(_PROBE)
     except RowProblem:
         before, after = "", ""
     before_ids, after_ids = tokenizer([before, after], add_special_tokens=False)["input_ids"]
@@ -198,6 +197,20 @@ def _unasked_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return after_ids[-shared:]
 
 
+def _ends_otherwise(question: str, talk: list[Message], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether an answer ends in other tokens than a question, so that nothing is opened after both.
+
+    Llama-2's and Mistral's templates have no header to open, and are the same asked and unasked.
+    """
+    try:
+        text = render_prompt(Example(talk, []), tokenizer, opening=False)
+    except RowProblem:
+        return False
+    ends = [part.rpartition(_PROBE)[2] for part in (question, text)]
+    after_question, after_answer = tokenizer(ends, add_special_tokens=False)["input_ids"]
+    return bool(after_answer) and after_question[-1:] != after_answer[-1:]
+
+
 def closing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids with which the chat template ends an answer; none where there is no template, or it refuses.
 
@@ -205,10 +218,9 @@ def closing_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """
     if not tokenizer.chat_template:
         return ()
-    content = "answer"
-    talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": content}]
+    talk = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
     try:
-        after = render_prompt(Example(talk, []), tokenizer, opening=False).rpartition(content)[2]
+        after = render_prompt(Example(talk, []), tokenizer, opening=False).rpartition(_PROBE)[2]
         opening = _unasked_opening(tokenizer)
     except ValueError:  # a template with demands that its rows meet and this probe does not
         return ()
