@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import pandas
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Json, List, Value
 from hypothesis import HealthCheck, given, settings
@@ -212,6 +213,32 @@ def test_load_rows__edited_file_of_the_same_time_stamp_is_read_anew(suffix):
     save("two")
     assert load_rows(f"a.{suffix}")["prompt"][:] == ["two"]
     assert load_rows(f"a.{suffix}", split="train[:1]")["prompt"][:] == ["two"]
+
+
+def test_load_rows__a_cached_file_that_lost_its_end_is_written_anew(tmp_path):
+    path = write("many.jsonl", LINES * 600)  # three batches: cut between two, it would read as fewer rows
+    load_rows(path)
+    (cached,) = (tmp_path / "cache").rglob("*.arrow")
+    whole = cached.read_bytes()
+    source = pa.BufferReader(whole)
+    reader = pa.ipc.open_stream(source)
+    ends = [source.tell() for _ in reader]
+    for size in (0, 7, *ends, len(whole) - 1):
+        cached.write_bytes(whole[:size])
+        assert len(load_rows(path)) == 2400
+        assert cached.read_bytes() == whole
+    cached.write_bytes(b"?" * 64 + whole[64:])
+    assert str(cached) in refusal(path)
+
+
+def test_load_rows__others_may_read_the_cache(tmp_path):
+    before = os.umask(0o027)
+    try:
+        load_rows(write("a.jsonl"))
+    finally:
+        os.umask(before)
+    (cached,) = (tmp_path / "cache").rglob("*.arrow")
+    assert cached.stat().st_mode & 0o777 == 0o640
 
 
 def test_load_rows__a_second_load_reads_the_cache(monkeypatch):

@@ -15,11 +15,13 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value
 
+from vrpo.data.problems import one_line
 from vrpo.data.readers import Row
 
 _ROWS_AT_ONCE = 1000
 _CHARACTERS_AT_ONCE = 2**25
 _EXACT_IN_FLOAT = 2**53
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's: a message of length 0
 
 
 def features_of(rows: Iterable[Row]) -> tuple[Features, int]:
@@ -81,11 +83,12 @@ def on_disk(path: Path, source: Callable[[], tuple[Features, Iterator[pa.RecordB
     """A memory-mapped dataset of what `source` gives, with the Arrow file `path` behind it.
 
     The file appears whole or not at all; processes that write it at once do not disturb each other. Where it
-    exists, `source` is not asked: its name has to say what it holds.
+    is there and whole, `source` is not asked: its name has to say what it holds. One that lost its end, in a
+    crash of the machine say, is written anew.
 
-    Errors: those of `source`; OSError naming the folder that cannot be written.
+    Errors: those of `source`; OSError naming the folder that cannot be written, or the damaged file.
     """
-    if not path.exists():
+    if not _has_its_end(path):
         features, batches = source()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,11 +102,30 @@ def on_disk(path: Path, source: Callable[[], tuple[Features, Iterator[pa.RecordB
             with pa.OSFile(aside, "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
+            os.chmod(aside, 0o666 & ~_umask())  # mkstemp's is for its owner alone, and caches are shared
             os.replace(aside, path)
         except BaseException:
             os.unlink(aside)
             raise
-    return Dataset.from_file(str(path))
+    try:
+        return Dataset.from_file(str(path))
+    except (OSError, ValueError) as error:
+        raise OSError(f"the cached data {path} are damaged, delete the file: {one_line(error)}") from error
+
+
+def _has_its_end(path: Path) -> bool:
+    """Whether an Arrow stream is there and closed. Cut between two batches it reads as one of fewer rows."""
+    if not path.exists() or path.stat().st_size < len(_END_OF_STREAM):
+        return False
+    with path.open("rb") as file:
+        file.seek(-len(_END_OF_STREAM), os.SEEK_END)
+        return file.read() == _END_OF_STREAM
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # the only way to learn it is to set it
+    os.umask(mask)
+    return mask
 
 
 def batches_of(read: Callable[[], Iterator[Row]]) -> tuple[Features, Iterator[pa.RecordBatch]]:
