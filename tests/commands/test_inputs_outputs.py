@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -189,9 +190,29 @@ def test_train__output_dir_never_is_the_model_or_the_data(files, model_path, tmp
     assert (files / "sft" / "model.safetensors").read_bytes() == before
 
 
-def test_score__never_overwrites_its_config(files, model_path, tmp_path, capsys):
-    config = tmp_path / "score.yaml"
-    config.write_text("num_samples: 2\n")
-    flags = score_flags(files, model_path, tmp_path / "." / "score.yaml", f"--config={config}")
+@pytest.mark.parametrize(
+    ("config", "output"),
+    [("score.yaml", "./score.yaml"), ("score.yaml", "~/score.yaml"), ("a.summary.json", "a.jsonl")],
+)
+def test_score__never_overwrites_its_config(files, model_path, tmp_path, capsys, monkeypatch, config, output):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / config).write_text("num_samples: 2\n")
+    flags = score_flags(files, model_path, output, f"--config={config}")
     assert "must not overwrite --config" in error_of(capsys, flags)
-    assert config.read_text() == "num_samples: 2\n"
+    assert (tmp_path / config).read_text() == "num_samples: 2\n"
+
+
+@pytest.mark.parametrize("command", ["score", "variance"])
+def test_commands__mask_token_in_the_data_is_refused_whoever_knows_it(
+    files, model_path, tmp_path, capsys, command
+):
+    model = tmp_path / "model"  # as LLaDA's: the config names the mask token, the tokenizer does not
+    shutil.copytree(model_path, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    mask = settings.pop("mask_token")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "chosen": f" b {mask}", "rejected": " c"}) + "\n")
+    flags = COMMANDS[command](files, model, tmp_path / "out.json", f"--dataset_name={data}")
+    assert "the mask token" in error_of(capsys, flags)

@@ -188,9 +188,12 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _check_not_overwritten(config: str | None, output_file: str | None) -> None:
-    both = config is not None and output_file is not None and os.path.exists(output_file)
-    if both and os.path.samefile(config, output_file):
-        raise ValueError(f"output_file {output_file!r} must not overwrite --config {config!r}")
+    if config is None or output_file is None or not os.path.exists(config):
+        return
+    output = Path(output_file).expanduser()
+    for path in (output, output.with_suffix(".summary.json") if output.name else output):  # YAML may be JSON
+        if path.exists() and path.samefile(config):
+            raise ValueError(f"output_file {output_file!r} must not overwrite --config {config!r}")
 
 
 def _check_flags(words: Sequence[str], kinds: Mapping[str, Kind], negations: set[str]) -> list[str]:

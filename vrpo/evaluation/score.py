@@ -257,6 +257,7 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
         models.tokenizer,
         max_length=args.max_length,
         vocab_size=models.vocab_size,
+        mask_token_id=models.mask_token_id,
     )
     models.check_length(report.longest)
     data.check_token_budget(dataset, args.num_samples, args.max_tokens_per_pack)

@@ -169,7 +169,11 @@ def _pairs(args: VarianceArguments, models: Models) -> ResponseBatch:
     rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
     rows = rows.select(range(min(args.num_pairs, len(rows))))
     prepared, told = data.prepare_pairs(
-        rows, models.tokenizer, max_length=args.max_length, vocab_size=models.vocab_size
+        rows,
+        models.tokenizer,
+        max_length=args.max_length,
+        vocab_size=models.vocab_size,
+        mask_token_id=models.mask_token_id,
     )
     models.check_length(told.longest)
     data.check_token_budget(prepared, max(args.num_samples), args.max_tokens_per_pack)
