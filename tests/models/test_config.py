@@ -166,6 +166,7 @@ def test_load_config__a_folder_without_one_is_one_line(tmp_path):
         {"architectures": "LLaDAModelLM"},
         {"model_type": "llama"},
         {"is_causal": True},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
     ],
     ids=str,
 )
@@ -188,6 +189,7 @@ def test_config__another_architecture_is_refused_before_any_weight(change, tmp_p
         {"layer_types": ["full_attention", "full_attention"]},
         {"architectures": None},
         {"unknown_key": "kept"},
+        {"return_dict": False},
         {"property_of_interest": 3},
         {"mlp_hidden_size": None},
         {"n_kv_heads": None},
@@ -200,6 +202,7 @@ def test_config__what_changes_nothing_is_accepted(change):
     config = LLaDAConfig(**BASE | change)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500000.0}
     assert config.hidden_size == 32 and config.head_dim == 8
+    assert config.return_dict
 
 
 def test_config__keys_of_no_consequence_are_written_back():
@@ -259,6 +262,7 @@ def test_config__an_id_of_a_wrong_kind_is_named(key, value):
         ({"hidden_size": 64}, "gives d_model = 32 and hidden_size = 64"),
         ({"torch_dtype": "bf8"}, "torch_dtype must be a floating-point dtype"),
         ({"torch_dtype": "int8"}, "torch_dtype must be a floating-point dtype"),
+        ({"pad_token_id": 2**20}, "pad_token_id must be below"),
         ({"weight_tying": "no"}, "weight_tying must be true or false"),
         ({"alibi": "no"}, "alibi must be False"),
     ],

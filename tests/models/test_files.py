@@ -227,3 +227,14 @@ def test_import__one_line_lets_transformers_load_what_we_saved(folder):
     assert config == "LLaDAConfig" and models[::2] == ["LLaDAForMaskedDiffusion"] * 2
     expected = load_model(str(folder))(input_ids=torch.arange(5)[None]).logits.double().sum().item()
     assert [float(total) for total in models[1::2]] == pytest.approx([expected] * 2, rel=1e-6)
+
+
+def test_load_model__a_head_of_its_own_contradicts_weight_tying(folder):
+    settings_of = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings_of | {"weight_tying": True}))
+    refusal(folder, str(folder), "weight_tying is true")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.transformer.ff_out.weight"] = tensors["model.transformer.wte.weight"].clone()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    model = load_model(str(folder))
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -58,6 +58,7 @@ _ELSEWHERE = {
     r"lora_rank|mamba|ssm_|linear_attn|recurrent|conv_kernel": "other attention",
     r"(^|_)(vision|image|audio|video|mm)_|cross_attention|timestep|adaln": "inputs other than tokens",
     r"per_layer_config": "layers that differ",
+    r"^(quantization|compression)_config$": "quantised weights",
 }
 _OFF = (None, False, 0, 1, 0.0, 1.0, "", "default", [], {})
 _KNOWN = {
@@ -201,6 +202,9 @@ def _check_values(given: dict[str, Any]) -> None:
         for one in value if name == "eos_token_id" and isinstance(value, list) and value else [value]:
             if one is not None:
                 _check_count(name, one, at_least=0)
+    rows, pad = given.get("vocab_size"), given["pad_token_id"]
+    if rows is not None and pad is not None and pad >= rows:
+        raise ValueError(f"LLaDA config pad_token_id must be below the embedding's {rows} rows, got {pad}")
     for name in ("dtype", "torch_dtype"):
         dtype = given.get(name)
         if isinstance(dtype, str):
@@ -252,6 +256,7 @@ class LLaDAConfig(LlamaConfig):
             kwargs["intermediate_size"] = int(kwargs["mlp_ratio"] * kwargs["hidden_size"])
             _check_count("mlp_hidden_size", kwargs["intermediate_size"])
         kwargs["use_cache"] = False  # a key-value cache has no meaning without a causal mask
+        kwargs.pop("return_dict", None)  # how the writer liked results: the layers pass them by name
         try:
             super().__init__(**kwargs, rope_parameters=rope_parameters)
         except Exception as error:  # whatever transformers' own validation of its keys raises

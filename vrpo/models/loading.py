@@ -114,6 +114,8 @@ def load_model(
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         if report.get(kind)
     ]
+    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        problems.append("weight_tying is true, but the head has weights other than the embedding's")
     if problems:
         raise ValueError(
             f"{path_or_id} does not fit its config (names as in the module): " + "; ".join(problems)
