@@ -109,6 +109,17 @@ def test_main__output_that_the_encoding_lacks_is_escaped(monkeypatch):
     assert written == ["caf\u00e9 \\u4e2d \\udc80\n"]
 
 
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["nope"], 2)])
+def test_main__closed_streams_are_no_fault(monkeypatch, words, code):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    try:
+        assert main(words) == code
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.close()
+
+
 def test_main__version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("vrpo 0.")

@@ -1,6 +1,7 @@
 """Files, folders and names: read as they are meant, or refused in one line with the place and the cure."""
 
 import codecs
+import errno
 import gzip
 import json
 import os
@@ -229,6 +230,15 @@ def test_load_rows__a_cached_file_that_lost_its_end_is_written_anew(tmp_path):
         assert cached.read_bytes() == whole
     cached.write_bytes(b"?" * 64 + whole[64:])
     assert str(cached) in refusal(path)
+
+
+def test_load_rows__a_full_cache_is_told_with_the_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("vrpo.data.table._write_stream", full)
+    assert str(tmp_path / "cache") in refusal(write("a.jsonl"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_load_rows__others_may_read_the_cache(tmp_path):

@@ -1,5 +1,6 @@
 """Results never land on an input, and a file is whole or absent."""
 
+import errno
 import json
 import os
 
@@ -99,6 +100,18 @@ def test_write__all_files_or_none(place):
         write({place / "first": "new", place / "second": None})
     assert (place / "first").read_text() == "old"
     assert sorted(place.rglob("*")) == before
+
+
+def test_write__a_full_disk_is_told_with_the_file(place, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted(place.rglob("*"))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        write({place / "weights": "text"})
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(place / "weights"))
+    assert (place / "weights").read_text() == "w" and sorted(place.rglob("*")) == before
 
 
 def test_write__keeps_permissions_and_gives_new_files_the_usual_ones(place):

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: the exit code: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C; 141 when the
         reader of standard output left (`vrpo train --help | head`).
     """
+    _open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
@@ -39,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"error: {message}", 2)
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Give streams that the caller closed (`>&-`), which Python leaves as None, somewhere to go."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- open until the process ends
 
 
 def _fail(message: str, code: int) -> int:

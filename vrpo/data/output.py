@@ -64,7 +64,8 @@ def check_output(
 def write(contents: Mapping[Path, str | bytes]) -> None:
     """Write every file aside, and give all of them their names at the end: whole files or none.
 
-    Errors: OSError of the file system; what was written until then is removed, earlier files stay.
+    Errors: OSError of the file system, naming the file; what was written until then is removed, earlier
+        files stay.
     """
     written: dict[Path, Path] = {}
     try:
@@ -79,6 +80,8 @@ def write(contents: Mapping[Path, str | bytes]) -> None:
                 aside.chmod(stat.S_IMODE(path.stat().st_mode))
         for path, aside in written.items():
             aside.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
     finally:
         for aside in written.values():
             aside.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ Two passes: the first looks at every value and decides each column's type, the s
 guessed from a prefix of the rows or from what a string looks like.
 """
 
+import errno
 import json
 import math
 import os
@@ -99,18 +100,27 @@ def on_disk(path: Path, source: Callable[[], tuple[Features, Iterator[pa.RecordB
             ) from error
         os.close(handle)
         try:
-            with pa.OSFile(aside, "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
+            _write_stream(aside, features, batches)
             os.chmod(aside, 0o666 & ~_umask())  # mkstemp's is for its owner alone, and caches are shared
             os.replace(aside, path)
-        except BaseException:
+        except BaseException as error:
             os.unlink(aside)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(
+                    f"no space left for the cache of datasets in {path.parent}; HF_DATASETS_CACHE names "
+                    "another folder"
+                ) from error
             raise
     try:
         return Dataset.from_file(str(path))
     except (OSError, ValueError) as error:
         raise OSError(f"the cached data {path} are damaged, delete the file: {one_line(error)}") from error
+
+
+def _write_stream(path: str, features: Features, batches: Iterator[pa.RecordBatch]) -> None:
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, features.arrow_schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def _has_its_end(path: Path) -> bool:
