@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from vrpo.models import load_model
+from vrpo.models import create_model, load_model
 from vrpo.models.adapters import (
     add_adapter,
     equals_its_base,
@@ -399,6 +399,23 @@ def test_add_adapter__takes_both_kinds_of_names(base, given, layer):
 )
 def test_add_adapter__what_cannot_be_trained_is_refused(base, options, told):
     assert told in error_of(lambda: add_adapter(load_model(str(base)), lora(options), seed=0))
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning")
+@pytest.mark.parametrize("options", [{"target_modules": ["wte"]}, {"trainable_token_indices": [5, 6]}])
+def test_add_adapter__on_an_embedding_that_is_the_head_is_refused(base, tokenizer, tmp_path, options):
+    sizes = dict(d_model=16, n_layers=2, n_heads=2)
+    tied = create_model(tokenizer, weight_tying=True, **sizes)
+    config = lora({"target_modules": ["q_proj"], **options})
+    assert "cannot be merged" in error_of(lambda: add_adapter(tied, config, seed=0))
+    add_adapter(create_model(tokenizer, **sizes), config, seed=0)
+    # One that PEFT made without us.
+    tied.save_pretrained(tmp_path / "tied")
+    here = {"target_modules": ["embed_tokens"]} if "target_modules" in options else options
+    model = get_peft_model(tied, lora({"target_modules": ["q_proj"], **here}))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "tied")
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert "cannot be merged" in error_of(lambda: load_policy(str(tmp_path / "adapter")))
 
 
 def test_add_adapter__prompt_tuning_is_refused(base):

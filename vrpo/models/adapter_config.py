@@ -142,6 +142,25 @@ def check_mergeable(config: Any, source: str) -> None:
         raise ValueError(f"{source}: lora_bias=True cannot be merged, since LLaDA's layers have no bias")
 
 
+def check_tied(config: Any, source: str, model_config: Any) -> None:
+    """ValueError for an adapter on an embedding that is the head too.
+
+    In training it moves the one and not the other (or, by PEFT's tied tokens, a head the fused loss does not
+    know); merged into the one matrix it would move both.
+    """
+    if not model_config.tie_word_embeddings:
+        return
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    targets = select(config, model_config.num_hidden_layers, ["here", "original"]).targets
+    has_tokens = kind == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None)
+    if EMBEDDING in targets or has_tokens:
+        raise ValueError(
+            f"{source}: an adapter on the embedding ({EMBEDDING.here.rpartition('.')[2]}) cannot be merged, "
+            "since this model's head is its embedding (weight_tying); leave the embedding out, or train it "
+            "whole with modules_to_save, which gives the head a weight of its own"
+        )
+
+
 @dataclass(frozen=True)
 class Selection:
     """What a config selects. targets, feedforward, to_save: layers. ranks, alphas: layer -> value.

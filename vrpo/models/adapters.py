@@ -51,6 +51,7 @@ def add_adapter(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:
         raise ValueError("peft_config was given, but model is a PeftModel already: pass one of them")
     adapter_config.check_kind(peft_config, "peft_config")
     adapter_config.check_mergeable(peft_config, "peft_config")
+    adapter_config.check_tied(peft_config, "peft_config", model.config)
     config = adapter_config.resolve_new(peft_config, model.config.num_hidden_layers)
     with _drawn_from(seed, model):
         return get_peft_model(model, config)

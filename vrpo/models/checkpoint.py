@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from vrpo.models import load_model
-from vrpo.models.adapter_config import adapter_folder, base_of, check_mergeable
+from vrpo.models.adapter_config import adapter_folder, base_of, check_mergeable, check_tied
 from vrpo.models.adapters import load_adapter, read_adapter
 
 
@@ -37,6 +37,7 @@ def load_policy(
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model of the adapter in {saved.folder}: {error}") from error
+    check_tied(saved.config, str(saved.folder), model.config)
     merged = load_adapter(model, saved).merge_and_unload(safe_merge=True)
     # What is merged is not what lies at the base's path.
     merged.name_or_path = merged.config.name_or_path = str(saved.folder)
