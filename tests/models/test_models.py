@@ -307,6 +307,12 @@ def test_special_tokens__mask_outside_the_embedding_is_refused():
         special_tokens(LLaDAConfig(**GSAI_CONFIG | {"mask_token_id": 50}))
 
 
+@pytest.mark.parametrize("eos", [50, GSAI_CONFIG["mask_token_id"]])
+def test_special_tokens__an_eos_that_cannot_be_one_is_refused(eos):
+    with pytest.raises(ValueError, match=rf"EOS id must be in \[0, 50\) and not the .* 48, got {eos}:"):
+        special_tokens(LLaDAConfig(**GSAI_CONFIG | {"eos_token_id": eos}))
+
+
 def test_special_tokens__tokenizer_larger_than_the_embedding_is_refused(tokenizer):
     with pytest.raises(ValueError, match=f"tokenizer has {len(tokenizer)} tokens, the embedding only 50"):
         special_tokens(LLaDAConfig(**GSAI_CONFIG), tokenizer)

@@ -218,6 +218,11 @@ def special_tokens(
         eos = config.eos_token_id
     if isinstance(eos, (list, tuple)):
         eos = eos[0]
+    if eos is not None and (eos == mask or not 0 <= eos < num_rows):
+        raise ValueError(
+            f"the EOS id must be in [0, {num_rows}) and not the mask token's {mask}, got {eos}: correct "
+            "tokenizer.eos_token, or eos_token_id in the config"
+        )
     eot = None if tokenizer is None else tokenizer.get_vocab().get(_END_OF_TURN)
     return SpecialTokens(mask=mask, eos=eos, eot=eot)
 
