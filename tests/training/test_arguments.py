@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trainers import config, logged, parameters, trainer_of
+from trainers import LORA, config, logged, parameters, trainer_of
 from transformers import TrainingArguments
 
-from vrpo import DiffusionSFTConfig, VRPOConfig
+from vrpo import DiffusionSFTConfig, VRPOConfig, VRPOTrainer
+from vrpo.models.checkpoint import load_policy
 from vrpo.training.support import IRRELEVANT, REFUSED, WORKS
 
 REFUSED_VALUES = {
@@ -307,3 +308,25 @@ def test_train__what_the_config_accepts_trains_a_step_or_is_refused(
         assert "\n" not in str(error)
     else:
         assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_train__a_mask_token_of_the_arguments_is_saved(tmp_path, tiny_model, tokenizer, pair_rows, adapter):
+    extra = {"peft_config": LORA} if adapter else {}
+    trainer = trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, max_steps=1, mask_token_id=7, **extra)
+    trainer.train()
+    trainer.save_model()
+    assert load_policy(str(tmp_path / "out")).config.mask_token_id == 7
+
+
+def test_train__a_collator_without_responses_is_told_what_is_needed(
+    tmp_path, tiny_model, tokenizer, pair_rows
+):
+    def collate(rows):
+        return {"input_ids": torch.zeros(2, 2)}
+
+    args = {"args": config(tmp_path, max_steps=1), "processing_class": tokenizer}
+    trainer = VRPOTrainer(tiny_model, train_dataset=pair_rows, data_collator=collate, **args)
+    for act in (trainer.train, lambda: trainer.evaluate(pair_rows)):
+        with pytest.raises(ValueError, match=r"under 'responses'.*; got the keys \['input_ids'\]"):
+            act()

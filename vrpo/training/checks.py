@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from vrpo.batch import ResponseBatch
 from vrpo.models import LLaDAForMaskedDiffusion
 from vrpo.models.adapters import is_peft_model
 from vrpo.models.files import why_unsupported
@@ -31,6 +32,18 @@ def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args, model)
     except Exception as error:
         raise ValueError(f"optim={args.optim.value!r}: {' '.join(str(error).split())}") from error
+
+
+def responses_of(inputs: Any) -> ResponseBatch:
+    """What a batch trains or is evaluated on; ValueError where a data_collator of one's own forgot it."""
+    batch = inputs.get("responses") if isinstance(inputs, Mapping) else None
+    if not isinstance(batch, ResponseBatch):
+        got = f"the keys {sorted(inputs)}" if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(
+            "data_collator must return a dict with a vrpo.batch.ResponseBatch under 'responses', as "
+            f"vrpo.data.PairCollator and CompletionCollator do; got {got}"
+        )
+    return batch
 
 
 def check_batches_exist(args: TrainingArguments, train: Any, evaluation: Any) -> None:

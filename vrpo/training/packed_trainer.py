@@ -19,6 +19,7 @@ from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.step import NLL, split_by_tokens
 from vrpo.training.adapter_trainer import AdapterTrainer
+from vrpo.training.checks import responses_of
 from vrpo.training.finite import last_good_checkpoint
 
 Metrics = dict[str, Tensor]
@@ -50,7 +51,7 @@ class PackedTrainer(AdapterTrainer):
 
     def _responses(self, inputs: dict[str, Any], model: nn.Module) -> ResponseBatch:
         """What a batch trains or evaluates on; the token budget cuts what this returns."""
-        return inputs["responses"]
+        return responses_of(inputs)
 
     def _micro_batch_loss(
         self, model: nn.Module, batch: ResponseBatch, epoch: int
@@ -135,7 +136,7 @@ class PackedTrainer(AdapterTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(batch["responses"].num_examples for batch in batches)
+        count = sum(responses_of(batch).num_examples for batch in batches)
         if self.args.world_size > 1:
             count = int(self.accelerator.gather(torch.tensor([count], device=device)).sum())
         return batches, count

@@ -149,6 +149,8 @@ class DiffusionTrainer(PackedTrainer):
     def _ready(self, model: nn.Module) -> nn.Module:
         """The model checked, with its adapter, and without what an earlier trainer left on it."""
         check_model(model, self.args)
+        if self.args.mask_token_id is not None:  # what is saved must be asked with the mask it was trained on
+            model.config.mask_token_id = self.args.mask_token_id
         if self.peft_config is not None:
             model = add_adapter(model, self.peft_config, seed=self.args.seed)
         if is_peft_model(model):
