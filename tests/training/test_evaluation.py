@@ -214,6 +214,9 @@ def test_save_model__writes_a_card_that_says_from_what_and_on_what(
         assert text in card
     assert ("an adapter" if fields else "all its weights") in card
     assert "unknown dataset" not in card and "from scratch" not in card
+    for name in ("dataset", "dataset_name"):  # of transformers, of TRL
+        trainer.create_model_card(model_name="mine", **{name: f"org/{name}"})
+        assert f"- org/{name}\n" in (tmp_path / "out/README.md").read_text()
 
 
 def test_train__equal_seeds_are_equal_runs_whatever_the_random_state(

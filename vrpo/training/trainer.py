@@ -226,9 +226,12 @@ class DiffusionTrainer(PackedTrainer):
         if not _internal_call:
             self._write_card(output_dir or self.args.output_dir)
 
-    def create_model_card(self, *args, dataset=None, model_name=None, **kwargs) -> None:
-        """Writes README.md to output_dir: base model, dataset, settings, last evaluation, whom to cite."""
-        self._write_card(self.args.output_dir, dataset=dataset, name=model_name, **kwargs)
+    def create_model_card(self, *args, dataset=None, model_name=None, dataset_name=None, **kwargs) -> None:
+        """Writes README.md to output_dir: base model, dataset, settings, last evaluation, whom to cite.
+
+        The dataset is called `dataset` by transformers and `dataset_name` by TRL; push_to_hub passes both on.
+        """
+        self._write_card(self.args.output_dir, dataset=dataset or dataset_name, name=model_name, **kwargs)
 
     def _write_card(self, folder: str, dataset: str | None = None, name: str | None = None, **more) -> None:
         if not self.is_world_process_zero():
