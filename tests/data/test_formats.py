@@ -332,6 +332,10 @@ def test_prepare_completions__other_types_of_arrow_are_refused(tokenizer, value)
     assert f"got {type(value).__name__}" in refusal(rows, tokenizer)
 
 
+def test_prepare_completions__a_completion_beside_messages_lacks_its_prompt(tokenizer):
+    assert "prompt is empty (row 0)" in refusal([{"completion": "c", "messages": Q + A}], tokenizer)
+
+
 def test_prepare_completions__text_alone_is_refused_with_the_reason(tokenizer):
     assert "a text alone does not say where the response begins" in refusal([{"text": "a"}], tokenizer)
 

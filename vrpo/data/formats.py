@@ -117,6 +117,8 @@ def _split(row: Mapping[str, Any], responses: list[Text]) -> tuple[Text, list[Te
     if len({type(response) for response in responses}) > 1:
         raise RowProblem("chosen and rejected mix plain text and messages")
     are_messages = isinstance(responses[0], list)
+    if "prompt" not in row and len(responses) == 1:
+        raise RowProblem("prompt is empty")
     if "prompt" not in row or (are_messages and not row["prompt"] and len(responses) > 1):
         return *split_prompt(responses), False
     prompt = _text(row["prompt"], "prompt")
