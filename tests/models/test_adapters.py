@@ -18,6 +18,7 @@ from peft import (
     OFTConfig,
     PeftModel,
     PromptTuningConfig,
+    RandLoraConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
@@ -160,6 +161,12 @@ def test_saved_adapter__opens_through_peft_and_transformers_too(base, tmp_path, 
 def test_saved_adapter__opens_through_auto_model(base, tmp_path):
     here = saved_by_us(base, tmp_path, lora(CONFIGS["every linear"] | {"modules_to_save": ["lm_head"]}))
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(here))
+
+
+@pytest.mark.filterwarnings("ignore:.*RandLora:UserWarning")
+def test_saved_adapter__with_matrices_that_layers_share_opens(base, tmp_path):
+    here = saved_by_us(base, tmp_path, RandLoraConfig(r=2, target_modules=["q_proj"]))
+    assert_close(logits(load_policy(str(tmp_path))), logits(here))
 
 
 def test_load_adapter__equals_adding_b_times_a(base, tmp_path):

@@ -34,7 +34,8 @@ def _accept_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], p
     for name in [n for n in state_dict if n.startswith(prefix + "model.transformer.")]:
         state_dict[prefix + to_here(name.removeprefix(prefix))] = state_dict.pop(name)
     # Parameter names, not state_dict(): under FSDP that is a collective.
-    own = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
+    both = module.named_parameters, module.named_buffers  # shared ones under each name, as RandLora has
+    own = {name for named in both for name, _ in named(remove_duplicate=False)}
     if not any(".base_layer." in name or ".original_module." in name for name in own):
         return  # no adapter here
     if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in own):
