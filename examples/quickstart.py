@@ -190,7 +190,7 @@ def lengths(run: Run, model: LLaDAForMaskedDiffusion) -> dict[str, float]:
                 progress=False,
             )
             kinds = [arithmetic.verify(*pair) for pair in zip(alike, written, strict=True)]
-            name = f"{times}x, in blocks" if is_cut else f"{times}x"
+            name = f"{times}x" + ", in blocks of" * is_cut
             right[name] = right.get(name, 0) + kinds.count(arithmetic.CORRECT)
     return {name: count / len(problems) for name, count in right.items()}
 

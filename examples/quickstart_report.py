@@ -51,7 +51,7 @@ def table(metrics: Metrics) -> str:
         [
             line("held-out problems and pairs", list(TITLES.values())),
             line("exact match, most likely answer", shares("greedy", CORRECT)),
-            *(line(f"   of {name} the masks it needs", lengths(name)) for name in models["sft"]["lengths"]),
+            *(line(f"   into {name} its tokens", lengths(name)) for name in models["sft"]["lengths"]),
             line("exact match, sampled at temperature 1", shares("sampled", CORRECT)),
             line("   forgot to carry", shares("sampled", CARELESS)),
             line("   other mistakes", shares("sampled", OTHER)),

@@ -121,7 +121,7 @@ def test_quickstart__whole_road_in_miniature(tmp_path, monkeypatch):
         for shares in measured["outcomes"].values():
             assert sum(shares.values()) == pytest.approx(1)
         assert 0 <= measured["elbo/accuracies"] <= 1
-        assert list(measured["lengths"]) == ["1x", "2x", "4x", "4x, in blocks"]
+        assert list(measured["lengths"]) == ["1x", "2x", "4x", "4x, in blocks of"]
         assert all(0 <= share <= 1 for share in measured["lengths"].values())
     assert metrics["first_step"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics["first_step"]["margin"] == 0
@@ -151,7 +151,7 @@ def test_lengths__decodes_each_problem_into_multiples_of_its_own_answer(tmp_path
         "1x": 1.0,
         "2x": 0.0,
         "4x": 0.0,
-        "4x, in blocks": 0.0,
+        "4x, in blocks of": 0.0,
     }
     assert calls[:4] == [(2, 6, None), (2, 12, None), (2, 24, None), (2, 24, 6)]
     assert calls[4:] == [(1, 9, None), (1, 18, None), (1, 36, None), (1, 36, 9)]
