@@ -4,6 +4,7 @@ import codecs
 import errno
 import gzip
 import json
+import logging
 import os
 import random
 from pathlib import Path
@@ -186,6 +187,14 @@ def test_load_rows__folder_of_files_with_and_without_splits():
     assert len(load_rows("./plain/")) == 4
     write("none/readme.txt")
     assert "holds no file ending in .jsonl" in refusal("none")
+
+
+def test_load_rows__files_that_no_split_names_are_not_left_out_silently(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    write("mixed/train.jsonl")
+    write("mixed/extra.jsonl")
+    assert len(load_rows("mixed")) == 4
+    assert "left out are extra.jsonl" in caplog.text
 
 
 def test_load_rows__folders_that_datasets_saved():

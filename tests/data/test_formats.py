@@ -264,6 +264,20 @@ def test_prepare_pairs__prepared_data_come_back_as_they_are(tokenizer, pair_rows
 
 # --- what cannot be used, each with its row
 
+SYSTEM_COLUMN = {"system": "Be brief."}
+
+
+@pytest.mark.parametrize("kind", ["conversations", "messages", "prompt"])
+def test_prepare__a_system_prompt_in_its_own_column_is_not_lost(tokenizer, kind):
+    row = {"prompt": "q?", "completion": "a"} if kind == "prompt" else {kind: Q + A}
+    with pytest.raises(ValueError, match=r"the column system holds a text that the prompt does not.*row 0"):
+        prepare_completions([row | SYSTEM_COLUMN], tokenizer)
+    told = {"prompt": "Be brief. q?", "completion": "a"}
+    told = told if kind == "prompt" else {kind: [turn("system", "Be brief."), *Q, *A]}
+    for extra in (SYSTEM_COLUMN, {"system": ""}, {"system": None}):
+        assert len(prepare_completions([told | extra], tokenizer)[0]) == 1
+
+
 CHAT_ROWS = {
     "no role": ([{"content": "a"}], "has no role: it has content"),
     "role None": ([{"role": None, "content": "a"}], "has no role"),

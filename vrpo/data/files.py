@@ -25,10 +25,13 @@ from datasets import (
 )
 from datasets import config as datasets_config
 from datasets.table import table_cast
+from transformers.utils import logging
 
 from vrpo.data import readers, table
 from vrpo.data.problems import one_line
 from vrpo.data.readers import Row
+
+logger = logging.get_logger(__name__)
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 SUFFIXES = (*FORMATS, ".parquet")
@@ -165,7 +168,9 @@ def _from_folder(path: Path, config: str | None, split: str) -> Dataset:
         by_split.setdefault(_split_of(item.relative_to(path)), []).append(item)
     if set(by_split) == {""}:
         by_split = {"train": files}
-    by_split.pop("", None)
+    if left_out := by_split.pop("", []):
+        names = ", ".join(str(item.relative_to(path)) for item in left_out)
+        logger.warning(f"dataset {str(path)!r}: names tell the splits here, and left out are {names}")
     wanted = re.split(r"\W", split)[0]
     if wanted not in by_split:
         raise ValueError(f"dataset {str(path)!r}: there is no split {wanted!r}, only {', '.join(by_split)}")

@@ -16,7 +16,7 @@ Text = str | list[Message]
 
 SAME = "chosen and rejected are the same"
 MESSAGES_COLUMNS = ("messages", "conversations")
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+EXTRA_COLUMNS = ("tools", "chat_template_kwargs", "system")  # what else of a row is read
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Who speaks in ShareGPT's rows, {"from", "value"} instead of {"role", "content"}.
@@ -87,6 +87,7 @@ def prompt_only(row: Mapping[str, Any]) -> Example:
     """
     prompt = _text(row.get("prompt"), "prompt")
     _check_prompt(prompt)
+    _check_system(row, prompt)
     return Example(prompt, [], *_template_inputs(row))
 
 
@@ -161,6 +162,7 @@ def _finish(
     prompt: Text, responses: list[Text], repeated: bool, row: Mapping[str, Any], sides: Sequence[str]
 ) -> Example:
     _check_prompt(prompt)
+    _check_system(row, prompt)
     for side, response in zip(sides, responses, strict=True):
         if not _says_something(response):
             raise RowProblem(f"{side} is empty")
@@ -180,6 +182,19 @@ def _check_prompt(prompt: Text) -> None:
         raise RowProblem("prompt is empty")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise RowProblem("the prompt ends with an assistant message, which belongs to the response")
+
+
+def _check_system(row: Mapping[str, Any], prompt: Text) -> None:
+    """A system prompt in a column of its own, as in some ShareGPT files, would be lost without a word."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
+    if not any(system.strip() in text for text in texts):
+        raise RowProblem(
+            "the column system holds a text that the prompt does not; make it the first message, "
+            '{"role": "system", "content": ...}, or the beginning of the prompt, or drop the column'
+        )
 
 
 def _says_something(text: Text) -> bool:

@@ -18,7 +18,7 @@ from vrpo.batch import ResponseBatch
 from vrpo.data import table
 from vrpo.data.containers import as_dataset, plain
 from vrpo.data.encode import encode_rows
-from vrpo.data.formats import MESSAGES_COLUMNS, TEMPLATE_COLUMNS
+from vrpo.data.formats import MESSAGES_COLUMNS, EXTRA_COLUMNS
 from vrpo.data.limits import Limits, RowCounts, truncate
 from vrpo.data.problems import RowProblem, raise_problems, shown
 from vrpo.data.report import DataReport
@@ -163,7 +163,7 @@ def _mapped(
     if tokenizer is None:
         wanted |= {*_id_columns(sides)}
     else:
-        wanted |= {"prompt", *sides, *TEMPLATE_COLUMNS, *MESSAGES_COLUMNS}
+        wanted |= {"prompt", *sides, *EXTRA_COLUMNS, *MESSAGES_COLUMNS}
     features = None
     if dataset.format["type"] != "custom":
         # Only what is read: other columns may need packages to be decoded, as images do.
