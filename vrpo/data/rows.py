@@ -18,7 +18,7 @@ from vrpo.batch import ResponseBatch
 from vrpo.data import table
 from vrpo.data.containers import as_dataset, plain
 from vrpo.data.encode import encode_rows
-from vrpo.data.formats import MESSAGES_COLUMNS, EXTRA_COLUMNS
+from vrpo.data.formats import EXTRA_COLUMNS, MESSAGES_COLUMNS
 from vrpo.data.limits import Limits, RowCounts, truncate
 from vrpo.data.problems import RowProblem, raise_problems, shown
 from vrpo.data.report import DataReport

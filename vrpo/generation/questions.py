@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vrpo.data import COMPLETION_SIDES, PAIR_SIDES, RowProblem, Text, encode_prompts, read_columns
-from vrpo.data.formats import MESSAGES_COLUMNS, EXTRA_COLUMNS, example, prompt_only
+from vrpo.data.formats import EXTRA_COLUMNS, MESSAGES_COLUMNS, example, prompt_only
 from vrpo.data.problems import raise_problems
 
 _COLUMNS = ("prompt", *PAIR_SIDES, *COMPLETION_SIDES, *MESSAGES_COLUMNS, *EXTRA_COLUMNS)
