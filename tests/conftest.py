@@ -1,5 +1,10 @@
 """Fixtures that several tests share: a tokenizer, a model and a few pairs, all tiny."""
 
+import os
+
+# Before anything imports huggingface_hub, which reads it once: no test waits for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 from datasets import Dataset
 
