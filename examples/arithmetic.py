@@ -1,10 +1,10 @@
-"""A verifiable miniature of GSM8K: sums of three to five digits, answered with working. No model in here.
+"""A verifiable miniature of GSM8K: sums of two to four digits, answered with working. No model in here.
 
     prompt    7+4+8+3=
     careful   11 19 22      each number is the running total so far; the last one is the answer
     careless  01 09 02      the same sum by somebody who forgets to carry
 
-Every problem has at least one carry, so the two ways of answering never agree. Answers have two to four
+Every problem has at least one carry, so the two ways of answering never agree. Answers have one to three
 numbers of two digits, one character per token: that is what a model of 0.2 M parameters learns in minutes.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-NUM_TERMS = (3, 4, 5)
-PROBLEMS_OF_EACH = 3000  # at most; there are 645 sums of three digits
+NUM_TERMS = (2, 3, 4)
+PROBLEMS_OF_EACH = 5400  # at most; there are 45 sums of two digits and 645 of three
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
 CORRECT, CARELESS, OTHER = "correct", "forgot to carry", "other mistake"
 

@@ -19,9 +19,9 @@ def test_working__running_totals_with_and_without_carries():
 
 def test_all_problems__each_once_and_always_with_a_carry():
     problems = arithmetic.all_problems(seed=3)
-    # 84 of the 729 sums of three digits stay below 10; of longer ones there are more than are taken.
-    assert len(set(problems)) == len(problems) == 645 + 2 * arithmetic.PROBLEMS_OF_EACH
-    assert {len(problem.terms) for problem in problems[:100]} == set(arithmetic.NUM_TERMS)
+    # 36 of the 81 sums of two digits and 84 of the 729 of three stay below 10; of four there are enough.
+    assert len(set(problems)) == len(problems) == 45 + 645 + arithmetic.PROBLEMS_OF_EACH
+    assert {len(problem.terms) for problem in problems[:1000]} == set(arithmetic.NUM_TERMS)
     for problem in problems:
         assert problem.working(True) != problem.working(False)
         assert int(problem.working(True).split()[-1]) == sum(problem.terms)
@@ -98,7 +98,7 @@ def test_sample_pairs__chosen_is_right_and_rejected_wrong(tmp_path, monkeypatch)
 
 
 def test_quickstart__too_many_problems_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="6645 problems"):
+    with pytest.raises(ValueError, match="6090 problems"):
         quickstart.quickstart(quickstart.Settings(sft_problems=9000), tmp_path)
 
 
