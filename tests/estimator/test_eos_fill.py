@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vrpo.estimator.eos_fill import PURPOSE_EOS_FILL, EosFill, fill_lengths, mean_fill
 from vrpo.estimator.levels import PURPOSE_LEVELS, PURPOSE_POSITIONS
-from vrpo.generation import sampler
+from vrpo.generation import predict
 
 EOS, EOT = 1, 2
 
@@ -69,7 +69,7 @@ COMMITTED = [65, 678, 0, 91, 875, 514, 95, 194, 0, 2, 90, 28]
 
 
 def test_purpose__is_nobody_elses():
-    others = {PURPOSE_POSITIONS, PURPOSE_LEVELS, sampler._TOKEN_PURPOSE, sampler._ORDER_PURPOSE}
+    others = {PURPOSE_POSITIONS, PURPOSE_LEVELS, predict._TOKEN_PURPOSE, predict._ORDER_PURPOSE}
     assert PURPOSE_EOS_FILL not in others and len(others) == 4
 
 

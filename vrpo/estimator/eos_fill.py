@@ -16,7 +16,8 @@ from vrpo.batch import ResponseBatch
 from vrpo.estimator.levels import WORD, stream_counter
 from vrpo_kernels.philox import philox4x32
 
-PURPOSE_EOS_FILL = 4  # Philox purposes: 0 and 1 draw masks (levels.py), 2 and 3 decode (sampler.py)
+# Of Philox: 0 and 1 draw masks (levels.py), 2 and 3 decode (generation/predict.py).
+PURPOSE_EOS_FILL = 4
 
 
 def fill_lengths(seed: int, epoch: int, example_R: Tensor, side_R: Tensor, bound_R: Tensor) -> Tensor:
