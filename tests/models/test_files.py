@@ -238,3 +238,11 @@ def test_load_model__a_head_of_its_own_contradicts_weight_tying(folder):
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model = load_model(str(folder))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_load_tokenizer__a_folder_without_one_is_named(tiny_model, tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="holds no tokenizer: save it beside the model"):
+        load_tokenizer(str(tmp_path))
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == len(tokenizer)

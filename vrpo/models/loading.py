@@ -139,6 +139,10 @@ def load_tokenizer(path_or_id: str, **hub_kwargs: Any) -> PreTrainedTokenizerBas
         adapter = None if folder.is_dir() else adapter_folder(path_or_id, hub_kwargs.get("revision"))
         if adapter is not None:
             return _base_tokenizer(adapter)
+        if folder.is_dir() and not any((*folder.glob("*token*"), *folder.glob("vocab*"))):
+            raise OSError(
+                f"{path_or_id} holds no tokenizer: save it beside the model (tokenizer.save_pretrained)"
+            ) from error
         reason = " ".join(str(error).split())
         if isinstance(error, OSError):
             raise OSError(reason) from error
