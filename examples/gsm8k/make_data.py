@@ -2,6 +2,7 @@
 
     git clone https://github.com/openai/grade-school-math
     python examples/gsm8k/make_data.py grade-school-math data/gsm8k
+    vrpo sft --config examples/gsm8k/sft.yaml --dataset_name data/gsm8k/sft.jsonl
 
 - sft.jsonl: the training problems and their reference solutions.
 - preferences_{train,test}.jsonl: of the test problems, for which the repository has solutions by four models.
