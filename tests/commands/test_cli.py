@@ -189,6 +189,16 @@ def test_train__changes_the_model_evaluates_and_says_where(files, model_path, tm
     assert history[0]["rewards/margins"] == 0.0  # policy == reference before the first update
 
 
+def test_train__an_evaluation_that_fails_loses_no_model(files, model_path, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("vrpo.VRPOTrainer.evaluate", fails)
+    flags = train_flags(files, model_path, tmp_path, f"--eval_dataset_name={files / 'pairs.jsonl'}")
+    assert main(flags) == 2
+    assert load_model(str(tmp_path)).config.num_hidden_layers == 2
+
+
 def test_train__resume_goes_on_from_the_last_checkpoint(files, model_path, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     schedule = ["--lr_scheduler_type=constant", "--save_steps=1"]
