@@ -48,7 +48,7 @@ def small_tiles(monkeypatch):
             sweep_rows=128,
             sweep_cols=64,
             max_cols=64,
-            slice_cols=100,
+            fold_cols=16,
             block_rows=32,
             block_cols=32,
             block_hidden=16,

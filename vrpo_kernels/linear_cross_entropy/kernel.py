@@ -3,24 +3,26 @@
     forward, per row chunk and vocabulary tile:   z = x @ W_t^T;  E = exp(z - m), target column 0, folded into
                                                   (m, s) online;  acc += E @ W_t
     after the sweep:                              nll = softplus(m + log s - z_y);  expected = acc / s
-    dW from kept tiles:                           dW_t = (E_t, target entry -s)^T @ (dnll * q / s * x)
+    dW from kept tiles:                           dW = (E, target entry -s)^T @ (dnll * q / s * x)
     sweep, statistics known:                      P = exp(z - m) / s, target entry -1;
                                                   dx = dnll * q * (P @ W);  dW_t = P_t^T @ (dnll * q * x)
 
-All products have 16-bit factors and fp32 sums; a slice of dW is summed over all rows in fp32 and rounded
-once. No host synchronisation, no data-dependent shapes, no atomics. Tile shapes never depend on which
-gradients are wanted.
+All products have 16-bit factors and fp32 sums; dW is summed over all rows in fp32 and rounded once. No host
+synchronisation, no data-dependent shapes, no atomics. Tile shapes never depend on which gradients are wanted.
 """
 
+import contextlib
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
-from vrpo_kernels.linear_cross_entropy.tiles import GEMMS, LOWEST, RAISE_BY, Tiles, tiles_for
+from vrpo_kernels.linear_cross_entropy.tiles import GEMMS, LOWEST, RAISE_BY, Tiles, chunk_rows, tiles_for
 
 _LANES = 64  # kept tiles are padded to whole 128-byte lines per row
+_LEAST_LANE = 1024  # rows that a stream of its own is worth: below, the head would be read twice for nothing
 
 
 def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
@@ -61,11 +63,9 @@ def _spans(total: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _row_chunks(total: int, size: int) -> list[tuple[int, int]]:
-    """Row chunks of nearly equal size, so that the last one does not run a GEMM on a few rows."""
-    chunks = (total + size - 1) // size
-    even = (total + chunks - 1) // chunks if chunks else size
-    return _spans(total, (even + 127) // 128 * 128)
+def _row_chunks(total: int, most: int, num_cols: int, device: torch.device, at_least: int = 1):
+    """Row chunks that leave few SMs idle in the GEMMs of num_cols columns; see `tiles.chunk_rows`."""
+    return _spans(total, chunk_rows(total, most, num_cols, _device_facts(device)[1], at_least))
 
 
 def _width(size: int, limit: int) -> int:
@@ -143,76 +143,143 @@ def _forward_tiles(
     tiles: Tiles,
 ) -> None:
     """Fold every tile into statistics[1:], expected (if not empty) and kept (if not empty)."""
-    num_classes = weight.shape[0]
-    chunks = _row_chunks(hidden.shape[0], tiles.rows)
-    rows = chunks[0][1]
-    cols = tiles.forward_cols(rows)
-    width = _width(cols, num_classes)
-    store_tile = bool(expected.numel() or kept.numel())
-    # A pass without gradients launches the same kernels with stores switched off: the dummies have the
-    # dtype, alignment and stride class of what they stand for, so that the same machine code is launched.
-    tile_rows = rows if expected.numel() and not kept.numel() else 1
-    workspace = hidden.new_empty((tile_rows, width))
-    acc_dummy = statistics.new_empty((1, _width(hidden.shape[1], hidden.shape[1])))
-    if tiles.gemm == "fused":
-        blocks = (cols + tiles.block_cols - 1) // tiles.block_cols
-        block_max, block_sum = statistics.new_empty((2, rows, blocks))
-    else:
-        logits = statistics.new_empty((rows, width))
-    for top, bottom in chunks:
-        size = bottom - top
-        x, y = hidden[top:bottom], targets[top:bottom]
-        max_N, sum_N = statistics[1, top:bottom], statistics[2, top:bottom]
-        acc = expected[top:bottom] if expected.numel() else acc_dummy
-        for first, last in _spans(num_classes, cols):
-            if kept.numel():
-                tile = kept[top:bottom, first:last]
-            else:
-                tile = workspace[: min(size, tile_rows), : last - first]
-            fold = {
-                "raise_by": RAISE_BY,
-                "store_tile": store_tile,
-                "acc_cols": expected.shape[1] if first else 0,
-                "kept_cols": first if kept.numel() else 0,
-            }
-            if tiles.gemm == "fused":
-                kernel_gemm.logits_fold(
-                    x,
+    num_rows, device = hidden.shape[0], hidden.device
+    lanes = tiles.streams if device.type == "cuda" and num_rows >= tiles.streams * _LEAST_LANE else 1
+    cols = tiles.forward_cols(min(num_rows, tiles.rows))
+    chunks = _row_chunks(num_rows, tiles.rows, min(cols, weight.shape[0]), device, lanes)
+    workspaces = [
+        _Workspace.for_forward(hidden, weight, statistics, expected, kept, tiles, chunks[0][1], cols)
+        for _ in range(min(lanes, len(chunks)))
+    ]
+    with _side_by_side(device, len(workspaces)) as streams:
+        for index, (top, bottom) in enumerate(chunks):
+            rows = slice(top, bottom)
+            acc = expected[rows] if expected.numel() else workspaces[0].acc_dummy[:1]
+            with torch.cuda.stream(streams[index % len(workspaces)]):
+                _forward_chunk(
+                    hidden[rows],
                     weight,
-                    y,
-                    tile,
-                    max_N,
-                    block_max[:size],
-                    block_sum[:size],
-                    first_col=first,
-                    num_cols=last - first,
-                    raise_by=RAISE_BY,
-                    store_tile=store_tile,
-                    tiles=tiles,
-                    num_programs=_device_facts(hidden.device)[1],
-                )
-                kernel_fold.fold_blocks(
-                    block_max[:size],
-                    block_sum[:size],
-                    tile,
+                    targets[rows],
+                    statistics[:, rows],
                     acc,
-                    max_N,
-                    sum_N,
-                    num_cols=last - first,
-                    block_cols=tiles.block_cols,
-                    **fold,
+                    expected.shape[1],
+                    kept[rows] if kept.numel() else kept,
+                    workspaces[index % len(workspaces)],
+                    tiles,
+                    cols,
                 )
-            else:
-                z = logits[:size, : last - first]
-                _product(x, weight[first:last].t(), z, accumulate=False)
-                block = _power_of_two(cols)
-                kernel_fold.fold(z, y, tile, acc, max_N, sum_N, first_col=first, block=block, **fold)
-            if expected.numel():
-                _product(tile, weight[first:last], acc, accumulate=first > 0)
 
 
-def _power_of_two(width: int) -> int:
-    return 1 << (width - 1).bit_length()
+@dataclass(frozen=True)
+class _Workspace:
+    """Tile-sized memory of one stream.
+
+    A pass without gradients launches the same kernels with stores switched off: the dummies have the
+    dtype, alignment and stride class of what they stand for, so that the same machine code is launched.
+
+    Attributes:
+        logits: (rows, width) fp32, or (0, 0) in the fused form.
+        tile: (rows, width) in the input dtype, or (1, width) where E is kept or not wanted.
+        blocks: (2, rows, column blocks) fp32 in the fused form, else empty.
+        acc_dummy: (1, D) fp32, stands for the accumulator where there is none.
+    """
+
+    logits: Tensor
+    tile: Tensor
+    blocks: Tensor
+    acc_dummy: Tensor
+
+    @classmethod
+    def for_forward(cls, hidden, weight, statistics, expected, kept, tiles: Tiles, rows: int, cols: int):
+        """For row chunks of up to `rows` rows and vocabulary tiles of up to `cols` classes."""
+        width = _width(cols, weight.shape[0])
+        fused = tiles.gemm == "fused"
+        blocks = (cols + tiles.block_cols - 1) // tiles.block_cols
+        tile_rows = rows if expected.numel() and not kept.numel() else 1
+        return cls(
+            logits=statistics.new_empty((0, 0) if fused else (rows, width)),
+            tile=hidden.new_empty((tile_rows, width)),
+            blocks=statistics.new_empty((2, rows, blocks) if fused else (2, 0, 0)),
+            acc_dummy=statistics.new_empty((1, _width(hidden.shape[1], hidden.shape[1]))),
+        )
+
+
+def _forward_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    acc: Tensor,
+    acc_cols: int,
+    kept: Tensor,
+    workspace: _Workspace,
+    tiles: Tiles,
+    cols: int,
+) -> None:
+    """All vocabulary tiles of one row chunk, in order. acc_cols: 0 if no hidden gradient is formed."""
+    size = hidden.shape[0]
+    max_N, sum_N = statistics[1], statistics[2]
+    for first, last in _spans(weight.shape[0], cols):
+        width = last - first
+        tile = kept[:, first:last] if kept.numel() else workspace.tile[:size, :width]
+        fold = {
+            "raise_by": RAISE_BY,
+            "store_tile": bool(acc_cols or kept.numel()),
+            "acc_cols": acc_cols if first else 0,
+            "kept_cols": first if kept.numel() else 0,
+        }
+        if tiles.gemm == "fused":
+            blocks = workspace.blocks[:, :size]
+            kernel_gemm.logits_fold(
+                hidden,
+                weight,
+                targets,
+                tile,
+                max_N,
+                *blocks,
+                first_col=first,
+                num_cols=width,
+                raise_by=RAISE_BY,
+                store_tile=fold["store_tile"],
+                tiles=tiles,
+                num_programs=_device_facts(hidden.device)[1],
+            )
+            kernel_fold.fold_blocks(
+                *blocks, tile, acc, max_N, sum_N, num_cols=width, block_cols=tiles.block_cols, **fold
+            )
+        else:
+            z = workspace.logits[:size, :width]
+            _product(hidden, weight[first:last].t(), z, accumulate=False)
+            kernel_fold.fold(
+                z, targets, tile, acc, max_N, sum_N, first_col=first, block=tiles.fold_cols, **fold
+            )
+        if acc_cols:
+            _product(tile, weight[first:last], acc, accumulate=first > 0)
+
+
+@functools.cache
+def _side_streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(count)]
+
+
+@contextlib.contextmanager
+def _side_by_side(device: torch.device, count: int):
+    """`count` streams that start after the work queued so far, and that later work waits for.
+
+    A single one is the current stream. Memory allocated outside and freed outside needs no further care.
+    """
+    if count == 1:
+        yield [None]  # torch.cuda.stream(None) changes nothing
+        return
+    current = torch.cuda.current_stream(device)
+    streams = [current, *_side_streams(device, count - 1)]
+    for stream in streams[1:]:
+        stream.wait_stream(current)
+    try:
+        yield streams
+    finally:
+        for stream in streams[1:]:
+            current.wait_stream(stream)
 
 
 def dhidden(dnll: Tensor, expected: Tensor, statistics: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -233,31 +300,40 @@ def dweight(
     kept_shift: Tensor,
     *,
     gemm: str,
-    tiles: Tiles | None = None,
 ) -> Tensor:
-    """(V, D) gradient of weight from kept tiles; see `op._dweight`. tiles: for the tile sweep only."""
-    tiles = _tiles(hidden, gemm) if tiles is None else tiles
+    """(V, D) gradient of weight from kept tiles; see `op._dweight`. gemm makes no difference here."""
     out = weight.new_empty(weight.shape)
     if not dnll.numel():
         return out.zero_()
     scaled = hidden.new_empty(hidden.shape)
     per_sum = kept.dtype is not torch.float16
     kernel_fold.scale_rows(_rows(hidden), dnll, statistics.contiguous(), scaled, per_sum=per_sum)
-    _write_slices(out, scaled, kept, tiles.slice_cols)
+    _rounded_product(kept[:, : out.shape[0]].t(), scaled, out)
     return out
 
 
-def _write_slices(out: Tensor, scaled: Tensor, kept: Tensor, slice_cols: int) -> None:
-    """out[slice] = kept[:, slice]^T @ scaled: K = N, one fp32 sum over all rows, one rounding."""
-    if out.dtype is torch.float32:
-        _product(kept[:, : out.shape[0]].t(), scaled, out, accumulate=False)
-        return
-    # PyTorch lets cuBLAS add partial sums of a 16-bit result in 16 bits, hence the fp32 slice.
-    partial = scaled.new_empty((min(slice_cols, out.shape[0]), out.shape[1]), dtype=torch.float32)
-    for first, last in _spans(out.shape[0], slice_cols):
-        part = partial[: last - first]
-        _product(kept[:, first:last].t(), scaled, part, accumulate=False)
-        out[first:last].copy_(part)
+@contextlib.contextmanager
+def _full_precision_sums():
+    """Inside, cuBLAS forms a 16-bit result from one fp32 sum: no partial sums in 16 bits, no split-K."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, (False, False))
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
+def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b in the dtype of all three: one fp32 sum over K, one rounding."""
+    if out.is_cuda:
+        with _full_precision_sums():
+            torch.mm(a, b, out=out)
+    else:  # the interpreter's CPU tensors
+        out.copy_(a.float() @ b.float())
 
 
 def sweep(
@@ -301,14 +377,15 @@ def _sweep_tiles(
     tiles: Tiles,
 ) -> None:
     """acc = P @ weight (if not empty) and out_weight = P^T @ scaled (if not empty), tile by tile."""
-    num_classes = weight.shape[0]
-    chunks = _row_chunks(hidden.shape[0], tiles.sweep_rows)
-    rows = chunks[0][1]
-    cols = tiles.sweep_tile_cols(rows)
+    (num_rows, num_hidden), num_classes = hidden.shape, weight.shape[0]
+    cols = tiles.sweep_tile_cols(min(num_rows, tiles.sweep_rows))
     width = _width(cols, num_classes)
+    chunks = _row_chunks(num_rows, tiles.sweep_rows, min(cols, num_classes), hidden.device)
+    rows = chunks[0][1]
     logits = statistics.new_empty((rows, width))
     workspace = hidden.new_empty((rows, width))
-    partial = statistics.new_empty((width if out_weight.numel() else 0, hidden.shape[1]))
+    # Over several chunks a slice of dW is summed in fp32 and rounded at the end.
+    partial = statistics.new_empty((width if out_weight.numel() and len(chunks) > 1 else 0, num_hidden))
     for first, last in _spans(num_classes, cols):
         head = weight[first:last]
         for top, bottom in chunks:
@@ -316,18 +393,13 @@ def _sweep_tiles(
             tile = workspace[: bottom - top, : last - first]
             _product(hidden[top:bottom], head.t(), z, accumulate=False)
             kernel_fold.probabilities(
-                z,
-                targets,
-                statistics,
-                tile,
-                first_row=top,
-                first_col=first,
-                block=_power_of_two(cols),
+                z, targets, statistics, tile, first_row=top, first_col=first, block=tiles.fold_cols
             )
             if acc.numel():
                 _product(tile, head, acc[top:bottom], accumulate=first > 0)
-            if out_weight.numel():
-                part = partial[: last - first]
-                _product(tile.t(), scaled[top:bottom], part, accumulate=top > 0)
-        if out_weight.numel():
+            if partial.numel():
+                _product(tile.t(), scaled[top:bottom], partial[: last - first], accumulate=top > 0)
+            elif out_weight.numel():
+                _rounded_product(tile.t(), scaled, out_weight[first:last])
+        if partial.numel():
             out_weight[first:last].copy_(partial[: last - first])

@@ -107,28 +107,41 @@ def _fold_kernel(
 ):
     """One program owns one row of one logit tile: reads z once, writes E = exp(z - m) once.
 
-    Grid (rows,). m rises only when the tile beats it by `raise_by` (in nats): E then stays below
-    exp(raise_by), and the correction of what was written under the old m (`acc_cols` of the
-    accumulator, `kept_cols` of kept E before this tile) is rare after the first tile.
+    Grid (rows,); the row is walked in blocks of BLOCK_V, few registers, so that many programs share an
+    SM and keep the memory busy. m rises only when a block beats it by `raise_by` (in nats): E then stays
+    below exp(raise_by), and the correction of what was written under the old m (earlier blocks of this
+    tile, `acc_cols` of the accumulator, `kept_cols` of kept E before this tile) is rare after the first
+    block.
     FLOP: about 6 per logit. Bytes: 4 read + size of E written, per logit.
     """
     row = tl.program_id(0).to(tl.int64)
-    offs_v = tl.arange(0, BLOCK_V)
-    in_v = offs_v < num_cols
     target = tl.load(target_ptr + row) - first_col
-    z = tl.load(z_ptr + row * stride_z + offs_v, mask=in_v, other=_NEG_INF)
-    z = tl.where(offs_v == target, _NEG_INF, z)
-
-    old_max = tl.load(max_ptr + row)
-    new_max, factor, rescale = _raise_reference(old_max, tl.max(z, axis=0), raise_by)
-    e = tl.exp(z - new_max)
-    tl.store(max_ptr + row, new_max)
-    tl.store(sum_ptr + row, tl.load(sum_ptr + row) * factor + tl.sum(e, axis=0))
-
+    z_row = z_ptr + row * stride_z
     tile_row = tile_ptr + row * stride_tile
     stored = tl.where(store_tile != 0, num_cols, 0)
-    tl.store(tile_row + offs_v, e.to(tile_ptr.dtype.element_ty), mask=offs_v < stored)
-    if rescale:
+    old_max = tl.load(max_ptr + row)
+    max_n = old_max
+    lane_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    for start in range(0, num_cols, BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z = tl.load(z_row + offs_v, mask=offs_v < num_cols, other=_NEG_INF)
+        z = tl.where(offs_v == target, _NEG_INF, z)
+        new_max, factor, rescale = _raise_reference(max_n, tl.max(z, axis=0), raise_by)
+        e = tl.exp(z - new_max)
+        lane_sum = lane_sum * factor + e
+        if rescale:
+            tl.debug_barrier()  # other threads wrote these
+            _rescale_row(tile_row, tl.minimum(start, stored), factor, BLOCK_D)
+            tl.debug_barrier()  # and may write them again, in the next correction
+        tl.store(tile_row + offs_v, e.to(tile_ptr.dtype.element_ty), mask=offs_v < stored)
+        max_n = new_max
+
+    factor = tl.exp(old_max - max_n)
+    total = tl.load(sum_ptr + row) * factor + tl.sum(lane_sum, axis=0)
+    tl.debug_barrier()  # every warp has read the old maximum and sum
+    tl.store(max_ptr + row, max_n)
+    tl.store(sum_ptr + row, total)
+    if (max_n > old_max) & (old_max > _LOWEST):
         _rescale_row(acc_ptr + row * stride_acc, acc_cols, factor, BLOCK_D)
         _rescale_row(tile_row - kept_cols, kept_cols, factor, BLOCK_D)
 
@@ -169,9 +182,12 @@ def _fold_blocks_kernel(
     old_max = tl.load(max_ptr + row)
     tile_max = tl.max(block_max, axis=0)
     new_max, factor, rescale = _raise_reference(old_max, tile_max, raise_by)
-    tile_sum = tl.sum(block_sum * tl.exp(block_max - new_max), axis=0)
+    total = tl.load(sum_ptr + row) * factor + tl.sum(block_sum * tl.exp(block_max - new_max), axis=0)
+    # Up to 32 blocks the reductions above need no barrier of their own: without this one a late warp
+    # would read the maximum that another has stored already, and skip its part of the corrections.
+    tl.debug_barrier()
     tl.store(max_ptr + row, new_max)
-    tl.store(sum_ptr + row, tl.load(sum_ptr + row) * factor + tile_sum)
+    tl.store(sum_ptr + row, total)
 
     tile_row = tile_ptr + row * stride_tile
     if (new_max > old_max) & (store_tile != 0):
@@ -253,12 +269,12 @@ def _probabilities_kernel(
     stride_tile,
     BLOCK_V: tl.constexpr,
 ):
-    """Grid (rows,), with the statistics known: E = exp(z - m) / s, and -1 at the target.
+    """Grid (rows, ceil(cols / BLOCK_V)), with the statistics known: exp(z - m) / s, and -1 at the target.
 
-    Rows are `first_row` and following of target_N and of statistics [3, N]. q * E is p - onehot.
+    Rows are `first_row` and following of target_N and of statistics [3, N]. q times it is p - onehot.
     """
     row = tl.program_id(0).to(tl.int64)
-    offs_v = tl.arange(0, BLOCK_V)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = offs_v < num_cols
     target = tl.load(target_ptr + first_row + row) - first_col
     max_n = tl.load(statistics_ptr + N + first_row + row)
@@ -332,8 +348,8 @@ def _power_of_two(width: int, low: int, high: int) -> int:
 
 
 def _warps(block: int) -> int:
-    """Warps that leave each thread about 32 fp32 values of a row."""
-    return _power_of_two(block // 1024, 1, 16)
+    """Warps that leave each thread 16 fp32 values of a row: 64 registers, 32 warps on an SM."""
+    return _power_of_two(block // 512, 1, 16)
 
 
 def _rows_by_hidden(tensor: Tensor) -> tuple[tuple[int, int], int]:
@@ -376,8 +392,8 @@ def fold(
     """Fold logits z [rows, cols] fp32, columns `first_col` on, into max_N, sum_N [rows] fp32.
 
     tile, acc: where E goes and what is corrected when a maximum rises; any tensors of the right
-    dtype, alignment and stride when `store_tile` is false. block: power of two >= cols, the same
-    for every tile of a call.
+    dtype, alignment and stride when `store_tile` is false. block: columns of a step along the row, a power
+    of two, the same for every tile of a call.
     """
     _fold_kernel[(z.shape[0],)](
         z,
@@ -491,7 +507,7 @@ def probabilities(
     block: int,
 ) -> None:
     """tile = exp(z - m) / s with -1 at the target, for rows `first_row` on. z [rows, cols] fp32."""
-    _probabilities_kernel[(z.shape[0],)](
+    _probabilities_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
         z,
         targets,
         statistics,

@@ -1,9 +1,10 @@
 """Tile shapes of the Triton backend, and the arithmetic they are argued from. No tensors, no Triton.
 
-NO GPU HAS SPOKEN YET: every row below is computed (H200: 132 SMs, 50 MB L2, 785 TF/s, 4.3 TB/s;
+NO GPU HAS SPOKEN YET: every row below is computed (H100: 132 SMs, 50 MB L2, 785 TF/s, 2.95 TB/s;
 D = 4096, V = 126464, bf16), none is measured. `make gpu` sweeps them and writes the evidence.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 GEMMS = ("cublas", "fused")
@@ -27,7 +28,9 @@ class Tiles:
         rows, cols: logit tile of the forward pass, for many rows.
         sweep_rows, sweep_cols: logit tile of the known-statistics sweep, where dW wants many rows.
         max_cols: columns that the tiles of a few rows may grow to, within the area of a full one.
-        slice_cols: vocabulary slice of dW from kept tiles, held in fp32 before it is rounded once.
+        fold_cols: columns of a row that the fold takes in one step.
+        streams: CUDA streams over which the forward pass spreads its row chunks, so that the fold of one
+            runs beside the GEMM of another and fills the SMs its last wave leaves idle.
         block_rows, block_cols, block_hidden: CTA tile of the fused GEMM.
         num_warps, num_stages: of the fused GEMM.
         descriptors: operands of the fused GEMM through TMA descriptors (Hopper) or pointers.
@@ -39,7 +42,8 @@ class Tiles:
     sweep_rows: int
     sweep_cols: int
     max_cols: int
-    slice_cols: int
+    fold_cols: int
+    streams: int
     block_rows: int
     block_cols: int
     block_hidden: int
@@ -62,20 +66,51 @@ def _widened(rows: int, cols: int, max_cols: int, chunk_rows: int) -> int:
     Launching the three kernels of a tile costs the host some 60 us; a tile of 256 x 8192 keeps the GPU
     busy for less.
     """
-    while 2 * cols <= max_cols and 2 * cols * chunk_rows <= rows * cols:
+    area = rows * cols
+    while 2 * cols <= max_cols and 2 * cols * chunk_rows <= area:
         cols *= 2
     return cols
 
 
-# Logit tile 1024 x 8192: fp32 z is 32 MiB and stays in L2 between GEMM and fold; cuBLAS 128 x 256
-# CTAs make 256 of them for z (1.94 waves, 97% full) and 128 for E @ W (0.97). Per tile 87 us of GEMM
-# each and about 10 us of fold through L2: 6% of 2 units. Larger row chunks read W less often (0.24 ms
-# per chunk, hidden behind the GEMM) but send z through HBM (9%).
-# Sweep tile 4096 x 4096: three GEMMs of 175 us; z, E and the fp32 accumulators cost about 14%.
+_GEMM_ROWS, _GEMM_COLS = 128, 256  # output block of one SM in the GEMMs of Hopper's cuBLAS
+
+
+@functools.cache
+def chunk_rows(total: int, most: int, num_cols: int, num_sms: int, at_least: int = 1) -> int:
+    """Rows of a chunk, a multiple of 128 and at most `most`, that leave the fewest SMs idle.
+
+    A GEMM of rows x num_cols runs in ceil(blocks / SMs) waves of output blocks, and the last wave of each
+    chunk is rarely full: 4100 rows cut into five chunks took 15% more waves than one row block beyond 4096
+    has to. Of sizes that need equally many waves the largest is taken (the head is read less often).
+
+    Args:
+        total: rows in all, >= 1.
+        most: largest chunk; less than 128 counts as 128.
+        num_cols: columns of a tile.
+        num_sms: streaming multiprocessors.
+        at_least: chunks wanted, where there are as many blocks of 128 rows.
+    """
+    blocks = -(-total // _GEMM_ROWS)
+    largest = max(1, min(most // _GEMM_ROWS, -(-blocks // at_least)))
+    col_blocks = -(-num_cols // _GEMM_COLS)
+
+    def waves(size: int) -> int:
+        full, rest = divmod(blocks, size)
+        return full * -(-size * col_blocks // num_sms) + -(-rest * col_blocks // num_sms)
+
+    # Below half of the largest the head is read twice as often: never worth a wave.
+    sizes = range(max(1, -(-largest // 2)), largest + 1)
+    return _GEMM_ROWS * min(sizes, key=lambda size: (waves(size), -size))
+
+
+# Logit tile 4096 x 32768: fp32 z is 512 MiB and goes through HBM, 6 bytes per logit in the fold and 6 more
+# that the GEMMs hide: about 10% of 2 units. Against it, wide tiles fill the waves (32 x 128 blocks of
+# 128 x 256 are 31.03 waves on 132 SMs) and touch the fp32 accumulator four times in all.
+# Sweep tile 4096 x 8192: dW of a tile is one matmul with K = all rows of the chunk.
 # Default "cublas": Triton's best K = 4096 GEMM reaches 95-97% of cuBLAS (kernels.md, section 13), and its
 # epilogue is not overlapped (about 5%), against the 6% of the separate fold. Nearly a tie, decided for
 # the form with the fewest unknowns.
-_HOPPER = Tiles("cublas", 1024, 8192, 4096, 4096, 32768, 4096, 128, 256, 64, 8, 4, True)
+_HOPPER = Tiles("cublas", 4096, 32768, 4096, 8192, 131072, 4096, 1, 128, 256, 64, 8, 4, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
 # accumulators leaves no registers for a cp.async pipeline; 4 stages of 16 KiB.
@@ -84,7 +119,7 @@ _AMPERE = replace(_HOPPER, block_cols=128, block_hidden=32, num_stages=4, descri
 # fp32: the sweep repeats the forward pass's GEMM shape, so that both see the same logits bit for bit; their
 # last bits would show in an fp32 gradient of a peaked row (1e-5), though not in a 16-bit one. The CTA tile
 # is small because exact fp32 has no tensor cores; only the interpreter tests use it.
-_FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 32768, 4096, 64, 64, 16, 8, 2, False)
+_FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 32768, 4096, 1, 64, 64, 16, 8, 2, False)
 
 
 def tiles_for(capability: tuple[int, int], itemsize: int, gemm: str = "cublas") -> Tiles:

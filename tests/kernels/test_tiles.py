@@ -1,0 +1,67 @@
+"""The arithmetic of the Triton backend's tile shapes: areas, waves, chunks. No Triton needed."""
+
+from dataclasses import replace
+
+import pytest
+
+from vrpo_kernels.linear_cross_entropy.tiles import chunk_rows, tiles_for
+
+HOPPER = tiles_for((9, 0), 2)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 128, 1000, 1024, 2047, 2048, 4096])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles__never_exceed_the_area_of_a_full_one(capability, itemsize, rows):
+    tiles = tiles_for(capability, itemsize)
+    for full_rows, full_cols, cols in (
+        (tiles.rows, tiles.cols, tiles.forward_cols(rows)),
+        (tiles.sweep_rows, tiles.sweep_cols, tiles.sweep_tile_cols(rows)),
+    ):
+        if rows > full_rows:
+            continue
+        assert rows * cols <= full_rows * full_cols
+        # and use it: the next doubling would not fit
+        assert 2 * cols > tiles.max_cols or 2 * cols * rows > full_rows * full_cols
+
+
+def _waves(total, size, num_cols, num_sms):
+    col_blocks = -(-num_cols // 256)
+    chunks = [min(size, total - start) for start in range(0, total, size)]
+    return sum(-(-(-(-chunk // 128) * col_blocks) // num_sms) for chunk in chunks)
+
+
+@pytest.mark.parametrize("total", [1, 127, 128, 129, 512, 1000, 4096, 4100, 5000, 9999, 16384, 65536])
+@pytest.mark.parametrize("most", [1024, 4096])
+@pytest.mark.parametrize("num_cols", [70, 8192, 32768])
+@pytest.mark.parametrize("num_sms", [4, 108, 132])
+def test_chunk_rows__wastes_no_more_waves_than_any_other_size(total, most, num_cols, num_sms):
+    size = chunk_rows(total, most, num_cols, num_sms)
+    assert size % 128 == 0
+    assert 128 <= size <= max(128, most)
+    largest = min(most, -(-total // 128) * 128)
+    others = range(-(-largest // 256) * 128, largest + 1, 128)
+    assert _waves(total, size, num_cols, num_sms) == min(
+        _waves(total, other, num_cols, num_sms) for other in others
+    )
+
+
+def test_chunk_rows__4100_rows_cost_at_most_one_more_row_block_than_4096():
+    cols, sms = 32768, 132
+    needed = -(-33 * 128 // sms)  # 33 row blocks of 128 x 256 blocks, never interrupted
+    assert _waves(4100, chunk_rows(4100, 4096, cols, sms), cols, sms) <= needed + 1
+    assert chunk_rows(4096, 4096, cols, sms) == 4096
+
+
+def test_chunk_rows__makes_as_many_chunks_as_streams_want():
+    for total in (2048, 4096, 4100, 16384):
+        size = chunk_rows(total, 4096, 32768, 132, at_least=2)
+        assert -(-total // size) >= 2
+
+
+def test_tiles__fp32_sweeps_with_the_shape_of_its_forward_pass():
+    tiles = tiles_for((9, 0), 4)
+    for rows in (100, 1024):
+        assert tiles.forward_cols(rows) == tiles.sweep_tile_cols(rows)
+    assert (tiles.rows, tiles.cols) == (tiles.sweep_rows, tiles.sweep_cols)
+    assert replace(HOPPER, gemm="fused") == tiles_for((9, 0), 2, "fused")
