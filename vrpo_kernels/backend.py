@@ -4,12 +4,17 @@ The only place that probes for optional parts (the C++ extension, Triton). Nothi
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 BACKENDS = ("triton", "cpu", "reference")
 _FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,6 +145,21 @@ def choose(
     if reasons:
         raise ValueError(f"{op}: backend {wanted!r} cannot run because " + "; and because ".join(reasons))
     return wanted
+
+
+def on_device(launcher: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorates a function that launches Triton kernels: they run on the device of its first tensor.
+
+    Triton launches on the *current* device, which under `device_map` need not be the one the tensors are on.
+    """
+
+    @functools.wraps(launcher)
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        first = next(value for value in args if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(first):  # nothing for tensors on the CPU
+            return launcher(*args, **kwargs)
+
+    return guarded
 
 
 def describe() -> dict[str, str]:

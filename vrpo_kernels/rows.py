@@ -24,7 +24,7 @@ def _backward(ctx, dhidden_ND):
     (row_N,) = ctx.saved_tensors
     # Rows are unique, so each row of dhidden has one owner: a copy, no atomics, no additions.
     dhidden_TD = dhidden_ND.new_zeros(ctx.num_rows, dhidden_ND.shape[1])
-    return dhidden_TD.index_copy(0, row_N, dhidden_ND), None
+    return dhidden_TD.index_copy_(0, row_N, dhidden_ND), None
 
 
 _gather_rows.register_autograd(_backward, setup_context=_setup_context)

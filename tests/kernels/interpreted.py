@@ -151,6 +151,38 @@ def test_linear_cross_entropy__no_rows():
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("bad", [201, 2**40, -1])
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_linear_cross_entropy__a_target_out_of_range_makes_nan_of_its_row_only(gemm, bad):
+    # On a device nothing can be raised without waiting for it; what lies beyond the head is never touched.
+    hidden, weight, targets, upstream = _inputs(17, 201, 24, torch.float16)
+    expected = _op(gemm)(hidden, weight, targets)
+    targets[3] = bad
+    for kept_tile_bytes in (KEEP, RECOMPUTE):
+        leaf = hidden.clone().requires_grad_()
+        head = weight.clone().requires_grad_()
+        nll = _op(gemm, kept_tile_bytes)(leaf, head, targets)
+        nll.backward(upstream)
+        assert nll[3].isnan()
+        assert leaf.grad[3].isnan().all()
+        assert head.grad.isnan().all()  # every class has a share of that row
+        others = torch.arange(17) != 3
+        testing.assert_bitwise_equal(nll[others].detach(), expected[others], "nll")
+        assert leaf.grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [201, 2**40, -1])
+def test_cross_entropy__a_target_out_of_range_makes_nan_of_its_row_only(bad):
+    # The op itself raises for tensors on the CPU; on a device only the kernels see the values.
+    logits, targets = torch.randn(5, 201), torch.tensor([0, 5, bad, 200, 7])
+    nll, statistics = cross_entropy_kernel.forward(logits, targets, None)
+    dlogits = torch.empty_like(logits)
+    cross_entropy_kernel.backward(torch.ones(5), logits, targets, None, statistics, dlogits)
+    others = torch.tensor([0, 1, 3, 4])
+    assert nll[2].isnan() and nll[others].isfinite().all()
+    assert dlogits[2].isnan().all() and dlogits[others].isfinite().all()
+
+
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm):
     hidden, weight, targets, upstream = _inputs(17, 201, 24, torch.float16)

@@ -1,5 +1,8 @@
 """backend.choose decides from facts alone, and refuses with every reason."""
 
+import contextlib
+import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -77,3 +80,35 @@ assert "triton" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+KERNEL_MODULES = ("linear_cross_entropy", "cross_entropy", "mask_select", "pack_masked")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no package `triton`")
+@pytest.mark.parametrize("name", KERNEL_MODULES)
+def test_on_device__guards_every_function_that_launches(name, monkeypatch):
+    # Triton launches on the current device; a tensor on another one would fault.
+    module = importlib.import_module(f"vrpo_kernels.{name}.kernel")
+    entered = []
+
+    class Recorded:
+        def __init__(self, tensor):
+            entered.append(tensor)
+
+        __enter__ = __exit__ = lambda self, *args: None
+
+    monkeypatch.setattr(torch.cuda, "device_of", Recorded)
+    public = [
+        value
+        for key, value in vars(module).items()
+        if callable(value) and not key.startswith("_") and getattr(value, "__module__", "") == module.__name__
+    ]
+    launchers = [function for function in public if function.__name__ not in ("resolve_gemm", "kept_shapes")]
+    assert launchers
+    marker = torch.zeros(1)
+    for function in launchers:
+        entered.clear()
+        with contextlib.suppress(Exception):  # the arguments are nonsense; the guard comes first
+            function(marker)
+        assert len(entered) == 1 and entered[0] is marker, function.__name__

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrpo_kernels.backend import on_device
+
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the maximum of no logits at all
 
@@ -47,7 +49,10 @@ def _forward_kernel(
         lane_max = new_max
     max_n = tl.max(lane_max, axis=0)
     sum_n = tl.sum(lane_sum * tl.exp(lane_max - max_n), axis=0)
-    log_odds = (max_n - tl.load(logits_row + target).to(tl.float32)) + tl.log(sum_n)
+    # A target out of range makes NaN of its row, never a wrong number.
+    is_class = (target >= 0) & (target < V)
+    target_logit = tl.load(logits_row + target, mask=is_class, other=float("nan")).to(tl.float32)
+    log_odds = (max_n - target_logit) + tl.log(sum_n)
     # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is right to
     # the last bits for every x in (0, 1], and Triton has no log1p that the interpreter can run.
     small = tl.exp(-tl.abs(log_odds))
@@ -92,7 +97,8 @@ def _backward_kernel(
     else:
         logits_row = logits_ptr + row * stride_logits
         target = tl.load(target_ptr + n)
-        target_logit = tl.load(logits_row + target).to(tl.float32)
+        is_class = (target >= 0) & (target < V)
+        target_logit = tl.load(logits_row + target, mask=is_class, other=float("nan")).to(tl.float32)
         # In place, another warp may overwrite the target's logit: all have read it from here on.
         tl.debug_barrier()
         max_n = tl.load(statistics_ptr + n)
@@ -119,6 +125,7 @@ def _warps(block: int) -> int:
     return max(1, min(8, block // 512))
 
 
+@on_device
 def forward(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> tuple[Tensor, Tensor]:
     """(nll_N, statistics (2, N)); see `cpu.forward`."""
     num_rows, num_classes = target_N.shape[0], logits_MV.shape[1]
@@ -143,6 +150,7 @@ def forward(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> tuple[
     return nll_N, statistics
 
 
+@on_device
 def backward(
     dnll_N: Tensor,
     logits_MV: Tensor,

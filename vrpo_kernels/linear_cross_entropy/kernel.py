@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vrpo_kernels.backend import on_device
 from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
 from vrpo_kernels.linear_cross_entropy.tiles import GEMMS, LOWEST, RAISE_BY, Tiles, chunk_rows, tiles_for
 
@@ -86,6 +87,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
         _product(a.float(), b.float(), out, accumulate=accumulate)
 
 
+@on_device
 def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 for a negative target."""
     out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
@@ -99,6 +101,7 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+@on_device
 def forward(
     hidden: Tensor,
     weight: Tensor,
@@ -282,6 +285,7 @@ def _side_by_side(device: torch.device, count: int):
             current.wait_stream(stream)
 
 
+@on_device
 def dhidden(dnll: Tensor, expected: Tensor, statistics: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(N, D) gradient of hidden from what the forward pass left; see `op._dhidden`."""
     out = weight.new_empty(expected.shape)
@@ -290,6 +294,7 @@ def dhidden(dnll: Tensor, expected: Tensor, statistics: Tensor, weight: Tensor, 
     return out
 
 
+@on_device
 def dweight(
     dnll: Tensor,
     hidden: Tensor,
@@ -336,6 +341,7 @@ def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(a.float() @ b.float())
 
 
+@on_device
 def sweep(
     dnll: Tensor,
     hidden: Tensor,

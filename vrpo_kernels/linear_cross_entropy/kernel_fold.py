@@ -16,6 +16,13 @@ from vrpo_kernels.linear_cross_entropy.tiles import LOWEST
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(LOWEST)
+_ABSENT = tl.constexpr(torch.iinfo(torch.int64).min)  # op.ABSENT
+
+
+@triton.jit
+def _is_class(target, V):
+    """False for op.ABSENT, and for a target out of range, which makes NaN of its row."""
+    return (target >= 0) & (target < V)
 
 
 @triton.jit
@@ -65,24 +72,26 @@ def _target_logits_kernel(
     weight_ptr,
     target_ptr,
     out_ptr,
+    V,
     D,
     stride_hidden,
     stride_weight,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (rows,): z_y = hidden_n . weight_y in fp32; 0 for a negative target (op.ABSENT)."""
+    """Grid (rows,): z_y = hidden_n . weight_y in fp32; 0 for an absent target, NaN for one out of range."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     hidden_row = hidden_ptr + row * stride_hidden
     weight_row = weight_ptr + target * stride_weight
-    width = tl.where(target >= 0, D, 0)
+    width = tl.where(_is_class(target, V), D, 0)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         in_d = offs_d < width
         hidden = tl.load(hidden_row + offs_d, mask=in_d, other=0.0).to(tl.float32)
         total += hidden * tl.load(weight_row + offs_d, mask=in_d, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row, tl.sum(total, axis=0))
+    known = _is_class(target, V) | (target == _ABSENT)
+    tl.store(out_ptr + row, tl.where(known, tl.sum(total, axis=0), float("nan")))
 
 
 @triton.jit(do_not_specialize=["store_tile", "acc_ptr", "acc_cols", "stride_acc", "kept_cols"])
@@ -252,7 +261,7 @@ def _finish_kept_kernel(
             e = tl.where(offs_v == target, -1.0, e)
             tl.store(kept_row + offs_v, e.to(kept_ptr.dtype.element_ty), mask=offs_v < V)
     else:
-        tl.store(kept_row + target, (-total).to(kept_ptr.dtype.element_ty), mask=target >= 0)
+        tl.store(kept_row + target, (-total).to(kept_ptr.dtype.element_ty), mask=_is_class(target, V))
 
 
 @triton.jit
@@ -323,6 +332,7 @@ def _dhidden_kernel(
     statistics_ptr,
     out_ptr,
     N,
+    V,
     D,
     stride_expected,
     stride_weight,
@@ -338,7 +348,7 @@ def _dhidden_kernel(
     q, _ = _row_scale(statistics_ptr, row, N)
     expected = tl.load(expected_ptr + row * stride_expected + offs_d, mask=in_d, other=0.0)
     head_row = weight_ptr + target * stride_weight + offs_d
-    head = tl.load(head_row, mask=offs_d < tl.where(target >= 0, D, 0), other=0.0).to(tl.float32)
+    head = tl.load(head_row, mask=offs_d < tl.where(_is_class(target, V), D, 0), other=0.0).to(tl.float32)
     out = tl.load(dnll_ptr + row * stride_dnll) * q * (expected - head)
     tl.store(out_ptr + row * stride_out + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_d)
 
@@ -359,12 +369,13 @@ def _rows_by_hidden(tensor: Tensor) -> tuple[tuple[int, int], int]:
 
 
 def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> None:
-    """out[n] = hidden[n] . weight[targets[n]] in fp32, in one fixed order; 0 for a negative target."""
+    """out[n] = hidden[n] . weight[targets[n]] in fp32, in one fixed order; 0 if absent, NaN out of range."""
     _target_logits_kernel[(hidden.shape[0],)](
         hidden,
         weight,
         targets,
         out,
+        weight.shape[0],
         hidden.shape[1],
         hidden.stride(0),
         weight.stride(0),
@@ -562,6 +573,7 @@ def dhidden(
         statistics,
         out,
         expected.shape[0],
+        weight.shape[0],
         expected.shape[1],
         expected.stride(0),
         weight.stride(0),

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrpo_kernels.backend import on_device
+
 _BLOCK = 4096
 _U32_END = tl.constexpr(2**32)
 
@@ -145,6 +147,7 @@ def _select_by_word_kernel(
         tl.store(offset_ptr + segment, written)
 
 
+@on_device
 def mask_select(
     length_S: Tensor,
     counter_S3: Tensor,

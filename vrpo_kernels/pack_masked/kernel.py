@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrpo_kernels.backend import on_device
+
 _BLOCK = 512
 _BLOCK_R = 1024
 _MAX_SPLIT = 1024  # the grid's second axis ends at 65535; more programs than this fill any device
@@ -144,6 +146,7 @@ def _grid(num_items: int, num_tokens: int) -> tuple[int, int]:
     return num_items, min(max(triton.cdiv(num_tokens, num_items * _BLOCK), 1), _MAX_SPLIT)
 
 
+@on_device
 def pack_masked(
     tokens_U: Tensor,
     prompt_length_R: Tensor,
@@ -179,6 +182,7 @@ def pack_masked(
     return tokens_T, position_T, cu_seqlens_S1, row_N, target_N
 
 
+@on_device
 def token_weight_sums(
     weight_N: Tensor,
     position_N: Tensor,
