@@ -1,0 +1,354 @@
+"""The whole VRPO step at LLaDA-8B's shape on one GPU: time, tokens/s, TF/s and memory.
+
+    python3 -m benchmarks step [--output FILE.csv] [--seconds 90] [--revision REV] [--tiny]
+
+One step is `vrpo.step.preference_step` and its backward pass, on one pair with a prompt of 512 and responses
+of 512 tokens: draw, pack, reference, policy, ELBO, score, loss, gradients. Weights are random bfloat16, 8.0e9
+of them. In this order, each row written as soon as it is measured, and skipped if the time left is too short:
+
+1. the GEMM rate of this run: 8192^3, which percentages refer to, and the step's own shapes
+2. the first step of LoRA (r = 16 on every linear layer but the head, float32 weights, bfloat16 autocast,
+   activation checkpointing: what the trainer does): its score must be exactly 0.0 and its loss ln 2
+3. the same at K = 8, 2, 4, 1, 16 samples; then one optimizer step, after which the loss must be lower
+4. at K = 8: other heads, other attention, a padded batch, no checkpointing (K = 2), adapter inputs that PEFT
+   does not widen to float32, no autocast
+5. all weights trained, K = 8, 2, 4, 1: a frozen copy as reference, no optimizer state
+6. a profile of one LoRA step at K = 8, into profile_step.txt beside the output
+
+Columns: K samples per response, T tokens of the pack, N masked rows, times in ms (median of up to 3 steps
+after one that is not counted), peak_GiB allocated. tflops counts the matmuls that the step needs
+(`step_setup.step_flops`): with P weights in the layers, 2 P T for each of reference, policy, recomputation
+and dX, and for dW where all weights are trained; attention; 2 N D V for each pass of the head.
+--tiny runs every line on the CPU, with a model of no use, in float32.
+"""
+
+import argparse
+import copy
+import gc
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.record import RESULTS
+from benchmarks.step_run import Run
+from benchmarks.step_setup import (
+    HEADS,
+    LLADA_8B,
+    TINY,
+    Scorer,
+    build_model,
+    checkpoint_activations,
+    make_batch,
+    step_flops,
+    with_lora,
+)
+from benchmarks.step_timing import (
+    Step,
+    forget_gradients,
+    free_memory,
+    matmul_rate,
+    profile,
+    run_step,
+    timed_steps,
+)
+from vrpo.models import ATTENTION_NAMES, choose_attention
+
+SWEEP = (8, 2, 4, 1, 16)  # the most important first
+FULL_SWEEP = (8, 2, 4, 1)
+
+
+def measure_rates(run: Run) -> None:
+    """Rows of the GEMM rate: the roof, and the shapes of the step at K = 8."""
+    size, tokens = run.size, 16 * (run.size.prompt + run.size.response)
+    rows = 8 * size.response
+    shapes = {
+        "gemm roof": (size.gemm, size.gemm, size.gemm),
+        "gemm q, k, v, o": (tokens, size.hidden, size.hidden),
+        "gemm gate, up": (tokens, size.hidden, size.mlp),
+        "gemm down": (tokens, size.mlp, size.hidden),
+        "gemm head": (rows, size.hidden, size.classes),
+    }
+    for case, shape in shapes.items():
+
+        def work(case=case, shape=shape):
+            rate = matmul_rate(shape, run.device, run.dtype)
+            if run.gemm_tflops is None:
+                run.gemm_tflops = rate
+            spelled = "({} x {}) @ ({} x {})".format(*shape[:2], *shape[1:])
+            run.row(case, tflops=rate, pct_of_gemm=100 * rate / run.gemm_tflops, note=spelled)
+
+        run.attempt(case, work)
+
+
+class Training:
+    """A policy and its reference: with LoRA the model with its adapter off, else a frozen copy."""
+
+    def __init__(self, run: Run, *, full: bool = False):
+        self.run, self.full = run, full
+        self.checkpointing = True
+        base = build_model(run.size, run.device, run.dtype)
+        self.frozen: nn.Module | None = None
+        if full:
+            self.frozen = copy.deepcopy(base).eval()
+            self.model = base.requires_grad_(True)
+        else:
+            self.model = with_lora(base)
+        checkpoint_activations(self.model, True)
+        self.model.train()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Activation checkpointing on or off."""
+        checkpoint_activations(self.model, on)
+        self.checkpointing = on
+
+    def scorers(self, head: str = "fused", padded: bool = False, autocast: bool = True):
+        """(policy, reference) of one form."""
+        form = {"head": head, "padded": padded, "autocast": self.run.autocast if autocast else None}
+        if self.frozen is not None:
+            return Scorer(self.model, **form), Scorer(self.frozen, **form)
+        return Scorer(self.model, **form), Scorer(self.model, **form, adapter=False)
+
+    def stepper(self, num_samples: int, *, mixed: bool = False, **form: object) -> Callable[[], Step]:
+        """A function that makes one step with its gradients."""
+        run = self.run
+        batch = make_batch(run.size, mixed=mixed)
+        policy, reference = self.scorers(**form)
+        mask = run.size.mask_token_id
+        return lambda: run_step(batch, policy, reference, mask, num_samples, run.device)
+
+
+def bench(
+    run: Run,
+    training: Training,
+    case: str,
+    num_samples: int,
+    *,
+    attention: str = "vrpo",
+    seconds: float = 1.5,
+    note: str = "",
+    **form: object,
+) -> bool:
+    """One row of a case: timed for about so many seconds, or with the reason why not."""
+    head = form.get("head", "fused")
+    requested = ATTENTION_NAMES[attention]
+
+    def work() -> None:
+        base = training.model if training.full else training.model.get_base_model()
+        base.set_attn_implementation(attention)
+        try:
+            name = choose_attention(run.device, run.dtype, requested)[0]
+            step, count, peak = timed_steps(
+                training.stepper(num_samples, **form), training.model, run.device, seconds=seconds
+            )
+        finally:
+            base.set_attn_implementation("vrpo")
+        tokens = int(step.length_S.sum())
+        run.took(tokens, step.ms)
+        flops = step_flops(
+            run.size,
+            step.length_S,
+            step.num_rows,
+            full=training.full,
+            checkpointing=training.checkpointing,
+        )
+        rate = 1e-9 * flops / step.ms
+        run.row(
+            case,
+            K=num_samples,
+            T=tokens,
+            N=step.num_rows,
+            attention="sdpa with a mask" if form.get("padded") else name,
+            head=head,
+            ms=step.ms,
+            ms_reference=step.ms_reference,
+            ms_forward=step.ms_forward,
+            ms_backward=step.ms_backward,
+            tokens_per_s=1e3 * tokens / step.ms,
+            tflops=rate,
+            pct_of_gemm=100 * rate / run.gemm_tflops if run.gemm_tflops else "",
+            peak_GiB="" if peak is None else peak,
+            score=repr(step.score),
+            loss=repr(step.loss),
+            note="; ".join(part for part in (note, f"{count} timed") if part),
+        )
+
+    tokens = 2 * num_samples * (run.size.prompt + run.size.response) * (2 if form.get("mixed") else 1)
+    # The step that is not counted, at least one that is, and something for a slower variant.
+    needs = run.expected(tokens, steps=2.5)
+    return run.attempt(case, work, needs, K=num_samples, attention=requested, head=head)
+
+
+def first_step(run: Run, training: Training) -> None:
+    """The row that says whether a policy equal to its reference scores exactly 0."""
+
+    def work() -> None:
+        forget_gradients(training.model)
+        step = training.stepper(2)()
+        ln_two = torch.tensor(math.log(2), dtype=torch.float32).item()
+        exact = step.score == 0.0 and step.loss == ln_two
+        verdict = (
+            "score exactly 0.0, loss ln 2 in float32" if exact else f"WRONG: 0.0 and {ln_two!r} expected"
+        )
+        norms = torch.stack([p.grad.float().norm() for p in training.parameters() if p.grad is not None])
+        run.row(
+            "LoRA, first step",
+            K=2,
+            T=int(step.length_S.sum()),
+            N=step.num_rows,
+            attention=choose_attention(run.device, run.dtype)[0],
+            head="fused",
+            ms=step.ms,
+            score=repr(step.score),
+            loss=repr(step.loss),
+            note=f"{verdict}; gradient norm {norms.norm():.4g} over {len(norms)} tensors; compiles",
+        )
+
+    run.attempt("LoRA, first step", work)
+
+
+def optimizer_step(run: Run, training: Training) -> None:
+    """One AdamW step of the adapter, and the loss of the same pair after it; then the adapter as before."""
+
+    def work() -> None:
+        parameters = training.parameters()
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=run.device == "cuda")
+        stepper = training.stepper(2)
+        forget_gradients(training.model)
+        first = stepper()
+        started = time.perf_counter()
+        optimizer.step()
+        if run.device == "cuda":
+            torch.cuda.synchronize()
+        ms = 1e3 * (time.perf_counter() - started)
+        forget_gradients(training.model)
+        after = stepper()
+        lower = "lower" if after.loss < first.loss else "NOT LOWER"
+        count = sum(parameter.numel() for parameter in parameters)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+        run.row(
+            "LoRA, AdamW",
+            K=2,
+            ms=ms,
+            score=repr(after.score),
+            loss=repr(after.loss),
+            note=f"first AdamW step of {count:.3g} weights; loss after it {lower}",
+        )
+
+    run.attempt("LoRA, AdamW", work, needs=run.expected(4 * (run.size.prompt + run.size.response), 3))
+    forget_gradients(training.model)
+
+
+def variants(run: Run, training: Training) -> None:
+    """Rows that change one thing of the LoRA step at K = 8."""
+    for head in HEADS[1:]:
+        bench(run, training, f"LoRA, {head}", 8, head=head)
+    if run.device == "cuda":
+        bench(run, training, "LoRA, sdpa", 8, attention="vrpo_sdpa")
+    else:
+        run.row("LoRA, sdpa", K=8, note="left out: without CUDA the choice is sdpa already")
+    note = "two pairs of mixed lengths, K = 4"
+    bench(run, training, "LoRA, packed", 4, mixed=True, note=note)
+    bench(run, training, "LoRA, padded", 4, mixed=True, padded=True, note=note)
+    training.set_checkpointing(False)
+    bench(run, training, "LoRA, no checkpointing", 2)
+    training.set_checkpointing(True)
+    widened(run, training)
+    bench(run, training, "LoRA, no autocast", 8, autocast=False, note="float32 adapter on a 16-bit base")
+
+
+def widened(run: Run, training: Training) -> None:
+    """PEFT widens what enters a float32 adapter, and autocast rounds it back: the step without either."""
+    try:
+        from peft.helpers import disable_input_dtype_casting
+    except ImportError as error:
+        run.row("LoRA, inputs not widened", K=8, note=f"left out: {error}")
+        return
+    with disable_input_dtype_casting(training.model):
+        bench(run, training, "LoRA, inputs not widened", 8)
+
+
+def write_profile(run: Run, training: Training) -> None:
+    """The kernels of one LoRA step at K = 8."""
+
+    def work() -> None:
+        stepper = training.stepper(8)
+        forget_gradients(training.model)
+        stepper()
+        forget_gradients(training.model)
+        text = profile(stepper, run.device)
+        path = run.output.with_name("profile_step.txt")
+        head = ", ".join(f"{key} {value}" for key, value in run.provenance.items())
+        path.write_text(f"One LoRA step, K = 8; {head}\n{text}")
+        run.row("LoRA, profile", K=8, note=f"written to {path.name}")
+        print(text, flush=True)
+
+    run.attempt("LoRA, profile", work, needs=run.expected(16 * (run.size.prompt + run.size.response), 4))
+
+
+def train_lora(run: Run) -> None:
+    """Items 2, 3, 4 and 6, with one model."""
+    if importlib.util.find_spec("peft") is None:
+        run.row("LoRA", note="left out: package peft is not installed")
+        return
+    held: list[Training] = []
+    if not run.attempt("LoRA, model", lambda: held.append(Training(run))):
+        return
+    training = held.pop()
+    first_step(run, training)
+    for num_samples in SWEEP:
+        bench(run, training, "LoRA", num_samples, seconds=4)
+    optimizer_step(run, training)
+    variants(run, training)
+    write_profile(run, training)
+
+
+def train_all(run: Run) -> None:
+    """Item 5: every weight trained."""
+    held: list[Training] = []
+    if not run.attempt("full, model", lambda: held.append(Training(run, full=True)), needs=4):
+        return
+    training = held.pop()
+    for num_samples in FULL_SWEEP:
+        bench(run, training, "full", num_samples, note="no optimizer state")
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of `python -m benchmarks step`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help="CSV file, appended to; results/step.csv")
+    parser.add_argument("--seconds", type=float, default=90, help="no item starts that would end later")
+    parser.add_argument("--tiny", action="store_true", help="every line on the CPU; needs --output")
+    parser.add_argument("--revision", default="", help="what stands in the column git, where there is no git")
+    options = parser.parse_args(arguments)
+    if options.tiny and options.output is None:
+        parser.error("--tiny makes no figure: give it an --output of its own")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --tiny runs on the CPU")
+    device, size, dtype = ("cpu", TINY, torch.float32) if options.tiny else ("cuda", LLADA_8B, torch.bfloat16)
+    output = options.output or RESULTS / "step.csv"
+    run = Run(device, size, dtype, output, options.seconds, options.revision)
+    gc.freeze()  # what is imported is not looked through again for each of the collections between cases
+    try:
+        measure_rates(run)
+        train_lora(run)
+        free_memory(device)  # the model with LoRA is gone with the function that held it
+        train_all(run)
+    finally:
+        gc.unfreeze()
+    return 0

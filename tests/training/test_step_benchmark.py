@@ -1,0 +1,124 @@
+"""`python -m benchmarks step` on the CPU: every line of it runs, and a part that fails does not end it."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from benchmarks import bench_step
+from benchmarks.step_run import FIELDS, Run
+from benchmarks.step_setup import TINY, Scorer, Size, build_model, make_batch, step_flops
+from benchmarks.step_timing import kernel_class
+from vrpo.step import Estimator
+
+
+def read(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_bench_step__every_item_is_a_row_with_figures(tmp_path):
+    output = tmp_path / "step.csv"
+    assert bench_step.main(["--tiny", "--output", str(output), "--seconds", "120", "--revision", "abc"]) == 0
+    rows = read(output)
+    assert tuple(rows[0]) == FIELDS
+    assert {row["git"] for row in rows} == {"abc"}
+    wrong = [row for row in rows if any(word in row["note"] for word in ("Error", "skipped", "WRONG", "NOT"))]
+    assert not wrong
+    timed = [row for row in rows if row["ms_backward"]]
+    assert [int(row["K"]) for row in timed if row["case"] == "LoRA"] == list(bench_step.SWEEP)
+    assert [int(row["K"]) for row in timed if row["case"] == "full"] == list(bench_step.FULL_SWEEP)
+    cases = {row["case"].removeprefix("LoRA, ") for row in timed}
+    assert cases >= {"full logits", "masked logits", "packed", "padded", "no checkpointing", "no autocast"}
+    for row in timed:
+        assert float(row["score"]) == 0 and float(row["loss"]) == torch.tensor(math.log(2)).item()
+        assert float(row["ms"]) >= float(row["ms_reference"]) > 0 and float(row["pct_of_gemm"]) > 0
+    assert "elementwise" in (tmp_path / "profile_step.txt").read_text()
+
+
+def test_bench_step__runs_in_bf16_under_autocast(tmp_path):
+    run = Run("cpu", TINY, torch.bfloat16, tmp_path / "step.csv", seconds=60, git="")
+    training = bench_step.Training(run)
+    assert {parameter.dtype for parameter in training.parameters()} == {torch.float32}
+    bench_step.first_step(run, training)
+    bench_step.bench(run, training, "LoRA", 2)
+    bench_step.widened(run, training)
+    rows = read(run.output)
+    assert rows[0]["note"].startswith("score exactly 0.0")
+    assert [row["score"] for row in rows] == ["0.0"] * 3
+
+
+def test_bench_step__what_fails_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    run = Run("cpu", TINY, torch.float32, tmp_path / "step.csv", seconds=60, git="")
+    training = bench_step.Training(run)
+    measure = bench_step.timed_steps
+
+    def failing(*args, **options):
+        monkeypatch.setattr(bench_step, "timed_steps", measure)
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB\nmore")
+
+    monkeypatch.setattr(bench_step, "timed_steps", failing)
+    assert not bench_step.bench(run, training, "LoRA", 2)
+    assert bench_step.bench(run, training, "LoRA", 1)
+    run.deadline = 0.0
+    assert not bench_step.bench(run, training, "LoRA", 4)
+    notes = [row["note"] for row in read(run.output)]
+    assert notes[0] == "out of memory: tried to allocate 9 GiB"
+    assert notes[1] == "3 timed"
+    assert notes[2].startswith("skipped")
+
+
+def test_bench_step__without_peft_lora_is_left_out(tmp_path, monkeypatch):
+    run = Run("cpu", TINY, torch.float32, tmp_path / "step.csv", seconds=60, git="")
+    monkeypatch.setattr(bench_step.importlib.util, "find_spec", lambda name: None)
+    bench_step.train_lora(run)
+    assert [row["note"] for row in read(run.output)] == ["left out: package peft is not installed"]
+
+
+@pytest.mark.parametrize("head", ["fused", "full logits", "masked logits"])
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_scorer__every_form_gives_the_same_nll(head, padded):
+    model = build_model(TINY, "cpu", torch.float32)
+    batch = make_batch(TINY, mixed=True)
+    pack = Estimator(TINY.mask_token_id, 3, "paper", 1, seed=0).pack(batch, 0, "cpu")
+    with torch.no_grad():
+        expected = Scorer(model)(pack)
+        found = Scorer(model, head=head, padded=padded)(pack)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_step_flops__counts_the_matmuls_that_run():
+    """Against torch's own counter, which sees the matmuls, and on a CPU no attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = Size(2, 32, 4, 48, 300, 299, 8, 8, (2, 14, 10, 6), gemm=8)
+    model = build_model(size, "cpu", torch.float32).requires_grad_(True)
+    pack = Estimator(size.mask_token_id, 2, "paper", 1, seed=0).pack(make_batch(size), 0, "cpu")
+    model.set_attn_implementation("vrpo_sdpa")
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            Scorer(model, head="masked logits")(pack)
+        Scorer(model, head="masked logits")(pack).sum().backward()
+    length_S = pack.cu_seqlens_S1.diff().long()
+    counted = step_flops(size, length_S, len(pack.row_N), full=True, checkpointing=False)
+    attention = 4 * size.hidden * size.layers * float((length_S**2).sum())
+    # Forward of reference and policy, and twice that backward.
+    assert counter.get_total_flops() == counted - 4 * attention
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "matmul"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matmul"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128>>", "attention"),
+        ("_fold_kernel", "head (Triton)"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::mul>", "elementwise"),
+        ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copy and cast"),
+        ("Memcpy HtoD (Pageable -> Device)", "copy and cast"),
+        ("void at::native::reduce_kernel<512, 1, MeanOps>", "reduction and indexing"),
+    ],
+)
+def test_kernel_class__knows_the_names_of_libraries(name, kind):
+    assert kernel_class(name) == kind
