@@ -1,13 +1,18 @@
 """python -m benchmarks kernels: linear_cross_entropy against every rival, on one contract, in one run.
 
 Forward plus backward with an arbitrary gradient per row, in units of the fastest bare GEMM of that dtype in
-the same run. Ours is checked by the tolerance policy of `vrpo_kernels/testing.py` before it is timed, and has
-no figure if it fails; rivals are held to the same policy and marked where they exceed it. Providers that
-cannot run show why. Rows are appended to results/kernels.csv. On a CPU: N=512 D=1024 V=32768, one thread and
-all; on CUDA LLaDA's head.
+the same run. Ours is checked by the tolerance policy of `vrpo_kernels/testing.py` before it is timed; on a
+CPU it has no figure if it fails. Rivals are held to the same policy and marked where they exceed it; so is
+ours on a GPU, whose tensor cores truncate as they add. Providers that cannot run show why. Rows are appended
+to results/kernels.csv: on a GPU after every stage of `providers.py`, one stage for all cases before the next.
+On a CPU: N=512 D=1024 V=32768, one thread and all; on CUDA LLaDA's head.
 """
 
 import argparse
+import gc
+import itertools
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +20,20 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import COLUMNS, DTYPES, Case, Inputs, make_inputs
-from benchmarks.providers import PROVIDERS, Op
+from benchmarks.gate import Gate, full_pass
+from benchmarks.providers import PROVIDERS, Op, stages
 from benchmarks.record import RESULTS, append, provenance
-from benchmarks.timing import Timing, clock_name, interleaved
-from vrpo_kernels import testing
-from vrpo_kernels.linear_cross_entropy import plan_linear_cross_entropy, reference
+from benchmarks.timing import Timing, clock_name, describe, interleaved
+from vrpo_kernels.linear_cross_entropy import plan_linear_cross_entropy
 
 FILE = RESULTS / "kernels.csv"
-GATE_ROWS = 256
 FIELDS = (
     *("date", "git", "dirty", "device", "torch", "triton", "threads", "clock", "load"),
     *("provider", "column", "dtype", "N", "D", "V", "logits", "seed"),
     *("ms_min", "ms_p20", "ms_p50", "ms_p80", "reps", "units_min", "units_p50", "unit_ms_min", "peak_MiB"),
     *("nll_error", "policy_ratio", "note"),
 )
+NO_TIME, LOST = "not run: no time left", "the device was lost"
 
 
 def bare_gemms(inputs: Inputs) -> dict[str, Callable[[], object]]:
@@ -41,82 +46,134 @@ def bare_gemms(inputs: Inputs) -> dict[str, Callable[[], object]]:
     return runs
 
 
-def full_pass(op: Op, inputs: Inputs, column: str, *, per_row: bool = True):
-    """One call of op with the column's gradients; returns (nll, dhidden, dweight)."""
-    need_hidden, need_weight = COLUMNS[column]
-    hidden = inputs.hidden.detach().requires_grad_(need_hidden)
-    weight = inputs.weight.detach().requires_grad_(need_weight)
-    with torch.set_grad_enabled(need_hidden or need_weight):
-        nll = op(hidden, weight, inputs.targets)
-    if need_hidden or need_weight:
-        nll.backward(inputs.upstream.to(nll.dtype) if per_row else None)
-    return nll.detach(), hidden.grad, weight.grad
+def other_gemms(inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """For information: the same product with an fp32 result, as our tiles of logits are formed."""
+    if inputs.hidden.device.type != "cuda" or inputs.hidden.dtype is torch.float32:
+        return {}
+    return {"torch.mm, fp32 result": lambda: torch.mm(inputs.hidden, inputs.weight.T, torch.float32)}
 
 
-def gate(op: Op, inputs: Inputs) -> tuple[float, float]:
-    """(largest nll error in nats, worst ratio of the tolerance policy) on the first rows of the problem."""
-    part = inputs.first(GATE_ROWS)
-    nll, dhidden, dweight = full_pass(op, part, "trained head")
-    truth = reference.linear_cross_entropy(part.hidden.double(), part.weight.double(), part.targets)
-    error = (nll.double() - truth).abs().max().item()
-    ratios = testing.linear_cross_entropy_ratios(
-        nll.float(), dhidden, dweight, part.hidden, part.weight, part.targets, part.upstream
-    )
-    return error, max(ratios.values())
+class Bench:
+    """One case: its inputs, the rows found so far, and what is to be timed in one interleaved run."""
+
+    def __init__(self, case: Case, *, deadline: float = math.inf) -> None:
+        self.case, self.deadline = case, deadline
+        self.on_gpu = case.device == "cuda"
+        self.lost = ""
+        self.inputs = make_inputs(case)
+        self.rows: list[dict] = []
+        self._gate: Gate | None = None
+        self._runs: dict[str, Callable[[], object]] = {}
+
+    def prepare(self, name: str) -> None:
+        """Gates and warms up one provider. What a rival cannot do is a row that says why."""
+        provider = PROVIDERS[name]
+        row = {"provider": name, "column": "", "nll_error": "", "policy_ratio": "", "note": ""}
+        row["note"] = provider.missing(self.case) or self.lost
+        if not row["note"] and time.monotonic() + provider.start_seconds * self.on_gpu > self.deadline:
+            row["note"] = NO_TIME
+        if row["note"]:
+            self.rows.append(row)
+            return
+        start, failed = time.monotonic(), ""
+        try:
+            if self.on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            op = provider.make(self.case)
+            if provider.per_row and not self._passes(name, op, row):
+                self.rows.append(row)
+                return
+            for column in COLUMNS:
+                full_pass(op, self.inputs, column, per_row=provider.per_row)
+        except Exception as failure:
+            if name.startswith("vrpo") and not self.on_gpu:
+                raise
+            failed = f"fails: {describe(failure)}"[:200]
+        if failed:  # only here, where the exception no longer holds the tensors of its frames
+            self.rows.append(row | {"note": failed, "peak_MiB": self._recover()})
+            return
+        for column in COLUMNS:
+            self._runs[f"{name}|{column}"] = lambda column=column: full_pass(
+                op, self.inputs, column, per_row=provider.per_row
+            )
+            self.rows.append(row | {"column": column})
+        print(f"  ready: {name}, {time.monotonic() - start:.1f} s", flush=True)
+
+    def _passes(self, name: str, op: Op, row: dict) -> bool:
+        """Fills in what the gate says; whether the provider may have a figure."""
+        if self._gate is None:
+            self._gate = Gate(self.inputs)
+        verdict = self._gate.judge(op)
+        row |= {"nll_error": f"{verdict.nll_error:.2e}", "policy_ratio": f"{verdict.worst:.3g}"}
+        row["note"] = verdict.note
+        return self.on_gpu or not name.startswith("vrpo") or not verdict.note
+
+    def _recover(self) -> str:
+        """Frees what a failure left behind; returns the peak of the process in MiB. If the device no longer
+        answers, nothing that follows can run.
+        """
+        if not self.on_gpu:
+            return ""
+        try:
+            peak = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+        except RuntimeError as failure:
+            self.lost = f"not run: {LOST}, {describe(failure)}"[:200]
+            return ""
+        return peak
+
+    def measure(self, *, threads: int, repeats: int) -> list[dict]:
+        """Times everything that is ready, with the unit; returns all rows."""
+        self._gate = None
+        if self.on_gpu and (self.lost or not self._runs):
+            return self._without_figures()
+        plain, others = bare_gemms(self.inputs), other_gemms(self.inputs)
+        timings = interleaved(
+            {**plain, **others, **self._runs},
+            device=self.case.device,
+            threads=threads,
+            repeats=repeats,
+            deadline=self.deadline,
+            keep_going=self.on_gpu,
+        )
+        timed = [name for name in plain if timings[name].samples]
+        if not timed:
+            self._recover()
+            return self._without_figures()
+        best = min(timed, key=lambda name: timings[name].quantile(0.5))
+        unit = timings[best]
+        for row in self.rows:
+            if row["column"]:
+                row |= _figures(timings[f"{row['provider']}|{row['column']}"], unit)
+        for name in (*plain, *others):
+            self.rows.append({"provider": f"bare {name}", "column": "unit", **_figures(timings[name], unit)})
+        rate = 2 * self.case.num_rows * self.case.size * self.case.num_classes / unit.quantile(0) / 1e6
+        print(f"  unit: {best}, {unit.quantile(0.5):.2f} ms, at best {rate:.0f} GFLOP/s", flush=True)
+        return self.rows
+
+    def _without_figures(self) -> list[dict]:
+        """The rows with, in each, why it has no figure."""
+        return [row | {"note": self.lost if row["column"] else row["note"]} for row in self.rows]
 
 
-def bench(case: Case, *, threads: int, repeats: int, wanted: list[str]) -> list[dict]:
-    """All providers and columns of one case: one CSV row each."""
-    inputs = make_inputs(case)
+def bench(
+    case: Case, *, threads: int, repeats: int, wanted: list[str], deadline: float = math.inf
+) -> list[dict]:
+    """The wanted providers and all columns of one case, timed together: one CSV row each."""
     torch.compiler.reset()  # else many cases in one process end in torch.compile's limit, and in eager
     if case.device == "cpu":
         torch.set_num_threads(threads)
-    plain = bare_gemms(inputs)
-    runs: dict[str, Callable[[], object]] = dict(plain)
-    rows = []
+    run = Bench(case, deadline=deadline)
     for name in wanted:
-        provider = PROVIDERS[name]
-        row = {"provider": name, "nll_error": "", "policy_ratio": "", "note": provider.missing(case) or ""}
-        if row["note"]:
-            rows.append({**row, "column": ""})
-            continue
-        op = provider.make(case)
-        try:
-            if provider.per_row:
-                error, ratio = gate(op, inputs)
-                row |= {"nll_error": f"{error:.2e}", "policy_ratio": f"{ratio:.3g}"}
-                if ratio > 1:
-                    row["note"] = "outside the tolerance policy"
-                if name.startswith("vrpo") and ratio > 1:
-                    rows.append({**row, "column": ""})
-                    continue
-            for column in COLUMNS:
-                full_pass(op, inputs, column, per_row=provider.per_row)
-        except Exception as failure:  # a rival that fails is a fact to report, not a reason to stop
-            if name.startswith("vrpo"):
-                raise
-            rows.append({**row, "column": "", "note": f"fails: {type(failure).__name__}: {failure}"[:200]})
-            continue
-        for column in COLUMNS:
-            runs[f"{name}|{column}"] = lambda op=op, column=column, p=provider: full_pass(
-                op, inputs, column, per_row=p.per_row
-            )
-            rows.append({**row, "column": column})
-        print(f"  ready: {name}", flush=True)
-    timings = interleaved(runs, device=case.device, threads=threads, repeats=repeats)
-    best = min(plain, key=lambda name: timings[name].quantile(0.5))
-    unit = timings[best]
-    for row in rows:
-        if row["column"]:
-            row |= _figures(timings[f"{row['provider']}|{row['column']}"], unit)
-    for name in plain:
-        rows.append({"provider": f"bare {name}", "column": "unit", **_figures(timings[name], unit)})
-    rate = 2 * case.num_rows * case.size * case.num_classes / unit.quantile(0) / 1e6
-    print(f"  unit: {best}, {unit.quantile(0.5):.1f} ms, at best {rate:.0f} GFLOP/s")
-    return rows
+        run.prepare(name)
+    return run.measure(threads=threads, repeats=repeats)
 
 
 def _figures(timing: Timing, unit: Timing) -> dict:
+    if not timing.samples:
+        return {"note": f"fails: {timing.failure}"[:200]}
     return {
         "ms_min": f"{timing.quantile(0):.2f}",
         "ms_p20": f"{timing.quantile(0.2):.2f}",
@@ -140,19 +197,45 @@ def print_table(rows: list[dict]) -> None:
             detail = first.get("note") or f"{first['units_p50']} ({first['units_min']})"
             print(f"  {name:26s} {detail}")
             continue
-        cells = "".join(
-            f"{r['units_p50'] + ' (' + r['units_min'] + ') ' + r['peak_MiB'] + ' MiB':>24s}"
-            for r in own.values()
-        )
+        cells = "".join(f"{_cell(row):>24s}" for row in own.values())
         print(f"  {name:26s}{cells}   {first['nll_error']:>9s}  {first['policy_ratio']} {first['note']}")
 
 
+def _cell(row: dict) -> str:
+    if "units_p50" not in row:
+        return "fails"
+    return f"{row['units_p50']} ({row['units_min']}) {row['peak_MiB']} MiB"
+
+
 def main(arguments: list[str]) -> int:
-    """Parse, run every case, print and save one table per case."""
+    """Parse, run every stage of every case, print and save one table each. 1 if the device was lost."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = _parse(arguments, device)
+    deadline = time.monotonic() + options.seconds
+    facts = provenance(device)
+    if options.revision:
+        facts |= {"git": options.revision, "dirty": ""}
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    base = Case(0, options.size, options.classes, torch.float32, device)
+    groups = stages(options.providers, device)
+    for wanted, num_rows, dtype, logits, threads in itertools.product(
+        groups, options.rows, options.dtypes, options.logits, options.threads
+    ):
+        if time.monotonic() > deadline:
+            print(f"out of time before {dtype} N={num_rows} {logits}: {', '.join(wanted)}")
+            continue
+        case = replace(base, num_rows=num_rows, dtype=DTYPES[dtype], logits=logits)
+        rows = _run_case(case, dtype, threads, options, facts, wanted, deadline)
+        if any(LOST in row.get("note", "") for row in rows):
+            print(LOST)
+            return 1
+    return 0
+
+
+def _parse(arguments: list[str], device: str) -> argparse.Namespace:
     laptop = device == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[512] if laptop else [256, 1024, 4096, 16384])
+    parser.add_argument("--rows", type=int, nargs="+", default=[512] if laptop else [4096, 1024, 256, 16384])
     parser.add_argument("--size", type=int, default=1024 if laptop else 4096, help="D")
     parser.add_argument("--classes", type=int, default=32768 if laptop else 126464, help="V")
     parser.add_argument(
@@ -161,23 +244,23 @@ def main(arguments: list[str]) -> int:
     threads = sorted({1, torch.get_num_threads()}) if laptop else [torch.get_num_threads()]
     parser.add_argument("--threads", type=int, nargs="+", default=threads)
     parser.add_argument("--logits", nargs="+", choices=["random", "peaked"], default=["random"])
-    parser.add_argument("--repeats", type=int, default=5 if laptop else 20)
+    parser.add_argument("--repeats", type=int, default=5 if laptop else 9)
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after these")
+    parser.add_argument("--revision", default="", help="git revision to write, where there is no repository")
     parser.add_argument("--output", type=Path, default=FILE, help="CSV file to append to")
-    options = parser.parse_args(arguments)
-    facts = provenance(device)
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    base = Case(0, options.size, options.classes, torch.float32, device)
-    for num_rows in options.rows:
-        for dtype in options.dtypes:
-            for logits in options.logits:
-                case = replace(base, num_rows=num_rows, dtype=DTYPES[dtype], logits=logits)
-                for count in options.threads:
-                    _run_case(case, dtype, count, options, facts)
-    return 0
+    return parser.parse_args(arguments)
 
 
-def _run_case(case: Case, dtype: str, threads: int, options: argparse.Namespace, facts: dict) -> None:
+def _run_case(
+    case: Case,
+    dtype: str,
+    threads: int,
+    options: argparse.Namespace,
+    facts: dict,
+    wanted: list[str],
+    deadline: float,
+) -> list[dict]:
     meta = [torch.empty(n, case.size, dtype=case.dtype, device=case.device) for n in (case.num_rows, 1)]
     plan = plan_linear_cross_entropy(meta[0], meta[1])
     load = f"{_load():.1f}"
@@ -187,13 +270,14 @@ def _run_case(case: Case, dtype: str, threads: int, options: argparse.Namespace,
         f"ours: {plan.backend}/{plan.gemm}",
         flush=True,
     )
-    rows = bench(case, threads=threads, repeats=options.repeats, wanted=options.providers)
+    rows = bench(case, threads=threads, repeats=options.repeats, wanted=wanted, deadline=deadline)
     print_table(rows)
     common = {
         **facts, "threads": threads, "clock": clock_name(case.device, threads), "load": load, "dtype": dtype,
         "N": case.num_rows, "D": case.size, "V": case.num_classes, "logits": case.logits, "seed": case.seed,
     }  # fmt: skip
     append([{**common, **row} for row in rows], options.output, FIELDS)
+    return rows
 
 
 def _load() -> float:

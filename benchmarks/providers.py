@@ -21,11 +21,16 @@ class Provider:
         make: returns the op for a case.
         missing: returns why the provider cannot run a case, or None.
         per_row: False if it only accepts one gradient for all rows (a ceiling, not a rival on our contract).
+        stage: on a GPU the stages are measured one after the other and written after each, so that what is
+            slow to compile (3) or waits on locks in device memory (2) cannot take the others' figures along.
+        start_seconds: what compiling takes there; not started with less time left.
     """
 
     make: Callable[[Case], Op]
     missing: Callable[[Case], str | None] = lambda case: None
     per_row: bool = True
+    stage: int = 1
+    start_seconds: float = 5.0
 
 
 def _eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -103,12 +108,12 @@ def _only_cuda(case: Case) -> str | None:
 
 
 PROVIDERS: dict[str, Provider] = {
-    "vrpo": Provider(lambda case: vrpo_kernels.linear_cross_entropy),
+    "vrpo": Provider(lambda case: vrpo_kernels.linear_cross_entropy, stage=0),
     "vrpo, tiles recomputed": Provider(
-        lambda case: lambda x, w, y: vrpo_kernels.linear_cross_entropy(x, w, y, kept_tile_bytes=0)
+        lambda case: lambda x, w, y: vrpo_kernels.linear_cross_entropy(x, w, y, kept_tile_bytes=0), stage=0
     ),
-    "torch eager": Provider(lambda case: _eager),
-    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False)),
+    "torch eager": Provider(lambda case: _eager, stage=0),
+    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False), stage=3, start_seconds=45.0),
     "F.linear_cross_entropy": Provider(lambda case: _torch_native, _needs_native),
     "TRL chunked, chunk 4096": Provider(_make_trl(4096), _needs("trl")),
     "TRL chunked, chunk 32768": Provider(_make_trl(32768), _needs("trl")),
@@ -116,7 +121,15 @@ PROVIDERS: dict[str, Provider] = {
         _make_liger,
         _needs("liger_kernel", cuda=True, why_cuda="its Triton kernels run on a CPU in the interpreter only"),
     ),
-    "CCE, exact": Provider(_make_cce(True), _needs("cut_cross_entropy")),
-    "CCE, default filter": Provider(_make_cce(False), _only_cuda),
+    "CCE, exact": Provider(_make_cce(True), _needs("cut_cross_entropy"), stage=2),
+    "CCE, default filter": Provider(_make_cce(False), _only_cuda, stage=2, start_seconds=15.0),
     "quack, sum only": Provider(_make_quack, _needs("quack", cuda=True, why_cuda="GPU only"), per_row=False),
 }
+
+
+def stages(wanted: list[str], device: str) -> list[list[str]]:
+    """The wanted providers in the groups that are timed together: all at once on a CPU, else by stage."""
+    if device == "cpu":
+        return [wanted]
+    numbers = sorted({PROVIDERS[name].stage for name in wanted})
+    return [[name for name in wanted if PROVIDERS[name].stage == number] for number in numbers]

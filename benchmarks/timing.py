@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,14 @@ import torch
 
 @dataclass
 class Timing:
-    """Milliseconds of each repeat; growth of memory during one call in MiB (None if not measurable)."""
+    """Milliseconds of each repeat; growth of memory during one call in MiB (None if not measurable).
+
+    failure: why there are no (more) samples, "" if nothing failed.
+    """
 
     samples: list[float] = field(default_factory=list)
     peak_mib: float | None = None
+    failure: str = ""
 
     def quantile(self, share: float) -> float:
         """The sample at this share of the sorted samples, in ms."""
@@ -45,24 +50,69 @@ def _time_once(run: Callable[[], object], device: str, threads: int) -> float:
 
 
 def interleaved(
-    runs: dict[str, Callable[[], object]], *, device: str, threads: int, repeats: int
+    runs: dict[str, Callable[[], object]],
+    *,
+    device: str,
+    threads: int,
+    repeats: int,
+    deadline: float = math.inf,
+    keep_going: bool = False,
 ) -> dict[str, Timing]:
     """Time all runs round after round, so that a busy minute of the machine hits all of them alike.
 
-    The first call of each run compiles and warms up; it is not counted.
+    The first call of each run compiles and warms up; it is not counted. At `deadline` (of time.monotonic())
+    no further round begins; there is always one. keep_going: a run that raises is noted in its `failure` and
+    left out from then on, instead of ending all of them.
     """
     timings = {name: Timing() for name in runs}
     for name, run in runs.items():
-        run()
-        timings[name].peak_mib = peak_memory(run, device)
-    flush = torch.empty(2**27, dtype=torch.int32, device="cuda") if device == "cuda" else None
-    for _ in range(repeats):
+        try:
+            run()
+            timings[name].peak_mib = peak_memory(run, device)
+        except Exception as failure:
+            _note(timings[name], failure, keep_going)
+    wait = _queue_filler(device)
+    for count in range(repeats):
+        if count and time.monotonic() > deadline:
+            break
+        gc.collect()
         for name, run in runs.items():
-            if flush is not None:
-                flush.zero_()  # a cold L2 for everybody
-            gc.collect()
-            timings[name].samples.append(_time_once(run, device, threads))
+            if timings[name].failure:
+                continue
+            if device == "cpu":
+                gc.collect()  # on a GPU the queue hides it, and it would take longer than the runs
+            wait()
+            try:
+                timings[name].samples.append(_time_once(run, device, threads))
+            except Exception as failure:
+                _note(timings[name], failure, keep_going)
     return timings
+
+
+def describe(failure: Exception) -> str:
+    """One line of at most 200 characters: type and message."""
+    return " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+
+
+def _note(timing: Timing, failure: Exception, keep_going: bool) -> None:
+    if not keep_going:
+        raise failure
+    timing.failure = describe(failure)
+
+
+def _queue_filler(device: str) -> Callable[[], object]:
+    """What comes before every timed call: on CUDA a cold L2 for everybody, and about 1.5 ms of work that lets
+    the host queue the call's launches first, as it does in a training step.
+    """
+    if device != "cuda":
+        return lambda: None
+    flush = torch.empty(2**27, dtype=torch.int32, device="cuda")
+
+    def fill() -> None:
+        for _ in range(8):
+            flush.zero_()
+
+    return fill
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float | None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, record
-from benchmarks.cases import Case
-from benchmarks.providers import PROVIDERS, Provider
+from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, gate, record
+from benchmarks.cases import COLUMNS, Case, make_inputs
+from benchmarks.providers import PROVIDERS, Provider, stages
+from benchmarks.timing import interleaved
+from vrpo_kernels.linear_cross_entropy import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +47,91 @@ def test_benchmark__a_wrong_kernel_gets_no_figure(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "vrpo", wrong)
     case = Case(20, 16, 300, torch.float32, "cpu")
     rows = bench_linear_cross_entropy.bench(case, threads=torch.get_num_threads(), repeats=1, wanted=["vrpo"])
-    assert rows[0]["note"] == "outside the tolerance policy" and "ms_p50" not in rows[0]
+    assert rows[0]["note"].startswith("outside the tolerance policy: nll ") and "ms_p50" not in rows[0]
+
+
+def test_benchmark__a_rival_that_fails_is_a_row_and_stops_nobody(monkeypatch):
+    def runs_out_of_memory(hidden, weight, targets):
+        raise torch.OutOfMemoryError("out of\nmemory")
+
+    monkeypatch.setitem(PROVIDERS, "Liger", Provider(lambda case: runs_out_of_memory))
+    case = Case(20, 16, 300, torch.float32, "cpu")
+    wanted = ["Liger", "torch eager"]
+    rows = bench_linear_cross_entropy.bench(case, threads=torch.get_num_threads(), repeats=1, wanted=wanted)
+    assert rows[0]["note"] == "fails: OutOfMemoryError: out of memory" and "ms_p50" not in rows[0]
+    assert [row["column"] for row in rows if "ms_p50" in row][:3] == list(COLUMNS)
+
+
+def test_benchmark__after_a_lost_device_nothing_is_timed(monkeypatch):
+    def asserts(hidden, weight, targets):
+        raise RuntimeError("device-side assert")
+
+    def gone():
+        raise RuntimeError("the context is lost")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setitem(PROVIDERS, "Liger", Provider(lambda case: asserts))
+    run = bench_linear_cross_entropy.Bench(Case(20, 16, 300, torch.float32, "cpu"))
+    run.on_gpu = True
+    for name in ("torch eager", "Liger", "vrpo"):
+        run.prepare(name)
+    rows = run.measure(threads=torch.get_num_threads(), repeats=1)
+    assert [row["column"] for row in rows] == [*COLUMNS, "", ""]
+    assert not any("ms_p50" in row for row in rows)
+    lost = f"not run: {bench_linear_cross_entropy.LOST}, RuntimeError: the context is lost"
+    assert [row["note"] for row in rows] == [*[lost] * 3, "fails: RuntimeError: device-side assert", lost]
+
+
+def test_benchmark__begins_nothing_after_its_time(tmp_path):
+    output = tmp_path / "kernels.csv"
+    options = ["--rows", "20", "--size", "16", "--classes", "300", "--dtypes", "fp32", "--threads", "1"]
+    options += ["--seconds", "0", "--revision", "abc1234", "--output", str(output)]
+    assert bench_linear_cross_entropy.main(options) == 0
+    assert not output.exists()
+
+
+def test_gate__judges_the_whole_problem_by_its_first_rows():
+    inputs = make_inputs(Case(gate.ROWS + 9, 16, 300, torch.float32, "cpu"))
+    judge = gate.Gate(inputs)
+    assert judge.judge(reference.linear_cross_entropy).note == ""
+
+    def weights_swapped(hidden, weight, targets):  # of the gradients of rows 3 and 4
+        return _SwapUpstream.apply(reference.linear_cross_entropy(hidden, weight, targets))
+
+    verdict = judge.judge(weights_swapped)
+    assert verdict.ratios["nll"] <= 1 < min(verdict.ratios["dhidden"], verdict.ratios["dweight"])
+
+
+class _SwapUpstream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, nll):
+        return nll.clone()
+
+    @staticmethod
+    def backward(ctx, dnll):
+        swapped = dnll.clone()
+        swapped[3], swapped[4] = dnll[4], dnll[3]
+        return swapped
+
+
+def test_interleaved__notes_failures_where_asked_and_stops_at_the_deadline():
+    def fails():
+        raise ValueError("no")
+
+    options = {"device": "cpu", "threads": 1, "repeats": 3}
+    found = interleaved({"a": fails, "b": lambda: None}, **options, deadline=0.0, keep_going=True)
+    assert (found["a"].failure, found["a"].samples) == ("ValueError: no", [])
+    assert len(found["b"].samples) == 1
+    with pytest.raises(ValueError, match="no"):
+        interleaved({"a": fails}, **options)
+
+
+def test_stages__on_a_gpu_what_may_hang_or_compile_for_long_comes_last():
+    wanted = ["torch.compile", "CCE, exact", "Liger", "torch eager", "vrpo"]
+    assert stages(wanted, "cpu") == [wanted]
+    assert stages(wanted, "cuda") == [["torch eager", "vrpo"], ["Liger"], ["CCE, exact"], ["torch.compile"]]
 
 
 def test_cross_entropy_benchmark__tiny_case_is_gated_and_saved(tmp_path):

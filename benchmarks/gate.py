@@ -1,0 +1,88 @@
+"""The correctness gate of `bench_linear_cross_entropy`: the tolerance policy, the truth computed once."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import COLUMNS, Inputs
+from benchmarks.providers import Op
+from vrpo_kernels import testing
+from vrpo_kernels.linear_cross_entropy import reference
+
+ROWS = 256
+"""Rows that are checked; the fp64 logits of LLaDA's head are then 0.26 GB, those of 4096 rows 4 GB."""
+
+Results = tuple[Tensor, Tensor | None, Tensor | None]
+"""nll (N,), dhidden (N, D), dweight (V, D)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """nll_error: largest error of nll in nats. ratios: error over what the policy allows, per output."""
+
+    nll_error: float
+    ratios: dict[str, float]
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio; NaN counts as infinite."""
+        return max(ratio if ratio == ratio else float("inf") for ratio in self.ratios.values())
+
+    @property
+    def note(self) -> str:
+        """Empty within the policy, else every ratio."""
+        if self.worst <= 1:
+            return ""
+        return "outside the tolerance policy: " + ", ".join(f"{k} {v:.3g}" for k, v in self.ratios.items())
+
+
+class Gate:
+    """Truth in fp64 and baseline of the first ROWS rows of one problem."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = _only_first_rows_count(inputs)
+        part = inputs.first(ROWS)
+        plain = part.hidden, part.weight
+        self._truth = _differentiate(*(tensor.double() for tensor in plain), part)
+        self._baseline32 = reference.linear_cross_entropy(*(t.float() for t in plain), part.targets)
+        self._baseline = _differentiate(*plain, part)
+
+    def judge(self, op: Op) -> Verdict:
+        """Runs op forward and backward on the whole problem, the gradient of all other rows being zero, so
+        that what is judged is what is timed; and holds nll, dhidden and dweight to the policy.
+        """
+        nll, dhidden, dweight = full_pass(op, self.inputs, "trained head")
+        first = slice(0, ROWS)
+        nll, dhidden = nll[first].float(), dhidden[first]
+        ratios = {
+            "nll": testing.fp32_error_ratio(nll, self._truth[0], self._baseline32),
+            "dhidden": testing.matrix_error_ratio(dhidden, self._truth[1], self._baseline[1]),
+            "dweight": testing.matrix_error_ratio(dweight, self._truth[2], self._baseline[2]),
+        }
+        return Verdict((nll.double() - self._truth[0]).abs().max().item(), ratios)
+
+
+def _only_first_rows_count(inputs: Inputs) -> Inputs:
+    upstream = inputs.upstream.clone()
+    upstream[ROWS:] = 0
+    return replace(inputs, upstream=upstream)
+
+
+def _differentiate(hidden: Tensor, weight: Tensor, part: Inputs) -> Results:
+    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    nll = reference.linear_cross_entropy(*leaves, part.targets)
+    dhidden, dweight = torch.autograd.grad(nll, leaves, part.upstream.to(nll.dtype))
+    return nll.detach(), dhidden, dweight
+
+
+def full_pass(op: Op, inputs: Inputs, column: str, *, per_row: bool = True) -> Results:
+    """One call of op with the column's gradients; gradients that the column does not want are None."""
+    need_hidden, need_weight = COLUMNS[column]
+    hidden = inputs.hidden.detach().requires_grad_(need_hidden)
+    weight = inputs.weight.detach().requires_grad_(need_weight)
+    with torch.set_grad_enabled(need_hidden or need_weight):
+        nll = op(hidden, weight, inputs.targets)
+    if need_hidden or need_weight:
+        nll.backward(inputs.upstream.to(nll.dtype) if per_row else None)
+    return nll.detach(), hidden.grad, weight.grad
