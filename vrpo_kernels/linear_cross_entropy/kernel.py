@@ -245,7 +245,7 @@ def _forward_chunk(
                 raise_by=RAISE_BY,
                 store_tile=fold["store_tile"],
                 tiles=tiles,
-                num_programs=_device_facts(hidden.device)[1],
+                num_programs=_device_facts(hidden.device)[1] * tiles.programs_per_sm,
             )
             kernel_fold.fold_blocks(
                 *blocks, tile, acc, max_N, sum_N, num_cols=width, block_cols=tiles.block_cols, **fold

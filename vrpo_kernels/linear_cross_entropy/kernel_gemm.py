@@ -202,7 +202,7 @@ def logits_fold(
     """Logits of hidden [rows, D] against weight[first_col : first_col + num_cols], folded per block.
 
     Writes block_max, block_sum [rows, >= blocks] fp32 and, if `store_tile`, E into tile [rows, cols].
-    max_N [rows] fp32 is the state before this tile. num_programs: SMs of the device.
+    max_N [rows] fp32 is the state before this tile. num_programs: persistent programs, all resident at once.
     """
     num_rows, num_hidden = hidden.shape
     common = (

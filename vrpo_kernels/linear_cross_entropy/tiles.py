@@ -33,6 +33,8 @@ class Tiles:
             runs beside the GEMM of another and fills the SMs its last wave leaves idle.
         block_rows, block_cols, block_hidden: CTA tile of the fused GEMM.
         num_warps, num_stages: of the fused GEMM.
+        programs_per_sm: persistent programs of the fused GEMM on one SM; two small ones overlap the epilogue
+            of one with the GEMM of the other.
         descriptors: operands of the fused GEMM through TMA descriptors (Hopper) or pointers.
     """
 
@@ -49,6 +51,7 @@ class Tiles:
     block_hidden: int
     num_warps: int
     num_stages: int
+    programs_per_sm: int
     descriptors: bool
 
     def forward_cols(self, chunk_rows: int) -> int:
@@ -110,7 +113,7 @@ def chunk_rows(total: int, most: int, num_cols: int, num_sms: int, at_least: int
 # Default "cublas": Triton's best K = 4096 GEMM reaches 95-97% of cuBLAS (kernels.md, section 13), and its
 # epilogue is not overlapped (about 5%), against the 6% of the separate fold. Nearly a tie, decided for
 # the form with the fewest unknowns.
-_HOPPER = Tiles("cublas", 4096, 32768, 4096, 8192, 131072, 4096, 1, 128, 256, 64, 8, 4, True)
+_HOPPER = Tiles("cublas", 4096, 32768, 4096, 8192, 131072, 4096, 1, 128, 256, 64, 8, 4, 1, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
 # accumulators leaves no registers for a cp.async pipeline; 4 stages of 16 KiB.
@@ -119,7 +122,7 @@ _AMPERE = replace(_HOPPER, block_cols=128, block_hidden=32, num_stages=4, descri
 # fp32: the sweep repeats the forward pass's GEMM shape, so that both see the same logits bit for bit; their
 # last bits would show in an fp32 gradient of a peaked row (1e-5), though not in a 16-bit one. The CTA tile
 # is small because exact fp32 has no tensor cores; only the interpreter tests use it.
-_FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 32768, 4096, 1, 64, 64, 16, 8, 2, False)
+_FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 32768, 4096, 1, 64, 64, 16, 8, 2, 1, False)
 
 
 def tiles_for(capability: tuple[int, int], itemsize: int, gemm: str = "cublas") -> Tiles:
