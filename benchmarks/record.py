@@ -4,6 +4,7 @@ import csv
 import datetime
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,10 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+REVISION_VARIABLE = "VRPO_REVISION"
+"""Environment variable with the revision of a copy of the sources without a git repository. `make gpu` sets
+it for its stages, some of which are other commands; nothing but the column `git` depends on it."""
 
 
 def output_of(*command: str) -> str:
@@ -23,14 +28,33 @@ def output_of(*command: str) -> str:
         return ""
 
 
+def revision() -> tuple[str, str]:
+    """(short git revision, whether tracked files outside the results differ from it).
+
+    What the caller passed by REVISION_VARIABLE goes first; without it and without a repository, "unknown".
+    The second is then empty: nobody can tell.
+    """
+    passed = os.environ.get(REVISION_VARIABLE)
+    head = "" if passed else output_of("git", "rev-parse", "--short", "HEAD")
+    if not head:
+        return passed or "unknown", ""
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    return head, str(bool(changed))
+
+
+def now() -> str:
+    """Date and time of a figure, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def provenance(device: str) -> dict[str, str]:
     """When, from which revision, on what. dirty: uncommitted changes outside the result files."""
     installed = importlib.util.find_spec("triton") is not None
-    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    git, dirty = revision()
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "dirty": str(bool(changed)),
+        "date": now(),
+        "git": git,
+        "dirty": dirty,
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if installed else "-",
@@ -53,11 +77,13 @@ def cpu_name() -> str:
 def append(rows: Iterable[dict], path: Path, fields: Sequence[str]) -> None:
     """Append rows to a CSV file, with a header if it is new. Missing fields stay empty.
 
+    The file is closed again, so rows that were appended survive the end of the process, whatever ends it.
+
     Errors:
         ValueError if a row has a field that is not in `fields`, or the file has another header.
     """
-    path.parent.mkdir(exist_ok=True)
-    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists() or not path.stat().st_size
     if not fresh:
         with path.open(newline="") as stream:
             header = next(csv.reader(stream))
