@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY = $(VENV)/bin/python
 
-.PHONY: quickstart test lint gpu clean
+.PHONY: quickstart test lint gpu gpu-rehearsal clean
 
 $(VENV)/.vrpo-installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -27,8 +27,14 @@ lint: $(VENV)/.vrpo-installed
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 # A bare CUDA machine is enough: system Python, no network, nothing installed (see benchmarks/gpu.py).
+# GPU="--seconds 300 --stages tests,kernels --output DIR" passes options.
+GPU ?=
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(GPU)
+
+# The same on a CPU, in Triton's interpreter: every line runs, the figures mean nothing.
+gpu-rehearsal: $(VENV)/.vrpo-installed
+	$(PY) -m benchmarks.gpu --tiny --output runs/gpu-rehearsal
 
 clean:
 	rm -rf build *.egg-info vrpo_kernels/*.so

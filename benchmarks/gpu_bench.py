@@ -1,0 +1,218 @@
+"""What the timed stages of `make gpu` share: options, the clock, the work list, rows that are saved at once.
+
+A stage is a list of tasks, each of which gives rows of one CSV file. A task that raises becomes a row with
+the message in `note`, and the next one runs. If the device itself is lost (after a fault every CUDA call
+fails), the process ends with LOST, and `benchmarks/gpu.py` starts the stage again behind the task it
+announced last.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.record import RESULTS, append, now, output_of, provenance
+
+LOST = 70
+"""Exit status of a stage whose device is lost."""
+
+PROVENANCE = ("date", "git", "dirty", "device", "driver", "torch", "triton")
+TIMES = ("ms_p20", "ms_p50", "ms_p80", "host_ms", "reps", "peak_MiB")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One entry of a work list.
+
+    Attributes:
+        name: what the log calls it.
+        columns: columns of its row that are known before it runs.
+        run: returns further columns, or a list of them for several rows, or None for no row.
+    """
+
+    name: str
+    columns: dict[str, object]
+    run: Callable[[], dict | list[dict] | None]
+
+
+@dataclass
+class Bench:
+    """One stage: where it runs, where its rows go, how long it may take.
+
+    Attributes:
+        device: "cuda", or "cpu" for a rehearsal in Triton's interpreter.
+        dtype: of the operands; float16 in a rehearsal, because the interpreter multiplies bfloat16 wrongly.
+        tiny: True for the rehearsal: sizes of a few dozen.
+        warm: True to run everything once, without timing and without rows: it only compiles.
+        path, fields: the CSV file.
+        until: seconds since the epoch; no task begins later.
+        skip: tasks before this one are left out.
+        share: (i, n): with `warm`, every n-th task beginning with task i.
+    """
+
+    device: str
+    dtype: torch.dtype
+    tiny: bool
+    warm: bool
+    path: Path
+    fields: Sequence[str]
+    until: float
+    skip: int = 0
+    share: tuple[int, int] = (0, 1)
+    rows: list[dict] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        self.facts = {**provenance(self.device), "driver": driver.partition("\n")[0]}
+
+    @property
+    def backend(self) -> str:
+        """Backend to ask the ops for: also a rehearsal runs the Triton kernels."""
+        return "triton"
+
+    @property
+    def dtype_name(self) -> str:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    def save(self, **values) -> None:
+        """One row, on disk when this returns."""
+        if self.warm:
+            return
+        self.rows.append(values)
+        append([{**self.facts, "date": now(), **values}], self.path, self.fields)
+        shown = (f"{key}={value}" for key, value in values.items() if value not in ("", None))
+        print(f"  [{self.path.name}]", *shown, flush=True)
+
+    def run(self, tasks: Iterable[Task]) -> int:
+        """Runs the list; returns how many tasks raised."""
+        failed = 0
+        for index, task in enumerate(tasks):
+            if index < self.skip or (self.warm and index % self.share[1] != self.share[0]):
+                continue
+            if time.time() > self.until:
+                print(f"out of time before task {index}: {task.name}", flush=True)
+                break
+            print(f"task {index}: {task.name}", flush=True)
+            failed += not self._run_one(task)
+        return failed
+
+    def _run_one(self, task: Task) -> bool:
+        try:
+            found = task.run()
+            rows = [found] if isinstance(found, dict) else found or []
+            for row in rows:
+                self.save(**{**task.columns, **row})
+            return True
+        except Exception as error:
+            traceback.print_exc()
+            sys.stderr.flush()
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        # Outside the handler: the traceback, and with it the tensors of its frames, is gone.
+        self.save(**task.columns, note=message)
+        self._require_device()
+        return False
+
+    def _require_device(self) -> None:
+        """After an exception: frees what it left, and ends the process if the device is lost."""
+        if self.device != "cuda":
+            return
+        try:
+            gc.collect()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.zeros(1, device="cuda").item()
+        except Exception as error:
+            print(f"the device is lost: {error}".splitlines()[0], flush=True)
+            os._exit(LOST)  # destructors would only fail again, some without end
+
+    def measure(self, run: Callable[[], object], *, seconds: float = 0.25) -> dict[str, object]:
+        """Milliseconds of `run` with a cold L2 (20th, 50th, 80th percentile) and memory above the start.
+
+        host_ms: median time until `run` returns. Where it is near ms_p50, the host launches too slowly.
+        """
+        run()  # compiles, fills the allocator
+        if self.warm:
+            self.synchronize()
+            return dict.fromkeys(TIMES, "")
+        peak = self._peak(run)
+        times, host = [], []
+        deadline = time.monotonic() + (0.0 if self.tiny else seconds)
+        least = 1 if self.tiny else 5
+        while len(times) < least or (time.monotonic() < deadline and len(times) < 200):
+            elapsed, called = self._time_once(run)
+            times.append(elapsed)
+            host.append(called)
+        times.sort()
+        host.sort()
+        low, middle, high = (times[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
+        shown = (f"{value:.4f}" for value in (low, middle, high, host[len(host) // 2]))
+        return dict(zip(TIMES, (*shown, len(times), peak), strict=True))
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _peak(self, run: Callable[[], object]) -> str:
+        if self.device != "cuda":
+            return ""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
+
+    def _time_once(self, run: Callable[[], object]) -> tuple[float, float]:
+        """(milliseconds of the device, milliseconds until the call returned)."""
+        if self.device != "cuda":
+            start = time.perf_counter()
+            run()
+            return (1e3 * (time.perf_counter() - start),) * 2
+        if not hasattr(self, "_flush"):
+            self._flush = torch.empty(2**27, dtype=torch.int32, device="cuda")  # 512 MiB, beyond any L2
+        self._flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        called = time.perf_counter()
+        result = run()
+        called = time.perf_counter() - called
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end), 1e3 * called
+
+    def clear(self) -> None:
+        """Gives freed memory back, between sizes."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def parse(description: str, file: str, fields: Sequence[str], arguments: list[str] | None) -> Bench:
+    """The Bench of a stage's command line."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu", help="folder of the CSV files")
+    parser.add_argument("--until", type=float, default=float("inf"), help="epoch seconds to stop at")
+    parser.add_argument("--skip", type=int, default=0, help="number of tasks to leave out")
+    parser.add_argument("--tiny", action="store_true", help="rehearsal on a CPU; needs TRITON_INTERPRET=1")
+    parser.add_argument("--warm", metavar="I/N", help="only compile, every N-th task beginning with task I")
+    options = parser.parse_args(arguments)
+    share = tuple(int(part) for part in (options.warm or "0/1").split("/"))
+    return Bench(
+        device="cpu" if options.tiny else "cuda",
+        dtype=torch.float16 if options.tiny else torch.bfloat16,
+        tiny=options.tiny,
+        warm=options.warm is not None,
+        path=options.output / file,
+        fields=(*PROVENANCE, *fields),
+        until=options.until,
+        skip=options.skip,
+        share=share,
+    )

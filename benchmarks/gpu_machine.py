@@ -1,0 +1,52 @@
+"""What `make gpu` says about the machine: versions, the GPU's state before, its clocks meanwhile."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import threading
+
+from benchmarks.gpu_process import Log
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "peft", "pytest", "pytest-xdist")
+RIVALS = ("liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "flash-attn")
+
+
+def output_of(*command: str) -> str:
+    """Standard output of a command; empty if it fails, hangs or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def describe_machine(log: Log) -> None:
+    """Versions, processor, and the GPU's state before anything runs."""
+    for package in (*PACKAGES, *RIVALS):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "-"
+        log.line(f"{package} {version}", "environment")
+    cores = len(os.sched_getaffinity(0))
+    log.line(f"Python {platform.python_version()}, {platform.platform()}, {cores} cores", "environment")
+    sections = "MEMORY,POWER,CLOCK,TEMPERATURE,PERFORMANCE"
+    names = "--query-gpu=name,driver_version,vbios_version,compute_cap,power.limit,clocks.max.sm"
+    for command in (("nvidia-smi", names, "--format=csv"), ("nvidia-smi", "-q", "-d", sections)):
+        for line in output_of(*command).splitlines():
+            log.line(line, "environment")
+
+
+def watch_clocks(log: Log, stop: threading.Event, seconds: float = 5.0) -> None:
+    """Clocks, power and temperature every few seconds: a GPU that throttles explains many a figure."""
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used"
+    reasons = ["clocks_event_reasons.active", "clocks_throttle_reasons.active"]  # new and old name
+    while reasons and not output_of("nvidia-smi", f"--query-gpu={reasons[0]}", "--format=csv,noheader"):
+        reasons.pop(0)
+    query = ",".join([fields, *reasons[:1]])
+    while not stop.wait(seconds):
+        found = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        if not found:
+            return
+        log.line(found, "clocks")

@@ -1,0 +1,124 @@
+"""The stages of `make gpu`: which processes, with which arguments, for which share of the time."""
+
+import argparse
+import importlib.util
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("tests", "warm", "sanitizer", "kernels", "tiles", "memory", "step", "rivals", "compile")
+TESTS = ("kernels/test_gpu.py", "models/test_gpu.py", "training/test_gpu_step.py")
+COMPILE_TESTS = ("kernels/test_triton_compile.py",)
+SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+WARMERS = 4
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+TINY_CASE = {"rows": "20", "size": "16", "classes": "300", "dtypes": "fp32", "threads": "1", "repeats": "1"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of a stage.
+
+    Attributes:
+        name: what its lines in the log begin with.
+        arguments: what follows the interpreter, or a whole command if `program` is set.
+        program: a program to start instead of the interpreter.
+        takes_seconds: it takes --seconds, after which it begins nothing new.
+        resumes: it announces tasks and takes --until and --skip: started again behind a task that killed it.
+        silence: seconds without a line after which it counts as hanging.
+        copy: name of the file that gets its lines.
+        variables: environment variables of its own.
+    """
+
+    name: str
+    arguments: list[str]
+    program: list[str] | None = None
+    takes_seconds: bool = False
+    resumes: bool = False
+    silence: float | None = None
+    copy: str | None = None
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Parts that run side by side. weight: share of the time that is left, against the stages after it."""
+
+    name: str
+    weight: float
+    parts: list[Part]
+
+
+def _pytest(name: str, files: tuple[str, ...], options: argparse.Namespace) -> list[Part]:
+    found = [f"tests/{name}" for name in files if (ROOT / "tests" / name).exists()]
+    if not found:
+        return []
+    # The suite's conftest needs the trainer's packages, which a bare machine may lack.
+    arguments = ["-m", "pytest", "--noconftest", "-v", "-W", "default", "-p", "no:cacheprovider"]
+    arguments += ["--durations=15", "--tb=short", *found]
+    if importlib.util.find_spec("xdist") is not None:
+        # Most of the time is compilation on the host. The plugin replaces a worker whose device is lost.
+        arguments += ["-n", "2" if options.tiny else "8", "-p", "benchmarks.gpu_pytest"]
+    return [Part(name, arguments, copy="tests.txt", variables={"OMP_NUM_THREADS": "2"})]
+
+
+def _warmers(options: argparse.Namespace) -> list[Part]:
+    count, tiny = 1 if options.tiny else WARMERS, ["--tiny"] if options.tiny else []
+    shares = [*(f"{index}/{count}" for index in range(count)), "rivals"]
+    few = {"OMP_NUM_THREADS": "1", **(INTERPRETED if options.tiny else {})}
+    return [
+        Part(f"warm {share}", ["-m", "benchmarks.gpu_warm", share, *tiny], variables=few) for share in shares
+    ]
+
+
+def _sanitizers(options: argparse.Namespace) -> list[Part]:
+    tool = next(filter(None, map(shutil.which, SANITIZERS)), None)
+    if tool is None or importlib.util.find_spec("benchmarks.gpu_sanitize") is None:
+        return []
+    parts = []
+    for name in ("memcheck", "racecheck"):
+        command = [tool, "--tool", name, "--error-exitcode", "9"]
+        # Without PyTorch's caching allocator a write beyond a tensor is a write beyond an allocation.
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+        parts.append(Part(name, ["-m", "benchmarks.gpu_sanitize"], program=command, variables=variables))
+    return parts
+
+
+def _timed(name: str, weight: float, options: argparse.Namespace) -> Stage:
+    """A stage written for this command: a list of tasks, each of which takes seconds."""
+    arguments = ["-m", f"benchmarks.gpu_{name}", "--output", str(options.output)]
+    arguments += ["--tiny"] if options.tiny else []
+    variables = INTERPRETED if options.tiny else {}
+    return Stage(name, weight, [Part(name, arguments, resumes=True, silence=45, variables=variables)])
+
+
+def _command(name: str, weight: float, options: argparse.Namespace, file: str, *more: str) -> Stage:
+    """A command of `python3 -m benchmarks` that takes --seconds."""
+    arguments = ["-m", "benchmarks", name, "--output", str(options.output / file), *more]
+    stage = file.removesuffix(".csv")
+    return Stage(stage, weight, [Part(stage, arguments, takes_seconds=True)])
+
+
+def plan(options: argparse.Namespace) -> list[Stage]:
+    """All stages asked for, in order; those that check run side by side, since nothing there is timed."""
+    wanted, parts = options.stages, []
+    for name, make in (
+        ("tests", lambda: _pytest("tests", TESTS, options)),
+        ("warm", lambda: _warmers(options)),
+        ("sanitizer", lambda: _sanitizers(options)),
+    ):
+        parts += make() if name in wanted else []
+    rivals = ["--rows", "4096", "1024"]
+    if options.tiny:
+        rivals = [word for name, value in TINY_CASE.items() for word in (f"--{name}", value)]
+    stages = [
+        Stage("checks", 80, parts),
+        _timed("kernels", 80, options),
+        _timed("tiles", 60, options),
+        _timed("memory", 14, options),
+        _command("step", 90, options, "step.csv", *(["--tiny"] if options.tiny else [])),
+        _command("kernels", 50, options, "rivals.csv", *rivals),
+        Stage("compile", 0, _pytest("compile", COMPILE_TESTS, options)),
+    ]
+    return [stage for stage in stages if stage.parts and stage.name in (*wanted, "checks")]

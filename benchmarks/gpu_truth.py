@@ -1,0 +1,176 @@
+"""A head of one size with random operands, what is true of it in fp64, and how far a candidate is from it."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_bench import Bench
+from vrpo_kernels.testing import wide_range_upstream
+
+SAMPLED_ROWS, SAMPLED_CLASSES = 16, 64
+CHUNK = 8192  # classes per fp64 tile
+
+NLL_NATS, NLL_RELATIVE = 5e-5, 5e-6
+"""Largest error allowed for nll: NLL_NATS + NLL_RELATIVE * max|nll|. Tensor cores add into the fp32
+accumulator with truncation, about 5e-6 of a logit at D = 4096; any kernel on them can keep this."""
+
+GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 1e-3}
+"""Largest error of a gradient, in norms: factors and result are rounded, by up to 2^-9 each in bf16."""
+
+ERRORS = (
+    *("nll_err", "nll_err_rel", "nll_bias", "dX_err", "dX_worst_row", "dW_err", "dW_target_err"),
+    *("repeats", "verdict"),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """N rows of D features, V classes; peaked: the target has most of the probability in most rows."""
+
+    rows: int
+    hidden: int
+    classes: int
+    peaked: bool = False
+
+    @property
+    def case(self) -> str:
+        return "peaked logits" if self.peaked else "random logits"
+
+
+class Head:
+    """Operands of one size: hidden (N, D), weight (V, D), targets (N,), dnll (N,) signed over four decades.
+
+    Logits have standard deviation 2; peaked ones 1, and 16 nats more on the target.
+    """
+
+    def __init__(self, bench: Bench, size: Size) -> None:
+        self.bench, self.size = bench, size
+        generator = torch.Generator(bench.device).manual_seed(size.rows + size.classes)
+        options = {"generator": generator, "device": bench.device}
+        self.weight = torch.randn(size.classes, size.hidden, dtype=torch.float32, **options).to(bench.dtype)
+        self.targets = torch.randint(size.classes, (size.rows,), **options)
+        hidden = torch.randn(size.rows, size.hidden, **options)
+        hidden *= (1.0 if size.peaked else 2.0) * size.hidden**-0.5
+        if size.peaked:
+            hidden += self.weight[self.targets].float() * (16.0 / size.hidden)
+        self.hidden = hidden.to(bench.dtype)
+        upstream = wide_range_upstream(size.rows, torch.Generator().manual_seed(size.rows))
+        self.dnll = upstream.to(bench.device)
+        spread = torch.linspace(0, size.rows - 1, min(SAMPLED_ROWS, size.rows)).long().unique()
+        self.some_rows = spread.to(bench.device)
+        self.some_classes = torch.randint(size.classes, (SAMPLED_CLASSES,), **options).unique()
+
+    def columns(self) -> dict[str, object]:
+        """The size in a CSV row."""
+        size = self.size
+        shape = {"N": size.rows, "D": size.hidden, "V": size.classes}
+        return {"dtype": self.bench.dtype_name, **shape, "case": size.case}
+
+    def _chunks(self):
+        for first in range(0, self.size.classes, CHUNK):
+            yield first, self.weight[first : first + CHUNK].double()
+
+    @functools.cached_property
+    def target_logit(self) -> Tensor:
+        """(N,) fp64."""
+        parts = self.hidden.split(1024), self.targets.split(1024)
+        return torch.cat([(x.double() * self.weight[y].double()).sum(1) for x, y in zip(*parts, strict=True)])
+
+    @functools.cached_property
+    def lse(self) -> Tensor:
+        """(N,) fp64 log-sum-exp of every row."""
+        hidden = self.hidden.double()
+        total = hidden.new_full((self.size.rows,), -torch.inf)
+        for _first, weight in self._chunks():
+            total = torch.logaddexp(total, torch.logsumexp(hidden @ weight.T, dim=1))
+        return total
+
+    @functools.cached_property
+    def nll(self) -> Tensor:
+        """(N,) fp64. lse - z rounds to some 1e-15 nats: enough against an fp32 candidate of any size."""
+        return self.lse - self.target_logit
+
+    @functools.cached_property
+    def dhidden(self) -> Tensor:
+        """(some rows, D) fp64 gradient of hidden."""
+        rows = self.some_rows
+        hidden, lse = self.hidden[rows].double(), self.lse[rows]
+        total = torch.zeros_like(hidden)
+        for _first, weight in self._chunks():
+            total += torch.exp(hidden @ weight.T - lse[:, None]) @ weight
+        total -= self.weight[self.targets[rows]].double()
+        return total * self.dnll[rows].double()[:, None]
+
+    def _dweight(self, classes: Tensor) -> Tensor:
+        """(classes, D) fp64 gradient of these rows of the head."""
+        total = torch.zeros(len(classes), self.size.hidden, dtype=torch.float64, device=self.bench.device)
+        for start in range(0, self.size.rows, 4096):
+            part = slice(start, start + 4096)
+            hidden = self.hidden[part].double()
+            share = torch.exp(hidden @ self.weight[classes].double().T - self.lse[part, None])
+            share -= (self.targets[part, None] == classes[None, :]).double()
+            total += (share * self.dnll[part].double()[:, None]).T @ hidden
+        return total
+
+    @functools.cached_property
+    def dweight(self) -> Tensor:
+        """Gradient of random classes."""
+        return self._dweight(self.some_classes)
+
+    @functools.cached_property
+    def target_classes(self) -> Tensor:
+        return self.targets[self.some_rows].unique()
+
+    @functools.cached_property
+    def dweight_targets(self) -> Tensor:
+        """Gradient of classes that are targets."""
+        return self._dweight(self.target_classes)
+
+    def errors(
+        self, nll: Tensor | None = None, dhidden: Tensor | None = None, dweight: Tensor | None = None
+    ) -> dict[str, str]:
+        """Columns of ERRORS but `repeats`; what is not given stays empty and is not judged."""
+        found: dict[str, str] = {}
+        good = []
+        if nll is not None:
+            difference = nll.double() - self.nll
+            worst, largest = difference.abs().max().item(), self.nll.abs().max().item()
+            found |= {"nll_err": f"{worst:.2e}", "nll_err_rel": f"{worst / largest:.2e}"}
+            found["nll_bias"] = f"{difference.mean().item():+.2e}"
+            good.append(worst <= NLL_NATS + NLL_RELATIVE * largest)  # NaN is not good
+        limit = GRADIENT[self.bench.dtype]
+        if dhidden is not None:
+            whole, line = relative_errors(dhidden[self.some_rows], self.dhidden)
+            found |= {"dX_err": f"{whole:.2e}", "dX_worst_row": f"{line:.2e}"}
+            good.append(whole <= limit)
+        if dweight is not None:
+            whole, _ = relative_errors(dweight[self.some_classes], self.dweight)
+            targets, _ = relative_errors(dweight[self.target_classes], self.dweight_targets)
+            found |= {"dW_err": f"{whole:.2e}", "dW_target_err": f"{targets:.2e}"}
+            good.append(whole <= limit and targets <= limit)
+        return {**found, "verdict": "ok" if all(good) else "RED"}
+
+
+def relative_errors(candidate: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(||c - t|| / ||t||, the largest such ratio of a row)."""
+    error = candidate.double() - truth
+    whole = (error.norm() / truth.norm()).item()
+    return whole, (error.norm(dim=1) / truth.norm(dim=1).clamp(min=1e-300)).max().item()
+
+
+class Heads:
+    """The head in use; another size frees it first."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self._head: Head | None = None
+
+    def get(self, size: Size) -> Head:
+        """The head of this size, the last one if it has it."""
+        if self._head is None or self._head.size != size:
+            self._head = None
+            self.bench.clear()
+            self._head = Head(self.bench, size)
+        return self._head

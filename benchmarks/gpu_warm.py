@@ -1,0 +1,55 @@
+"""The stage `warm` of `make gpu`: compiles into the caches on disk what the timed stages will launch.
+
+    python3 -m benchmarks.gpu_warm I/N [--tiny]      every N-th task of kernels, tiles and memory, from task I
+    python3 -m benchmarks.gpu_warm rivals [--tiny]   torch.compile of plain PyTorch, as `rivals` times it
+
+Runs beside the tests, on processor cores that would be idle; nothing is timed and no row is written.
+"""
+
+import sys
+
+import torch
+
+from benchmarks import gpu_kernels, gpu_memory, gpu_tiles
+from benchmarks.cases import COLUMNS, Case, make_inputs
+from benchmarks.gate import full_pass
+from benchmarks.gpu_bench import parse
+from benchmarks.gpu_kernels import LLADA
+from benchmarks.providers import PROVIDERS
+
+STAGES = (
+    ("kernels.csv", gpu_kernels),
+    ("tiles.csv", gpu_tiles),
+    ("memory.csv", gpu_memory),
+)
+
+
+def warm_rivals(tiny: bool) -> None:
+    """Compiles the rival that takes long to compile, for the sizes of the stage `rivals`."""
+    for rows in (20,) if tiny else (4096, 1024):
+        case = Case(rows, *LLADA, torch.bfloat16, "cuda")
+        if tiny:
+            case = Case(rows, 16, 300, torch.float32, "cpu")
+        inputs = make_inputs(case)
+        op = PROVIDERS["torch.compile"].make(case)
+        for column in COLUMNS:
+            print(f"torch.compile, N={rows}, {column}", flush=True)
+            full_pass(op, inputs, column)
+
+
+def main(arguments: list[str]) -> int:
+    """1 if a task raised."""
+    share, options = arguments[0], arguments[1:]
+    if share == "rivals":
+        warm_rivals("--tiny" in options)
+        return 0
+    failed = 0
+    for file, stage in STAGES:
+        bench = parse(__doc__, file, stage.FIELDS, ["--warm", share, *options])
+        failed += bench.run(stage.tasks(bench))
+        bench.clear()
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

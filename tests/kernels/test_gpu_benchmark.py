@@ -1,0 +1,239 @@
+"""`make gpu` rehearsed on the CPU: every stage, and what happens when one fails, hangs or dies."""
+
+import argparse
+import csv
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu_bench import Bench, Task
+from benchmarks.gpu_process import Child, Log
+from benchmarks.gpu_profile import summary
+from benchmarks.gpu_stages import Part, Stage, plan
+from benchmarks.gpu_truth import Head, Size
+from vrpo_kernels.linear_cross_entropy import reference
+
+ROOT = Path(__file__).resolve().parents[2]
+HANGS = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def rows_of(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def session(folder, **changes):
+    options = {"output": folder, "seconds": 60.0, "stages": list(gpu.STAGES), "revision": "abc123"}
+    return gpu.Session(argparse.Namespace(**{**options, "rivals": [], "tiny": True, "least": 0.1, **changes}))
+
+
+def run_script(folder, script, seconds=30.0, **part):
+    """Runs one stage made of this script; returns (its line of the table, the log)."""
+    found = session(folder, seconds=seconds)
+    stage = Stage("stage", 1, [Part("stage", ["-c", script], **part)])
+    found.run(stage, [stage])
+    (line,) = found.lines
+    return line, (folder / "log.txt").read_text()
+
+
+def tiny_bench(folder, **changes):
+    fields = ("date", "git", "dirty", "device", "driver", "torch", "triton", "a", "b", "note")
+    options = {"device": "cpu", "dtype": torch.float16, "tiny": True, "warm": False, "until": math.inf}
+    return Bench(**{**options, "path": folder / "rows.csv", "fields": fields, **changes})
+
+
+def test_run__logs_what_a_stage_says_with_its_name(tmp_path, capsys):
+    script = "import sys; print('to one'); print('to the other', file=sys.stderr)"
+    line, log = run_script(tmp_path, script, copy="copy.txt")
+    assert line.outcome == "ok" and not line.failed
+    assert "[stage] to one\n" in log and "[stage] to the other\n" in log
+    assert (tmp_path / "copy.txt").read_text().splitlines() == ["to one", "to the other"]
+    assert "[stage] to one\n" in capsys.readouterr().out
+
+
+def test_run__a_failed_stage_is_reported_with_its_last_lines(tmp_path):
+    line, log = run_script(tmp_path, "print('before'); raise SystemExit(3)")
+    assert line.failed and line.outcome == "exit status 3"
+    assert "[stage, last lines] before" in log
+
+
+def test_run__a_stage_that_hangs_is_ended_with_its_children(tmp_path):
+    start = time.monotonic()
+    line, log = run_script(tmp_path, HANGS, seconds=2.0)
+    assert line.failed and line.outcome == "stopped at its limit of 2 s"
+    assert time.monotonic() - start < 20
+    grandchild = int(log.split("[stage] ")[1].split()[0])
+    for _ in range(100):
+        status = Path(f"/proc/{grandchild}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the grandchild outlived its stage")
+
+
+def test_run__goes_on_behind_the_task_that_killed_or_silenced_a_stage(tmp_path):
+    script = """
+import os, sys, time
+skip = int(sys.argv[sys.argv.index("--skip") + 1])
+for number in range(skip, 5):
+    print(f"task {number}: something", flush=True)
+    if number == 1:
+        os.kill(os.getpid(), 9)
+    if number == 3:
+        time.sleep(60)
+print("done")
+"""
+    line, log = run_script(tmp_path, script, resumes=True, silence=1.0)
+    assert line.failed and line.outcome == "ok, started again 2 times behind a task that ended it"
+    assert log.count("[stage] task ") == 5 and "[stage] done" in log
+
+
+def test_run__a_stage_without_a_task_is_not_started_again(tmp_path):
+    line, log = run_script(
+        tmp_path, "import os; print('x', flush=True); os.kill(os.getpid(), 9)", resumes=True
+    )
+    assert line.outcome == "exit status -9" and log.count("[stage] x\n") == 1
+
+
+def test_run__parts_run_side_by_side_and_unused_time_is_passed_on(tmp_path):
+    found = session(tmp_path, seconds=30.0)
+    slow = [Part(name, ["-c", "import time; time.sleep(1)"]) for name in ("a", "b", "c")]
+    stages = [Stage("first", 1, slow), Stage("second", 1, [Part("d", ["-c", ""])])]
+    for index, stage in enumerate(stages):
+        found.run(stage, stages[index:])
+    assert [line.name for line in found.lines] == ["a", "b", "c", "d"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "stage first: at most 15 s" in log
+    assert int(log.split("stage second: at most ")[1].split()[0]) > 24
+
+
+def test_run__no_stage_starts_without_time(tmp_path):
+    found = session(tmp_path, seconds=0.0)
+    stage = Stage("stage", 1, [Part("stage", ["-c", "print('ran')"])])
+    found.run(stage, [stage])
+    assert found.lines[0].outcome == "skipped: no time left" and found.table() == 0
+
+
+def test_close__ends_what_runs_and_starts_nothing_again(tmp_path):
+    child = Child("x", [sys.executable, "-c", HANGS], dict(os.environ), ROOT, Log(tmp_path / "log.txt"))
+    child.start()
+    child.end()
+    outcome = child.wait(time.monotonic() + 5)
+    assert outcome.code < 0 and outcome.seconds < 10
+
+
+def test_plan__names_files_that_exist_and_the_revision_reaches_every_stage(tmp_path):
+    found = session(tmp_path)
+    stages = plan(found.options)
+    assert [stage.name for stage in stages][1:] == ["kernels", "tiles", "memory", "step", "rivals", "compile"]
+    for stage in stages:
+        for part in stage.parts:
+            assert found.environment(part)["VRPO_REVISION"] == "abc123"
+            module = part.arguments[part.arguments.index("-m") + 1]
+            assert importlib.util.find_spec(module), module
+            named = [word for word in part.arguments if word.startswith("tests/")]
+            assert all((ROOT / word).exists() for word in named)
+    limited = plan(session(tmp_path, stages=["memory"]).options)
+    assert [stage.name for stage in limited] == ["memory"]
+
+
+def test_bench__a_task_that_raises_is_a_row_and_the_next_one_runs(tmp_path, capfd):
+    bench = tiny_bench(tmp_path)
+
+    def wrong():
+        raise RuntimeError("a first line\nand a second")
+
+    tasks = [Task("one", {"a": 1}, lambda: {"b": 2}), Task("two", {"a": 3}, wrong), Task("three", {}, list)]
+    tasks.append(Task("four", {"a": 4}, lambda: [{"b": 5}, {"b": 6}]))
+    assert bench.run(tasks) == 1
+    found = [(row["a"], row["b"], row["note"]) for row in rows_of(bench.path)]
+    message = "RuntimeError: a first line"
+    assert found == [("1", "2", ""), ("3", "", message), ("4", "5", ""), ("4", "6", "")]
+    assert "task 3: four" in capfd.readouterr().out
+
+
+def test_bench__skips_tasks_and_begins_none_when_time_is_out(tmp_path):
+    tasks = [Task(str(n), {"a": n}, lambda: {"b": 0}) for n in range(4)]
+    tiny_bench(tmp_path, skip=2).run(tasks)
+    assert [row["a"] for row in rows_of(tmp_path / "rows.csv")] == ["2", "3"]
+    tiny_bench(tmp_path, until=time.time() - 1).run(tasks)
+    assert len(rows_of(tmp_path / "rows.csv")) == 2
+
+
+def test_bench__rows_survive_a_kill(tmp_path):
+    script = f"""
+import os, math, pathlib, torch
+from benchmarks.gpu_bench import PROVENANCE, Bench, Task
+bench = Bench("cpu", torch.float16, True, False, pathlib.Path({str(tmp_path)!r}) / "rows.csv",
+              (*PROVENANCE, "a", "note"), math.inf)
+bench.run([Task("one", {{}}, lambda: {{"a": 1}}), Task("two", {{}}, lambda: os.kill(os.getpid(), 9))])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -9
+    (row,) = rows_of(tmp_path / "rows.csv")
+    assert row["a"] == "1" and row["date"] and row["git"] and row["device"]
+
+
+def test_head__tells_right_results_from_wrong_ones(tmp_path):
+    bench = tiny_bench(tmp_path)
+    head = Head(bench, Size(40, 32, 500))
+    hidden, weight = head.hidden.double().requires_grad_(), head.weight.double().requires_grad_()
+    nll = reference.linear_cross_entropy(hidden, weight, head.targets)
+    dhidden, dweight = torch.autograd.grad(nll, (hidden, weight), head.dnll.double())
+    nll = nll.detach()
+    right = head.errors(nll.float(), dhidden.half(), dweight.half())
+    assert right["verdict"] == "ok" and float(right["nll_err"]) < 1e-6
+    assert float(right["dX_err"]) < 4e-4 and float(right["dW_err"]) < 4e-4
+    scaled = dweight.clone()
+    scaled[head.target_classes] *= 1.01
+    for wrong in (
+        (nll.float() + 2e-4, None, None),
+        (nll.float() * math.nan, None, None),
+        (None, dhidden * 1.01, None),
+        (None, None, dweight * 1.01),
+        (None, None, scaled),
+    ):
+        assert head.errors(*wrong)["verdict"] == "RED"
+
+
+def test_profile_summary__counts_overlapping_kernels_once():
+    found = [("a", 0.0, 10.0), ("b", 5.0, 15.0), ("a", 25.0, 30.0)]
+    lines = summary(found)
+    assert "0.030 ms, idle 33.3 %, 3 launches" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["0.015", "0.010"]
+    assert "saw nothing" in summary([])[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no package `triton`")
+def test_gpu__the_timed_stages_run_on_a_cpu_from_end_to_end(tmp_path):
+    options = ["--tiny", "--seconds", "300", "--stages", "kernels,tiles,memory", "--revision", "abc123"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "log.txt", "kernels.csv", "tiles.csv", "memory.csv", "profile.txt"
+    }  # fmt: skip
+    kernels = [row for row in rows_of(tmp_path / "kernels.csv") if row["provider"] == "vrpo"]
+    assert len(kernels) == 10 and {row["verdict"] for row in kernels} == {"ok"}
+    assert {row["repeats"] for row in kernels} == {"same bits"} and {row["git"] for row in kernels} == {
+        "abc123"
+    }
+    tiles = rows_of(tmp_path / "tiles.csv")
+    assert {"sweep", "frozen head", "no gradient", "dW from kept"} <= {row["mode"] for row in tiles}
+    assert not any(row["note"] for row in (*kernels, *tiles, *rows_of(tmp_path / "memory.csv")))
+    assert len(rows_of(tmp_path / "memory.csv")) == 9
