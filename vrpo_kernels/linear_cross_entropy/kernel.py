@@ -387,25 +387,34 @@ def _sweep_tiles(
     cols = tiles.sweep_tile_cols(min(num_rows, tiles.sweep_rows))
     width = _width(cols, num_classes)
     chunks = _row_chunks(num_rows, tiles.sweep_rows, min(cols, num_classes), hidden.device)
+    spans = _spans(num_classes, cols)
+    lanes = min(tiles.streams, len(spans)) if hidden.is_cuda else 1
     rows = chunks[0][1]
-    logits = statistics.new_empty((rows, width))
-    workspace = hidden.new_empty((rows, width))
+    logits = statistics.new_empty((lanes, rows, width))
+    workspace = hidden.new_empty((lanes, rows, width))
+    accs = [acc, *(torch.empty_like(acc) for _ in range(lanes - 1))]
     # Over several chunks a slice of dW is summed in fp32 and rounded at the end.
-    partial = statistics.new_empty((width if out_weight.numel() and len(chunks) > 1 else 0, num_hidden))
-    for first, last in _spans(num_classes, cols):
-        head = weight[first:last]
-        for top, bottom in chunks:
-            z = logits[: bottom - top, : last - first]
-            tile = workspace[: bottom - top, : last - first]
-            _product(hidden[top:bottom], head.t(), z, accumulate=False)
-            kernel_fold.probabilities(
-                z, targets, statistics, tile, first_row=top, first_col=first, block=tiles.fold_cols
-            )
-            if acc.numel():
-                _product(tile, head, acc[top:bottom], accumulate=first > 0)
-            if partial.numel():
-                _product(tile.t(), scaled[top:bottom], partial[: last - first], accumulate=top > 0)
-            elif out_weight.numel():
-                _rounded_product(tile.t(), scaled, out_weight[first:last])
-        if partial.numel():
-            out_weight[first:last].copy_(partial[: last - first])
+    partial_cols = width if out_weight.numel() and len(chunks) > 1 else 0
+    partials = statistics.new_empty((lanes, partial_cols, num_hidden))
+    with _side_by_side(hidden.device, lanes) as streams:
+        for index, (first, last) in enumerate(spans):
+            lane = index % lanes
+            head, partial = weight[first:last], partials[lane, : last - first]
+            with torch.cuda.stream(streams[lane]):
+                for top, bottom in chunks:
+                    z = logits[lane, : bottom - top, : last - first]
+                    tile = workspace[lane, : bottom - top, : last - first]
+                    _product(hidden[top:bottom], head.t(), z, accumulate=False)
+                    kernel_fold.probabilities(
+                        z, targets, statistics, tile, first_row=top, first_col=first, block=tiles.fold_cols
+                    )
+                    if acc.numel():
+                        _product(tile, head, accs[lane][top:bottom], accumulate=index >= lanes)
+                    if partial.numel():
+                        _product(tile.t(), scaled[top:bottom], partial, accumulate=top > 0)
+                    elif out_weight.numel():
+                        _rounded_product(tile.t(), scaled, out_weight[first:last])
+                if partial.numel():
+                    out_weight[first:last].copy_(partial)
+    for other in accs[1:]:
+        acc.add_(other)
