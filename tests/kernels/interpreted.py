@@ -56,6 +56,7 @@ def small_tiles(monkeypatch):
 
     monkeypatch.setattr(kernel, "_tiles", tiles)
     monkeypatch.setattr(mask_select_kernel, "_BLOCK", 64)
+    monkeypatch.setattr(mask_select_kernel, "_SHORT_BLOCK", 16)
     monkeypatch.setattr(pack_masked_kernel, "_BLOCK", 16)
     monkeypatch.setattr(pack_masked_kernel, "_BLOCK_R", 2)
     monkeypatch.setattr(cross_entropy_kernel, "_block", lambda num_classes: 64)

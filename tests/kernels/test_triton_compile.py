@@ -136,7 +136,12 @@ CASES = [
         52,
         (*VECTORS, "bar.sync"),
     ),
-    Case(mask_select._select_by_rank_kernel, {"BLOCK": mask_select._BLOCK}, {"num_warps": 8}, 240),
+    Case(
+        mask_select._select_by_rank_kernel,
+        {"BLOCK": mask_select._BLOCK, "SHORT_BLOCK": mask_select._SHORT_BLOCK},
+        {"num_warps": 8},
+        188,
+    ),
     Case(
         mask_select._select_by_word_kernel,
         {"WRITE": True, "BLOCK": mask_select._BLOCK},
