@@ -6,7 +6,8 @@ One step is `vrpo.step.preference_step` and its backward pass, on one pair with 
 of 512 tokens: draw, pack, reference, policy, ELBO, score, loss, gradients. Weights are random bfloat16, 8.0e9
 of them. In this order, each row written as soon as it is measured, and skipped if the time left is too short:
 
-1. the GEMM rate of this run: 8192^3, which percentages refer to, and the step's own shapes
+1. the GEMM rate of this run: 8192^3, which percentages refer to, and the step's own shapes; draw and pack
+   on the CPU at K = 8, which the times below leave out
 2. the first step of LoRA (r = 16 on every linear layer but the head, float32 weights, bfloat16 autocast,
    activation checkpointing: what the trainer does): its score must be exactly 0.0 and its loss ln 2
 3. the same at K = 8, 2, 4, 1, 16 samples; then one optimizer step, after which the loss must be lower
@@ -48,6 +49,7 @@ from benchmarks.step_setup import (
     with_lora,
 )
 from benchmarks.step_timing import (
+    DrawnOnce,
     Step,
     forget_gradients,
     free_memory,
@@ -57,7 +59,10 @@ from benchmarks.step_timing import (
     timed_steps,
 )
 from vrpo.models import ATTENTION_NAMES, choose_attention
+from vrpo.step import Estimator
+from vrpo_kernels import choose
 
+MASK_SEED = 1
 SWEEP = (8, 2, 4, 1, 16)  # the most important first
 FULL_SWEEP = (8, 2, 4, 1)
 
@@ -83,6 +88,23 @@ def measure_rates(run: Run) -> None:
             run.row(case, tflops=rate, pct_of_gemm=100 * rate / run.gemm_tflops, note=spelled)
 
         run.attempt(case, work)
+
+
+def measure_draw(run: Run) -> None:
+    """The row of draw and pack at K = 8, which the times of the steps leave out."""
+
+    def work() -> None:
+        estimator = Estimator(run.size.mask_token_id, 8, "paper", 1, seed=MASK_SEED)
+        batch, times = make_batch(run.size), []
+        for _ in range(4):
+            started = time.perf_counter()
+            pack = estimator.pack(batch, 0, run.device)
+            times.append(1e3 * (time.perf_counter() - started))
+        backend = choose("mask_select", device="cpu", dtype=None)
+        sizes = {"K": 8, "T": len(pack.tokens_T), "N": len(pack.row_N)}
+        run.row("draw and pack", **sizes, ms=min(times[1:]), note=f"on the CPU, backend {backend}")
+
+    run.attempt("draw and pack", work)
 
 
 class Training:
@@ -122,8 +144,9 @@ class Training:
         run = self.run
         batch = make_batch(run.size, mixed=mixed)
         policy, reference = self.scorers(**form)
-        mask = run.size.mask_token_id
-        return lambda: run_step(batch, policy, reference, mask, num_samples, run.device)
+        estimator = DrawnOnce(run.size.mask_token_id, num_samples, "paper", 1, seed=MASK_SEED)
+        estimator.pack(batch, 0, run.device)
+        return lambda: run_step(batch, policy, reference, estimator, run.device)
 
 
 def bench(
@@ -342,10 +365,12 @@ def main(arguments: list[str]) -> int:
         parser.error("torch sees no CUDA device; --tiny runs on the CPU")
     device, size, dtype = ("cpu", TINY, torch.float32) if options.tiny else ("cuda", LLADA_8B, torch.bfloat16)
     output = options.output or RESULTS / "step.csv"
+    output.parent.mkdir(parents=True, exist_ok=True)
     run = Run(device, size, dtype, output, options.seconds, options.revision)
     gc.freeze()  # what is imported is not looked through again for each of the collections between cases
     try:
         measure_rates(run)
+        measure_draw(run)
         train_lora(run)
         free_memory(device)  # the model with LoRA is gone with the function that held it
         train_all(run)

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,22 @@ from torch import Tensor, nn
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.step import NLL, Estimator, preference_step
 
-MASK_SEED = 1
+
+@dataclass(frozen=True)
+class DrawnOnce(Estimator):
+    """Draws and packs at its first call, and hands the same pack out from then on.
+
+    Draw and pack run on the CPU, many times slower without the C++ extension; a step is timed without them,
+    and they by themselves.
+    """
+
+    kept: list[PackedBatch] = field(default_factory=list)
+
+    def pack(self, batch: ResponseBatch, epoch: int, device: torch.device | str) -> PackedBatch:
+        """The pack of the first call."""
+        if not self.kept:
+            self.kept.append(super().pack(batch, epoch, device))
+        return self.kept[0]
 
 
 class Stopwatch:
@@ -60,8 +75,7 @@ def run_step(
     batch: ResponseBatch,
     policy: NLL,
     reference: NLL,
-    mask_token_id: int,
-    num_samples: int,
+    estimator: Estimator,
     device: str,
 ) -> Step:
     """`preference_step` and its backward pass, with the trainer's defaults but for the SFT term (0 here)."""
@@ -83,7 +97,7 @@ def run_step(
         batch,
         watched(policy, "policy"),
         watched(reference, "reference"),
-        estimator=Estimator(mask_token_id, num_samples, "paper", 1, seed=MASK_SEED),
+        estimator=estimator,
         beta=0.2,
         sft_weight=0.0,
         epoch=0,
