@@ -113,7 +113,7 @@ PROVIDERS: dict[str, Provider] = {
         lambda case: lambda x, w, y: vrpo_kernels.linear_cross_entropy(x, w, y, kept_tile_bytes=0), stage=0
     ),
     "torch eager": Provider(lambda case: _eager, stage=0),
-    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False), stage=3, start_seconds=45.0),
+    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False), stage=3, start_seconds=30.0),
     "F.linear_cross_entropy": Provider(lambda case: _torch_native, _needs_native),
     "TRL chunked, chunk 4096": Provider(_make_trl(4096), _needs("trl")),
     "TRL chunked, chunk 32768": Provider(_make_trl(32768), _needs("trl")),

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib.util
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -109,10 +110,12 @@ def hold(ratios: dict[str, float], record: Callable[[str, object], None]) -> Non
 
 
 @contextlib.contextmanager
-def alone_on_the_device(gibibytes: int):
-    """One large test at a time, whatever the number of test processes; memory goes back afterwards."""
-    path = Path(tempfile.gettempdir()) / "vrpo_large_gpu_tests.lock"
-    with filelock.FileLock(path, timeout=300):
+def room_on_the_device(gibibytes: int):
+    """Room for a large test beside those of other test processes: three at a time up to 16 GiB, above it one.
+
+    Skips if the device has not that much free memory; what was used goes back afterwards.
+    """
+    with _one_of(("16",) * 3 if gibibytes <= 16 else ("80",)):
         if torch.cuda.mem_get_info()[0] < gibibytes * 2**30:
             pytest.skip(f"needs {gibibytes} GiB of free device memory")
         try:
@@ -120,3 +123,22 @@ def alone_on_the_device(gibibytes: int):
         finally:
             gc.collect()
             torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _one_of(names: tuple[str, ...]):
+    """Holds the first of these locks that comes free."""
+    folder = Path(tempfile.gettempdir())
+    locks = [
+        filelock.FileLock(folder / f"vrpo_gpu_tests_{name}_{index}.lock") for index, name in enumerate(names)
+    ]
+    for lock in itertools.cycle(locks):
+        try:
+            lock.acquire(timeout=0.05)
+        except filelock.Timeout:
+            continue
+        try:
+            yield
+        finally:
+            lock.release()
+        return

@@ -12,12 +12,12 @@ from gpu_support import (
     KEEP,
     MARKS,
     RECOMPUTE,
-    alone_on_the_device,
     gradients,
     make_inputs,
     make_op,
     make_replay,
     name_of,
+    room_on_the_device,
     use_small_tiles,
 )
 
@@ -120,7 +120,7 @@ def test_linear_cross_entropy__no_rows_and_one_class():
 def test_linear_cross_entropy__offsets_beyond_32_bits(gemm):
     # N * V = 2.5e9 kept values; only the last rows receive a gradient, so only they decide the gradients.
     N, V, D = 20000, 126464, 64
-    with alone_on_the_device(16):
+    with room_on_the_device(16):
         _check_last_rows(gemm, N, V, D)
 
 
@@ -268,7 +268,7 @@ def test_cross_entropy__within_the_policy(dtype, V, in_place):
 
 
 def test_cross_entropy__offsets_beyond_32_bits_in_place_without_a_copy(no_host_sync):
-    with alone_on_the_device(16):
+    with room_on_the_device(16):
         _check_in_place_at_the_end(20000, 126464, no_host_sync)
 
 

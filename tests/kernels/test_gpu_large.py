@@ -10,12 +10,12 @@ from gpu_support import (
     KEEP,
     MARKS,
     RECOMPUTE,
-    alone_on_the_device,
     gradients,
     hold,
     make_modes,
     make_op,
     make_replay,
+    room_on_the_device,
 )
 
 from benchmarks.cases import Case, make_inputs
@@ -33,7 +33,7 @@ def _case(num_rows, size=HIDDEN, num_classes=CLASSES, logits="random"):
 
 @pytest.mark.parametrize("logits", ["random", "peaked"])
 def test_linear_cross_entropy__gradients_at_the_size_of_llada(logits, record_property):
-    with alone_on_the_device(40):
+    with room_on_the_device(40):
         gate = Gate(_case(256, logits=logits))
         ratios = {}
         for gemm in ("cublas", "fused"):
@@ -47,7 +47,7 @@ def test_linear_cross_entropy__gradients_at_the_size_of_llada(logits, record_pro
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__fifty_runs_with_the_same_bits_at_the_size_of_llada(gemm):
-    with alone_on_the_device(24):
+    with room_on_the_device(16):
         inputs = _case(300)
         arguments = inputs.hidden, inputs.weight, inputs.targets, inputs.upstream
         runs = {"kept": make_op(gemm, KEEP), "recomputed": make_op(gemm, RECOMPUTE)}
@@ -71,7 +71,7 @@ def _bits(value):
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__every_mode_has_the_same_nll_at_the_size_of_llada(gemm):
-    with alone_on_the_device(16):
+    with room_on_the_device(16):
         inputs = _case(300)
         arguments = inputs.hidden, inputs.weight, inputs.targets, inputs.upstream
         with torch.no_grad():
@@ -99,7 +99,7 @@ def _sum_bound(hidden, weight):
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__error_grows_with_the_hidden_size_as_truncation_allows(gemm, record_property):
     excess = {}
-    with alone_on_the_device(16):
+    with room_on_the_device(16):
         for size in (256, 1024, 4096, 8192):
             inputs = _case(256, size, 32768)
             hidden, weight, targets = inputs.hidden, inputs.weight, inputs.targets
