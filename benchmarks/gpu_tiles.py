@@ -44,6 +44,20 @@ FUSED_SHAPES = (
     (64, 256, 64, 4, 4, 1),
     (128, 256, 32, 8, 6, 1),
 )
+STREAMED = (
+    # streams, rows, cols; chunks are cut smaller than rows where there would be fewer than streams
+    (2, 4096, 32768),
+    (2, 1024, 8192),
+    (2, 4096, 16384),
+    (2, 1024, 32768),
+    (2, 512, 8192),
+    (4, 512, 8192),
+    (4, 1024, 8192),
+    (2, 4096, 8192),
+    (2, 512, 16384),
+    (3, 4096, 32768),
+    (4, 4096, 32768),
+)
 FUSED_TILES = ((4096, 32768), (4096, 8192), (1024, 8192))
 
 
@@ -58,9 +72,8 @@ def cases(base: Tiles) -> list[tuple[str, Tiles]]:
     shapes = list(itertools.product((4096, 1024, 2048), (32768, 8192, 16384, 4096)))
     wide = replace(cublas, rows=4096, cols=32768)
     found = [("frozen head", replace(cublas, rows=rows, cols=cols)) for rows, cols in shapes]
-    # With streams, row chunks are cut smaller, so that there is one for each.
-    for streams, cols in ((2, 32768), (2, 16384), (2, 8192), (3, 32768), (4, 32768)):
-        found.append(("frozen head", replace(cublas, rows=4096, cols=cols, streams=streams)))
+    for streams, rows, cols in STREAMED:
+        found.append(("frozen head", replace(cublas, rows=rows, cols=cols, streams=streams)))
     for shape in FUSED_SHAPES:
         found.append(("frozen head", _shaped(base, shape, *FUSED_TILES[0])))
     for rows, cols in itertools.product((4096, 2048), (8192, 16384, 4096, 2048)):
