@@ -20,25 +20,30 @@ those after it.
     rivals     linear_cross_entropy of other packages, where installed     rivals.csv
     compile    the ahead-of-time compile tests, in the time that is left   tests.txt
 
-log.txt has all that was said, the state of the GPU before and during it, and a table of the stages at the
-end. Rows are on disk as soon as they are measured; each carries date, git revision, device, driver and
-versions. --tiny rehearses all of it on a CPU in Triton's interpreter: figures without meaning, but every
-line runs.
+log.txt has all that was said, the state of the GPU before and during it, and at the end a digest of the
+files and a table of the stages. Rows are on disk as soon as they are measured; each carries date, git
+revision, device, driver and versions. --tiny rehearses all of it on a CPU in Triton's interpreter: figures
+without meaning, but every line runs.
 """
 
 import argparse
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu_machine import describe_machine, output_of, watch_clocks
+from benchmarks.gpu_digest import digest
+from benchmarks.gpu_machine import describe_machine, has_device, watch_clocks
 from benchmarks.gpu_process import Child, Log, Outcome
 from benchmarks.gpu_stages import ROOT, STAGES, Part, Stage, plan
+
+CACHE = Path(tempfile.gettempdir()) / f"vrpo-gpu-{os.getuid()}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,9 @@ class Session:
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
             "HF_HUB_OFFLINE": "1",
+            # One place that can be written, so that what one stage compiles serves the next.
+            "TRITON_CACHE_DIR": str(CACHE / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
         }
         if self.options.revision:
             own["VRPO_REVISION"] = self.options.revision
@@ -87,11 +95,18 @@ class Session:
         self.log.line(f"stage {stage.name}: at most {limit:.0f} s")
         until = time.monotonic() + limit
         with ThreadPoolExecutor(len(stage.parts)) as pool:
-            self.lines += pool.map(lambda part: self._run_part(part, until), stage.parts)
+            self.lines += pool.map(lambda part: self._guarded(part, until), stage.parts)
 
     def skip(self, name: str, why: str) -> None:
         """A stage that does not run: a line of the table, no failure."""
         self.lines.append(Line(name, 0.0, f"skipped: {why}", failed=False))
+
+    def _guarded(self, part: Part, until: float) -> Line:
+        try:
+            return self._run_part(part, until)
+        except Exception as error:  # an error of this file must not cost the stages after it
+            self.log.line(traceback.format_exc(), part.name)
+            return Line(part.name, 0.0, f"not run: {type(error).__name__}: {error}", failed=True)
 
     def _run_part(self, part: Part, until: float) -> Line:
         start, skip, restarts = time.monotonic(), 0, 0
@@ -123,7 +138,7 @@ class Session:
         arguments = list(part.arguments)
         if part.resumes:
             # Clean stop a little before the limit; the clock of the child is the wall clock.
-            stop = time.time() + (until - time.monotonic()) - 5.0
+            stop = time.time() + (until - time.monotonic()) - 3.0
             arguments += ["--until", f"{stop:.1f}", "--skip", str(skip)]
         elif part.takes_seconds:
             # They count from after their imports, and begin nothing that would end later.
@@ -143,6 +158,14 @@ class Session:
         self._stopped = True
         for child in list(self._children.values()):
             child.end()
+
+    def digest(self) -> None:
+        """Prints what the files say; a file it cannot read is no reason to fail."""
+        try:
+            for line in digest(self.options.output):
+                self.log.line(line, "digest")
+        except Exception as error:
+            self.log.line(f"{type(error).__name__}: {error}", "digest")
 
     def table(self) -> int:
         """Prints the stages; returns 1 if one failed."""
@@ -174,7 +197,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--rivals", type=Path, nargs="+", default=[], help="folders with more packages, for every stage"
     )
     parser.add_argument("--tiny", action="store_true", help="rehearsal on a CPU")
-    parser.add_argument("--least", type=float, default=12, help="seconds below which no stage starts (12)")
+    parser.add_argument("--least", type=float, default=8, help="seconds below which no stage starts (8)")
     options = parser.parse_args(arguments)
     unknown = set(options.stages) - set(STAGES)
     if unknown:
@@ -188,8 +211,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """0 if every stage ended well, 1 if one failed, 2 if there is no GPU."""
     options = _options(arguments)
-    if not options.tiny and not output_of("nvidia-smi", "-L"):
-        print("make gpu needs a CUDA device, and nvidia-smi sees none")
+    if not options.tiny and not has_device():
+        print("make gpu needs a CUDA device, and neither nvidia-smi nor torch sees one")
         return 2
     session = Session(options)
 
@@ -211,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
                 merge_profiles(options.output)
         if "sanitizer" in options.stages and not any(line.name == "memcheck" for line in session.lines):
             session.skip("sanitizer", "no compute-sanitizer on this machine")
+        session.digest()
         return session.table()
     finally:
         stop.set()

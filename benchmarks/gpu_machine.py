@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import threading
 
 from benchmarks.gpu_process import Log
@@ -15,10 +16,17 @@ RIVALS = ("liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "flash-at
 def output_of(*command: str) -> str:
     """Standard output of a command; empty if it fails, hangs or does not exist."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
+
+
+def has_device() -> bool:
+    """True if there is a CUDA device; torch is asked (it takes seconds) where nvidia-smi is not installed."""
+    if output_of("nvidia-smi", "-L"):
+        return True
+    return output_of(sys.executable, "-c", "import torch; print(torch.cuda.is_available())") == "True"
 
 
 def describe_machine(log: Log) -> None:

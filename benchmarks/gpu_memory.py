@@ -53,7 +53,8 @@ class Bandwidth:
 
     def rate(self) -> float:
         if self._rate is None:
-            source = torch.zeros(self.numel, dtype=self.bench.dtype, device=self.bench.device)
+            # Zeros would be moved with less power, and so faster, than real data.
+            source = torch.randn(self.numel, device=self.bench.device).to(self.bench.dtype)
             target = torch.empty_like(source)
             found = self.bench.measure(lambda: target.copy_(source))
             moved = 2 * source.numel() * source.element_size()
@@ -206,10 +207,10 @@ def gather_tasks(bench: Bench, roof: Bandwidth, sizes: Sizes) -> Iterator[Task]:
     """gather_rows: N rows out of T, and back into zeros."""
 
     def run() -> dict[str, object]:
-        hidden = torch.zeros(sizes.tokens, sizes.hidden, dtype=bench.dtype, device=bench.device)
+        hidden = torch.randn(sizes.tokens, sizes.hidden, device=bench.device).to(bench.dtype)
         row_N = torch.arange(0, sizes.tokens, sizes.tokens // sizes.masked, device=bench.device)
         hidden.requires_grad_()
-        dhidden = torch.ones(len(row_N), sizes.hidden, dtype=bench.dtype, device=bench.device)
+        dhidden = hidden.detach()[: len(row_N)].clone()
 
         def both() -> Tensor:
             return torch.autograd.grad(gather_rows(hidden, row_N), hidden, dhidden)[0]

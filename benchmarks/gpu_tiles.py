@@ -76,8 +76,10 @@ def cases(base: Tiles) -> list[tuple[str, Tiles]]:
         found.append(("frozen head", replace(cublas, rows=rows, cols=cols, streams=streams)))
     for shape in FUSED_SHAPES:
         found.append(("frozen head", _shaped(base, shape, *FUSED_TILES[0])))
-    for rows, cols in itertools.product((4096, 2048), (8192, 16384, 4096, 2048)):
-        found.append(("sweep", replace(cublas, sweep_rows=rows, sweep_cols=cols)))
+    for streams, cols in ((1, 8192), (1, 16384), (1, 32768), (1, 4096), (2, 8192), (2, 16384), (3, 8192)):
+        found.append(("sweep", replace(cublas, sweep_rows=4096, sweep_cols=cols, streams=streams)))
+    for cols in (8192, 4096, 2048):
+        found.append(("sweep", replace(cublas, sweep_rows=2048, sweep_cols=cols)))
     found.append(("dW from kept", cublas))
     found += [("frozen head", replace(wide, fold_cols=cols)) for cols in (1024, 2048, 8192, 16384)]
     found += [("no gradient", replace(cublas, rows=rows, cols=cols)) for rows, cols in shapes]
@@ -179,7 +181,7 @@ class Sweep:
         sweep = mode == "sweep"
         shape["rows"] = tiles.sweep_rows if sweep else tiles.rows
         shape["cols"] = tiles.sweep_cols if sweep else tiles.cols
-        shape["streams"] = 1 if sweep else tiles.streams
+        shape["streams"] = tiles.streams
         if tiles.gemm == "fused":
             shape |= {name: getattr(tiles, name) for name in BLOCKS}
         else:
@@ -234,7 +236,7 @@ class Sweep:
         base, found = base_tiles(self.bench), []
         for row in good[:count]:
             if mode == "sweep":
-                values = {"sweep_rows": row["rows"], "sweep_cols": row["cols"]}
+                values = {"sweep_rows": row["rows"], "sweep_cols": row["cols"], "streams": row["streams"]}
             else:
                 names = ("rows", "cols", "fold_cols", "streams", *BLOCKS)
                 values = {name: row[name] for name in names if name in row}

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu_bench import Bench, Task
+from benchmarks import gpu, gpu_kernels
+from benchmarks.gpu_bench import PROVENANCE, Bench, Task
+from benchmarks.gpu_digest import digest
 from benchmarks.gpu_process import Child, Log
 from benchmarks.gpu_profile import summary
 from benchmarks.gpu_stages import Part, Stage, plan
 from benchmarks.gpu_truth import Head, Size
+from benchmarks.record import append
 from vrpo_kernels.linear_cross_entropy import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,6 +220,24 @@ def test_profile_summary__counts_overlapping_kernels_once():
     assert "saw nothing" in summary([])[0]
 
 
+def test_digest__shows_what_was_measured_and_what_was_not(tmp_path):
+    row = {
+        "op": "linear_cross_entropy",
+        "provider": "vrpo",
+        "gemm": "cublas",
+        "N": 7,
+        "D": 5,
+        "case": "random",
+    }
+    fields = (*PROVENANCE, *gpu_kernels.FIELDS)
+    good = {**row, "mode": "frozen head", "ms_p50": "1.5000", "pct_of_gemm": "83.0", "nll_err": "2e-05"}
+    bad = {**row, "mode": "no gradient", "note": "OutOfMemoryError: none left"}
+    append([{**good, "verdict": "ok"}, bad], tmp_path / "kernels.csv", fields)
+    lines = list(digest(tmp_path))
+    assert "frozen head 1.50 ms 83.0 %; no gradient -; worst nll_err 2e-05" in lines[0]
+    assert "not measured" in lines[1] and "OutOfMemoryError: none left" in lines[1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no package `triton`")
 def test_gpu__the_timed_stages_run_on_a_cpu_from_end_to_end(tmp_path):
@@ -237,3 +257,4 @@ def test_gpu__the_timed_stages_run_on_a_cpu_from_end_to_end(tmp_path):
     assert {"sweep", "frozen head", "no gradient", "dW from kept"} <= {row["mode"] for row in tiles}
     assert not any(row["note"] for row in (*kernels, *tiles, *rows_of(tmp_path / "memory.csv")))
     assert len(rows_of(tmp_path / "memory.csv")) == 9
+    assert "[digest] N=9 D=16 peaked cublas: no gradient" in done.stdout
