@@ -89,7 +89,7 @@ def _view_of(matrix, offset, padding):
 
 @pytest.mark.parametrize("kept_tile_bytes", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
-    ("offset", "padding"), [(1, 0), (8, 0), (0, 1), (1, 1), (8, 8)], ids=lambda value: str(value)
+    ("offset", "padding"), [(1, 0), (8, 0), (0, 1), (8, 8)], ids=lambda value: str(value)
 )
 @pytest.mark.parametrize(("gemm", "dtype"), HALF_FORMS, ids=name_of)
 def test_linear_cross_entropy__views_of_any_alignment(
