@@ -319,13 +319,13 @@ def dweight(
 
 @contextlib.contextmanager
 def _full_precision_sums():
-    """Inside, cuBLAS forms a 16-bit result from one fp32 sum: no partial sums in 16 bits, no split-K."""
+    """Inside, cuBLAS adds the partial sums of a 16-bit result in fp32, also where it splits K."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
     try:
         for name in names:
-            setattr(matmul, name, (False, False))
+            setattr(matmul, name, False)  # (False, False), no split-K either, only cuBLASLt takes
         yield
     finally:
         for name, value in zip(names, before, strict=True):
