@@ -95,7 +95,14 @@ class Session:
         self.log.line(f"stage {stage.name}: at most {limit:.0f} s")
         until = time.monotonic() + limit
         with ThreadPoolExecutor(len(stage.parts)) as pool:
-            self.lines += pool.map(lambda part: self._guarded(part, until), stage.parts)
+            ends = [pool.submit(self._guarded, part, until) for part in stage.parts]
+            for part, end in zip(stage.parts, ends, strict=True):
+                if not part.optional:
+                    end.result()
+            names = {part.name for part in stage.parts if part.optional}
+            for child in [child for child in self._children.values() if child.name in names]:
+                child.end()
+            self.lines += [end.result() for end in ends]
 
     def skip(self, name: str, why: str) -> None:
         """A stage that does not run: a line of the table, no failure."""
@@ -121,7 +128,7 @@ class Session:
         words = self._words(outcome)
         if restarts:
             words += f", started again {restarts} times behind a task that ended it"
-        failed = bool(outcome.code or restarts)
+        failed = bool(outcome.code or restarts) and not part.optional
         self.log.line(f"{part.name}: {words} after {time.monotonic() - start:.0f} s")
         if failed:
             for line in outcome.tail[-12:]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class Child:
         name: what its lines in the log begin with.
         command, environment, folder: what runs, with which variables, where.
         log: see Log.
-        copy: a file that gets the same lines without the name.
+        copy: a file that gets the same lines without the name, when it has ended.
     """
 
     name: str
@@ -68,7 +67,7 @@ class Child:
     folder: Path
     log: Log
     copy: Path | None = None
-    _tail: deque[str] = field(default_factory=lambda: deque(maxlen=25))
+    _said: list[str] = field(default_factory=list)
     _task: int = -1
 
     def start(self) -> None:
@@ -90,19 +89,14 @@ class Child:
         self._reader.start()
 
     def _read(self) -> None:
-        with contextlib.ExitStack() as stack:
-            lines = stack.enter_context(self._process.stdout)
-            copy = stack.enter_context(self.copy.open("a", encoding="utf-8")) if self.copy else None
+        with self._process.stdout as lines:
             for line in lines:
                 self._spoke = time.monotonic()
                 text = line.rstrip("\n")
                 if found := _TASK.match(text):
                     self._task = int(found[1])
-                self._tail.append(text)
+                self._said.append(text)
                 self.log.line(text, self.name)
-                if copy:
-                    copy.write(line)
-                    copy.flush()
 
     def wait(self, until: float, silence: float | None = None) -> Outcome:
         """Waits for its end; stops it at `until` (time.monotonic), or after `silence` seconds of silence."""
@@ -120,8 +114,11 @@ class Child:
         seconds = time.monotonic() - self._start
         # A process that left the session may still hold the pipe: what was said so far is enough.
         self._reader.join(timeout=2.0)
+        if self.copy:
+            with self.copy.open("a", encoding="utf-8") as stream:
+                stream.write("\n".join([f"== {self.name}", *self._said, ""]))
         code = self._process.returncode
-        return Outcome(-signal.SIGKILL if code is None else code, why, seconds, self._task, list(self._tail))
+        return Outcome(-signal.SIGKILL if code is None else code, why, seconds, self._task, self._said[-25:])
 
     def end(self) -> None:
         """Ends the child and whatever it started: first politely, then not."""

@@ -8,11 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tests", "warm", "sanitizer", "kernels", "tiles", "memory", "step", "rivals", "compile")
-TESTS = ("kernels/test_gpu.py", "models/test_gpu.py", "training/test_gpu_step.py")
-COMPILE_TESTS = ("kernels/test_triton_compile.py",)
+COMPILE_TESTS = ["tests/kernels/test_triton_compile.py"]
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 WARMERS = 4
-TEST_SECONDS = 45
+TEST_SECONDS = 60
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 TINY_CASE = {"rows": "20", "size": "16", "classes": "300", "dtypes": "fp32", "threads": "1", "repeats": "1"}
 
@@ -28,7 +27,8 @@ class Part:
         takes_seconds: it takes --seconds, after which it begins nothing new.
         resumes: it announces tasks and takes --until and --skip: started again behind a task that killed it.
         silence: seconds without a line after which it counts as hanging.
-        copy: name of the file that gets its lines.
+        optional: it ends with the other parts at the latest, and its end is no failure.
+        copy: name of the file that gets its lines when it has ended.
         variables: environment variables of its own.
     """
 
@@ -38,6 +38,7 @@ class Part:
     takes_seconds: bool = False
     resumes: bool = False
     silence: float | None = None
+    optional: bool = False
     copy: str | None = None
     variables: dict[str, str] = field(default_factory=dict)
 
@@ -51,29 +52,37 @@ class Stage:
     parts: list[Part]
 
 
-def _pytest(name: str, files: tuple[str, ...], options: argparse.Namespace) -> list[Part]:
-    found = [f"tests/{name}" for name in files if (ROOT / "tests" / name).exists()]
-    if not found:
-        return []
+def _pytest(name: str, files: list[str], options: argparse.Namespace, workers: int, *more: str) -> Part:
     # The suite's conftest needs the trainer's packages, which a bare machine may lack.
-    arguments = ["-m", "pytest", "--noconftest", "-v", "-W", "default", "-p", "no:cacheprovider"]
-    arguments += ["--durations=15", "--tb=short", *found]
+    arguments = ["-m", "pytest", "--noconftest", "-v", "-rA", "-W", "default", "-p", "no:cacheprovider"]
+    arguments += ["--durations=15", "--tb=short", *more, *files]
     if importlib.util.find_spec("xdist") is not None:
         # Most of the time is compilation on the host. The plugin replaces a worker whose device is lost.
-        arguments += ["-n", "2" if options.tiny else "8", "-p", "benchmarks.gpu_pytest"]
+        arguments += ["-n", str(min(workers, 2) if options.tiny else workers), "-p", "benchmarks.gpu_pytest"]
         if importlib.util.find_spec("pytest_timeout") is not None:
             # A kernel that never ends cannot be interrupted: the worker makes way for a new one.
             arguments += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
-    return [Part(name, arguments, copy="tests.txt", variables={"OMP_NUM_THREADS": "2"})]
+    return Part(name, arguments, copy="tests.txt", variables={"OMP_NUM_THREADS": "2"})
+
+
+def _tests(options: argparse.Namespace) -> list[Part]:
+    """Everything marked gpu; tests that need much of the device's memory one by one, from the start."""
+    found = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/*/test_gpu*.py"))
+    large = [path for path in found if path.endswith("_large.py")]
+    others = [path for path in found if path not in large]
+    parts = [_pytest("tests", others, options, 7, "-m", "gpu")]
+    return parts + ([_pytest("large tests", large, options, 1, "-m", "gpu")] if large else [])
 
 
 def _warmers(options: argparse.Namespace) -> list[Part]:
     count, tiny = 1 if options.tiny else WARMERS, ["--tiny"] if options.tiny else []
     shares = [*(f"{index}/{count}" for index in range(count)), "rivals"]
     few = {"OMP_NUM_THREADS": "1", **(INTERPRETED if options.tiny else {})}
-    return [
-        Part(f"warm {share}", ["-m", "benchmarks.gpu_warm", share, *tiny], variables=few) for share in shares
-    ]
+    parts = []
+    for share in shares:
+        arguments = ["-m", "benchmarks.gpu_warm", share, *tiny]
+        parts.append(Part(f"warm {share}", arguments, optional=share == "rivals", variables=few))
+    return parts
 
 
 def _sanitizers(options: argparse.Namespace) -> list[Part]:
@@ -110,7 +119,7 @@ def plan(options: argparse.Namespace) -> list[Stage]:
     """All stages asked for, in order; those that check run side by side, since nothing there is timed."""
     wanted, parts = options.stages, []
     for name, make in (
-        ("tests", lambda: _pytest("tests", TESTS, options)),
+        ("tests", lambda: _tests(options)),
         ("warm", lambda: _warmers(options)),
         ("sanitizer", lambda: _sanitizers(options)),
     ):
@@ -125,6 +134,6 @@ def plan(options: argparse.Namespace) -> list[Stage]:
         _timed("memory", 20, options),
         _command("step", 90, options, "step.csv", *(["--tiny"] if options.tiny else [])),
         _command("kernels", 50, options, "rivals.csv", *rivals),
-        Stage("compile", 0, _pytest("compile", COMPILE_TESTS, options)),
+        Stage("compile", 0, [_pytest("compile", COMPILE_TESTS, options, 8)]),
     ]
     return [stage for stage in stages if stage.parts and stage.name in (*wanted, "checks")]

@@ -62,7 +62,7 @@ def test_run__logs_what_a_stage_says_with_its_name(tmp_path, capsys):
     line, log = run_script(tmp_path, script, copy="copy.txt")
     assert line.outcome == "ok" and not line.failed
     assert "[stage] to one\n" in log and "[stage] to the other\n" in log
-    assert (tmp_path / "copy.txt").read_text().splitlines() == ["to one", "to the other"]
+    assert (tmp_path / "copy.txt").read_text().splitlines() == ["== stage", "to one", "to the other"]
     assert "[stage] to one\n" in capsys.readouterr().out
 
 
@@ -121,6 +121,15 @@ def test_run__parts_run_side_by_side_and_unused_time_is_passed_on(tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert "stage first: at most 15 s" in log
     assert int(log.split("stage second: at most ")[1].split()[0]) > 24
+
+
+def test_run__an_optional_part_ends_with_the_others_and_is_no_failure(tmp_path):
+    found = session(tmp_path, seconds=60.0)
+    parts = [Part("a", ["-c", ""]), Part("b", ["-c", "import time; time.sleep(50)"], optional=True)]
+    stage = Stage("stage", 1, parts)
+    found.run(stage, [stage])
+    assert [line.name for line in found.lines] == ["a", "b"] and found.table() == 0
+    assert found.lines[1].seconds < 20 and found.lines[1].outcome == "exit status -15"
 
 
 def test_run__no_stage_starts_without_time(tmp_path):
