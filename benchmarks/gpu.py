@@ -100,7 +100,7 @@ class Session:
                 if not part.optional:
                     end.result()
             names = {part.name for part in stage.parts if part.optional}
-            for child in [child for child in self._children.values() if child.name in names]:
+            for child in [child for child in list(self._children.values()) if child.name in names]:
                 child.end()
             self.lines += [end.result() for end in ends]
 

@@ -225,13 +225,10 @@ class Sweep:
             rows.append({"provider": case, **found, **self.units.figures(head, 1, found)})
         return rows
 
-    def best(self, count: int, mode: str, provider: str) -> list[Tiles]:
-        """The fastest correct shapes measured so far in this process."""
-        good = [
-            row
-            for row in self.bench.rows
-            if row["mode"] == mode and row["provider"] == provider and row.get("verdict") == "ok"
-        ]
+    def best(self, count: int, size: Size, mode: str, provider: str) -> list[Tiles]:
+        """The fastest correct shapes measured for a size so far in this process."""
+        wanted = {"N": size.rows, "mode": mode, "provider": provider, "verdict": "ok"}
+        good = [row for row in self.bench.rows if wanted.items() <= row.items()]
         good.sort(key=lambda row: float(row["ms_p50"]))
         base, found = base_tiles(self.bench), []
         for row in good[:count]:
@@ -265,7 +262,7 @@ def tasks(bench: Bench) -> Iterator[Task]:
         size = replace(main_size, rows=rows)
         best = (("frozen head", "cublas", 4), ("frozen head", "fused", 3), ("sweep", "cublas", 3))
         for mode, gemm, count in best:
-            for tiles in sweep.best(count, mode, f"vrpo {gemm}"):
+            for tiles in sweep.best(count, main_size, mode, f"vrpo {gemm}"):
                 yield sweep.task(size, mode, tiles)
 
 

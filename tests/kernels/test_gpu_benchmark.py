@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from benchmarks.gpu_truth import Head, Size
 from benchmarks.record import append
 from vrpo_kernels.linear_cross_entropy import reference
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package `triton` is not installed"
+)
 ROOT = Path(__file__).resolve().parents[2]
 HANGS = """
 import subprocess, sys, time
@@ -229,6 +233,29 @@ def test_profile_summary__counts_overlapping_kernels_once():
     assert "saw nothing" in summary([])[0]
 
 
+@needs_triton
+def test_best_tiles__are_the_fastest_correct_ones_of_that_size(tmp_path):
+    from benchmarks import gpu_tiles
+
+    bench = tiny_bench(tmp_path)
+    sweep, size = gpu_tiles.Sweep(bench), Size(9, 16, 150)
+    for rows, cols, ms, verdict in (
+        (9, 64, 3.0, "ok"),
+        (9, 128, 1.0, "RED"),
+        (9, 256, 2.0, "ok"),
+        (5, 512, 0.5, "ok"),
+    ):
+        tiles = replace(gpu_tiles.base_tiles(bench), cols=cols, streams=2)
+        columns = sweep.columns(replace(size, rows=rows), "frozen head", tiles)
+        bench.rows.append({**columns, "ms_p50": f"{ms}", "verdict": verdict})
+    found = sweep.best(3, size, "frozen head", "vrpo cublas")
+    assert [(tiles.cols, tiles.streams, tiles.gemm) for tiles in found] == [
+        (256, 2, "cublas"),
+        (64, 2, "cublas"),
+    ]
+    assert sweep.best(3, size, "sweep", "vrpo cublas") == []
+
+
 def test_digest__shows_what_was_measured_and_what_was_not(tmp_path):
     row = {
         "op": "linear_cross_entropy",
@@ -248,7 +275,7 @@ def test_digest__shows_what_was_measured_and_what_was_not(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no package `triton`")
+@needs_triton
 def test_gpu__the_timed_stages_run_on_a_cpu_from_end_to_end(tmp_path):
     options = ["--tiny", "--seconds", "300", "--stages", "kernels,tiles,memory", "--revision", "abc123"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--output", str(tmp_path), *options]
