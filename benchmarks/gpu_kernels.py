@@ -28,7 +28,7 @@ from vrpo_kernels.linear_cross_entropy import (
 FORMS = ("cublas", "fused")
 FIELDS = (
     *("op", "provider", "mode", "gemm", "dtype", "N", "D", "V", "case"),
-    *(*TIMES, "units", "pct_of_gemm", "tflops", "predicted_ms"),
+    *(*TIMES, "units", "unit_ms", "pct_of_gemm", "tflops", "predicted_ms"),
     *(*ERRORS, "note"),
 )
 KEEP = 2**40  # bytes: always enough for the kept tiles
@@ -108,19 +108,21 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class Units:
-    """The unit: hidden @ weight^T by cuBLAS into 16 bits, timed once per size and process."""
+    """The unit: hidden @ weight^T by cuBLAS into 16 bits.
+
+    Saved when a size is first met, and timed again beside each figure that refers to it: a GPU at its power
+    limit changes its clocks, and a mode is to be compared with the GEMM of its moment.
+    """
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self._found: dict[Size, float] = {}
 
-    def ms(self, head: Head) -> float:
-        """Milliseconds of one unit; saves the rows of both output dtypes when it is first asked."""
-        if self.bench.warm:
-            return 0.0
-        if head.size not in self._found:
-            self.save(head, "at the start")
-        return self._found[head.size]
+    def now(self, head: Head) -> float:
+        """Milliseconds of one unit at this moment, the median of five."""
+        out = torch.empty(head.size.rows, head.size.classes, dtype=head.bench.dtype, device=self.bench.device)
+        run = functools.partial(torch.mm, head.hidden, head.weight.t(), out=out)
+        return float(self.bench.measure(run, seconds=0.0)["ms_p50"])
 
     def save(self, head: Head, when: str) -> None:
         """Times the bare GEMM with 16-bit and with fp32 output."""
@@ -144,10 +146,12 @@ class Units:
         """The columns that refer to the unit."""
         if self.bench.warm:
             return {}
-        ms, size = float(found["ms_p50"]), head.size
+        if head.size not in self._found:
+            self.save(head, "at the start")
+        ms, size, unit = float(found["ms_p50"]), head.size, self.now(head)
         rate = 2e-9 * units * size.rows * size.hidden * size.classes / ms
-        percent = f"{100 * units * self.ms(head) / ms:.1f}"
-        return {"units": units, "pct_of_gemm": percent, "tflops": f"{rate:.1f}"}
+        shown = {"pct_of_gemm": f"{100 * units * unit / ms:.1f}", "tflops": f"{rate:.1f}"}
+        return {"units": units, "unit_ms": f"{unit:.4f}", **shown}
 
 
 def mode_row(head: Head, units: Units, mode: str, gemm: str) -> dict[str, object]:

@@ -25,7 +25,7 @@ FIELDS = (
     *("op", "provider", "mode", "dtype", "N", "D", "V", "case"),
     *("rows", "cols", "fold_cols", "streams"),
     *BLOCKS,
-    *(*TIMES, "units", "pct_of_gemm", "tflops"),
+    *(*TIMES, "units", "unit_ms", "pct_of_gemm", "tflops"),
     *(*ERRORS, "note"),
 )
 UNITS = {"no gradient": 1, "frozen head": 2, "sweep": 3, "dW from kept": 1}
