@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from vrpo_kernels import testing
 from vrpo_kernels.cross_entropy import cross_entropy
@@ -27,6 +29,7 @@ from vrpo_kernels.mask_select import reference as mask_select_reference
 from vrpo_kernels.pack_masked import kernel as pack_masked_kernel
 from vrpo_kernels.pack_masked import pack_masked, token_weight_sums
 from vrpo_kernels.pack_masked import reference as pack_masked_reference
+from vrpo_kernels.triton_math import exp
 
 # log(0) and 0 / 0 are computed where a vocabulary of one class has no other class, and then not used.
 pytestmark = [
@@ -49,6 +52,7 @@ def small_tiles(monkeypatch):
             sweep_cols=64,
             max_cols=64,
             fold_cols=16,
+            first_cols=32,
             block_rows=32,
             block_cols=32,
             block_hidden=16,
@@ -363,3 +367,21 @@ def test_token_weight_sums__adds_in_sample_order_in_fp64():
     testing.assert_bitwise_equal(sum_N, sum_M.repeat(4), "sum_N")
     for other in pack_masked_reference.token_weight_sums(*draw, 4, 2):
         testing.assert_bitwise_equal(other, torch.full_like(other, 1.0 + 2.0**-20), "reference")
+
+
+@triton.jit
+def _exp_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, exp(tl.load(x_ptr + offs), True))
+
+
+def test_exp__is_within_one_and_a_half_roundings():
+    x = torch.linspace(-87, 88, 65536)
+    out = torch.empty_like(x)
+    _exp_kernel[(16,)](x, out, BLOCK=4096)
+    truth = x.double().exp()
+    assert ((out - truth).abs() / truth).max() <= 1.5 * 2.0**-24
+    edges = torch.tensor([float("-inf"), -1e30, -150.0, 0.0, float("inf"), float("nan")] + [0.0] * 4090)
+    _exp_kernel[(1,)](edges, out, BLOCK=4096)
+    assert out[:4].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert out[4].isinf() and out[5].isnan()

@@ -53,12 +53,6 @@ def test_chunk_rows__4100_rows_cost_at_most_one_more_row_block_than_4096():
     assert chunk_rows(4096, 4096, cols, sms) == 4096
 
 
-def test_chunk_rows__makes_as_many_chunks_as_streams_want():
-    for total in (2048, 4096, 4100, 16384):
-        size = chunk_rows(total, 4096, 32768, 132, at_least=2)
-        assert -(-total // size) >= 2
-
-
 def test_tiles__fp32_sweeps_with_the_shape_of_its_forward_pass():
     tiles = tiles_for((9, 0), 4)
     for rows in (100, 1024):

@@ -59,12 +59,14 @@ class Case:
     @property
     def name(self) -> str:
         width = self.constants.get("BLOCK_V", "")
-        return self.kernel.__name__.strip("_") + (f"-{width}" if width else "")
+        known = "-known" if self.constants.get("KNOWN") else ""
+        return self.kernel.__name__.strip("_") + (f"-{width}" if width else "") + known
 
 
-def _gemm_constants(arch: int) -> dict:
+def _gemm_constants(arch: int, known: bool = False) -> dict:
     tiles = tiles_for((arch // 10, 0), 2, "fused")
-    return {"BLOCK_N": tiles.block_rows, "BLOCK_V": tiles.block_cols, "BLOCK_D": tiles.block_hidden}
+    blocks = {"BLOCK_N": tiles.block_rows, "BLOCK_V": tiles.block_cols, "BLOCK_D": tiles.block_hidden}
+    return {**blocks, "KNOWN": known}
 
 
 def _gemm_options(arch: int) -> dict:
@@ -102,31 +104,37 @@ CASES = [
     Case(kernel_fold._probabilities_kernel, {"BLOCK_V": FOLD}, {"num_warps": 8}, 56, VECTORS),
     Case(kernel_fold._dhidden_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
     Case(kernel_fold._scale_rows_kernel, {"PER_SUM": True, "BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
-    Case(
-        kernel_gemm._logits_fold_pointer_kernel,
-        _gemm_constants(80),
-        _gemm_options(80),
-        170,
-        ("mma.sync", "cp.async.cg", "st.global.v4"),
-        arches=(80,),
+    *(
+        Case(
+            kernel_gemm._logits_fold_pointer_kernel,
+            _gemm_constants(80, known),
+            _gemm_options(80),
+            170,
+            ("mma.sync", "cp.async.cg", "st.global.v4"),
+            arches=(80,),
+        )
+        for known in (False, True)
     ),
-    Case(
-        kernel_gemm._logits_fold_descriptor_kernel,
-        {**HOPPER_BLOCK, "NUM_PROGRAMS": 132},
-        _gemm_options(90),
-        255,
-        ("wgmma.mma_async", "wgmma.wait_group", "cp.async.bulk.tensor", "st.global.v4"),
-        {
-            "hidden_desc": f"tensordesc<bf16[{HOPPER_BLOCK['BLOCK_N']},{HOPPER_BLOCK['BLOCK_D']}]>",
-            "weight_desc": f"tensordesc<bf16[{HOPPER_BLOCK['BLOCK_V']},{HOPPER_BLOCK['BLOCK_D']}]>",
-        },
-        arches=(90,),
+    *(
+        Case(
+            kernel_gemm._logits_fold_descriptor_kernel,
+            {**_gemm_constants(90, known), "NUM_PROGRAMS": 132},
+            _gemm_options(90),
+            255,
+            ("wgmma.mma_async", "wgmma.wait_group", "cp.async.bulk.tensor", "st.global.v4"),
+            {
+                "hidden_desc": f"tensordesc<bf16[{HOPPER_BLOCK['BLOCK_N']},{HOPPER_BLOCK['BLOCK_D']}]>",
+                "weight_desc": f"tensordesc<bf16[{HOPPER_BLOCK['BLOCK_V']},{HOPPER_BLOCK['BLOCK_D']}]>",
+            },
+            arches=(90,),
+        )
+        for known in (False, True)
     ),
     Case(
         cross_entropy._forward_kernel,
         {"HAS_ROWS": True, "BLOCK_V": 4096},
         {"num_warps": 8},
-        72,
+        88,
         VECTORS[:1],
     ),
     Case(

@@ -9,9 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vrpo_kernels.backend import on_device
+from vrpo_kernels.triton_math import exp
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the maximum of no logits at all
+
+
+@triton.jit
+def _other_logits(logits_row, offs_v, V, target):
+    """Logits in fp32; -inf for the target's and past the end."""
+    z = tl.load(logits_row + offs_v, mask=offs_v < V, other=_NEG_INF).to(tl.float32)
+    return tl.where(offs_v == target, _NEG_INF, z)
 
 
 @triton.jit
@@ -40,22 +48,24 @@ def _forward_kernel(
     # One running maximum per lane of the block: no reduction across threads until the end.
     lane_max = tl.full((BLOCK_V,), _LOWEST, dtype=tl.float32)
     lane_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = tl.load(logits_row + offs_v, mask=offs_v < V, other=_NEG_INF).to(tl.float32)
-        z = tl.where(offs_v == target, _NEG_INF, z)
-        new_max = tl.maximum(lane_max, z)
-        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(z - new_max)
+    EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
+    for start in range(0, V, 2 * BLOCK_V):
+        # Two logits a lane and step: three exponentials for both, not four.
+        z0 = _other_logits(logits_row, start + tl.arange(0, BLOCK_V), V, target)
+        z1 = _other_logits(logits_row, start + BLOCK_V + tl.arange(0, BLOCK_V), V, target)
+        new_max = tl.maximum(lane_max, tl.maximum(z0, z1))
+        lane_sum = lane_sum * exp(lane_max - new_max, EXACT)
+        lane_sum += exp(z0 - new_max, EXACT) + exp(z1 - new_max, EXACT)
         lane_max = new_max
     max_n = tl.max(lane_max, axis=0)
-    sum_n = tl.sum(lane_sum * tl.exp(lane_max - max_n), axis=0)
+    sum_n = tl.sum(lane_sum * exp(lane_max - max_n, EXACT), axis=0)
     # A target out of range makes NaN of its row, never a wrong number.
     is_class = (target >= 0) & (target < V)
     target_logit = tl.load(logits_row + target, mask=is_class, other=float("nan")).to(tl.float32)
     log_odds = (max_n - target_logit) + tl.log(sum_n)
     # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is right to
     # the last bits for every x in (0, 1], and Triton has no log1p that the interpreter can run.
-    small = tl.exp(-tl.abs(log_odds))
+    small = exp(-tl.abs(log_odds), True)
     one_plus = 1.0 + small
     gap = one_plus - 1.0
     log1p = tl.where(gap == 0.0, small, small * (tl.log(one_plus) / tl.where(gap == 0.0, 1.0, gap)))
@@ -104,16 +114,16 @@ def _backward_kernel(
         max_n = tl.load(statistics_ptr + n)
         sum_n = tl.load(statistics_ptr + N + n)
         log_odds = (max_n - target_logit) + tl.log(sum_n)
-        small = tl.exp(-tl.abs(log_odds))
+        small = exp(-tl.abs(log_odds), True)
         scale = tl.load(dnll_ptr + n * stride_dnll)
-        scale *= tl.where(log_odds >= 0.0, 1.0, small) / (1.0 + small)
-        per_sum = tl.where(sum_n > 0.0, scale / sum_n, 0.0)
+        scale *= tl.div_rn(tl.where(log_odds >= 0.0, 1.0, small), 1.0 + small)
+        per_sum = tl.where(sum_n > 0.0, tl.div_rn(scale, sum_n), 0.0)
+        EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
         for start in range(0, V, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
-            z = tl.load(logits_row + offs_v, mask=offs_v < V, other=_NEG_INF).to(tl.float32)
             # Not exp(z) of the target's column: it is no part of the maximum and could overflow.
-            z = tl.where(offs_v == target, _NEG_INF, z)
-            gradient = tl.where(offs_v == target, -scale, per_sum * tl.exp(z - max_n))
+            z = _other_logits(logits_row, offs_v, V, target)
+            gradient = tl.where(offs_v == target, -scale, per_sum * exp(z - max_n, EXACT))
             tl.store(out_row + offs_v, gradient.to(out_ptr.dtype.element_ty), mask=offs_v < V)
 
 

@@ -34,7 +34,7 @@ def gemms(dtype: torch.dtype) -> tuple[str, ...]:
     return GEMMS if dtype is torch.bfloat16 and _BF16_RUNS else GEMMS[:2]
 
 
-def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
+def resolve_gemm(requested: str, dtype: torch.dtype, device: torch.device | None = None) -> str:
     """ "auto" -> the matrix multiplication for this machine; explicit names are checked.
 
     "auto" is "bf16" for bfloat16 inputs on AMD processors with AVX512_BF16 and on processors with AMX (there

@@ -23,17 +23,20 @@ from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
 from vrpo_kernels.linear_cross_entropy.tiles import GEMMS, LOWEST, RAISE_BY, Tiles, chunk_rows, tiles_for
 
 _LANES = 64  # kept tiles are padded to whole 128-byte lines per row
-_LEAST_LANE = 1024  # rows that a stream of its own is worth: below, the head would be read twice for nothing
 
 
-def resolve_gemm(requested: str, dtype: torch.dtype) -> str:
-    """ "auto" -> "cublas", the default argued in `tiles.py`; other names are checked against GEMMS.
+def resolve_gemm(requested: str, dtype: torch.dtype, device: torch.device) -> str:
+    """ "auto" -> the default of the device and dtype (`tiles.py`); other names are checked against GEMMS.
+
+    While torch.compile traces, "auto" stays: the op settles it, because a device cannot be asked there.
 
     Errors:
         ValueError if the name is unknown, or "fused" is asked for in float32.
     """
     if requested == "auto":
-        return "cublas"
+        if torch.compiler.is_compiling():
+            return "auto"
+        return tiles_for(_device_facts(device)[0], dtype.itemsize).gemm
     if requested not in GEMMS:
         raise ValueError(f"gemm must be one of {('auto', *GEMMS)} on the triton backend, got {requested!r}")
     if requested == "fused" and dtype is torch.float32:
@@ -64,9 +67,9 @@ def _spans(total: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _row_chunks(total: int, most: int, num_cols: int, device: torch.device, at_least: int = 1):
+def _row_chunks(total: int, most: int, num_cols: int, device: torch.device) -> list[tuple[int, int]]:
     """Row chunks that leave few SMs idle in the GEMMs of num_cols columns; see `tiles.chunk_rows`."""
-    return _spans(total, chunk_rows(total, most, num_cols, _device_facts(device)[1], at_least))
+    return _spans(total, chunk_rows(total, most, num_cols, _device_facts(device)[1]))
 
 
 def _width(size: int, limit: int) -> int:
@@ -146,36 +149,40 @@ def _forward_tiles(
     tiles: Tiles,
 ) -> None:
     """Fold every tile into statistics[1:], expected (if not empty) and kept (if not empty)."""
-    num_rows, device = hidden.shape[0], hidden.device
-    lanes = tiles.streams if device.type == "cuda" and num_rows >= tiles.streams * _LEAST_LANE else 1
+    num_rows, num_classes = hidden.shape[0], weight.shape[0]
     cols = tiles.forward_cols(min(num_rows, tiles.rows))
-    chunks = _row_chunks(num_rows, tiles.rows, min(cols, weight.shape[0]), device, lanes)
-    workspaces = [
-        _Workspace.for_forward(hidden, weight, statistics, expected, kept, tiles, chunks[0][1], cols)
-        for _ in range(min(lanes, len(chunks)))
-    ]
-    with _side_by_side(device, len(workspaces)) as streams:
-        for index, (top, bottom) in enumerate(chunks):
-            rows = slice(top, bottom)
-            acc = expected[rows] if expected.numel() else workspaces[0].acc_dummy[:1]
-            with torch.cuda.stream(streams[index % len(workspaces)]):
-                _forward_chunk(
-                    hidden[rows],
-                    weight,
-                    targets[rows],
-                    statistics[:, rows],
-                    acc,
-                    expected.shape[1],
-                    kept[rows] if kept.numel() else kept,
-                    workspaces[index % len(workspaces)],
-                    tiles,
-                    cols,
-                )
+    chunks = _row_chunks(num_rows, tiles.rows, min(cols, num_classes), hidden.device)
+    workspace = _Workspace.make(hidden, weight, statistics, expected, kept, tiles, chunks[0][1], cols)
+    spans = _vocabulary_tiles(num_classes, cols, tiles)
+    for top, bottom in chunks:
+        rows = slice(top, bottom)
+        for first, last in spans:
+            _forward_tile(
+                hidden[rows],
+                weight,
+                targets[rows],
+                statistics[:, rows],
+                expected[rows] if expected.numel() else workspace.acc,
+                kept[rows, first:last] if kept.numel() else workspace.tile[: bottom - top, : last - first],
+                workspace,
+                tiles,
+                first=first,
+                last=last,
+                acc_cols=expected.shape[1],
+                keep=bool(kept.numel()),
+            )
+
+
+def _vocabulary_tiles(num_classes: int, cols: int, tiles: Tiles) -> list[tuple[int, int]]:
+    """Column ranges; in the fused form the first is narrow (`Tiles.first_cols`)."""
+    head = min(tiles.first_cols, cols, num_classes) if tiles.gemm == "fused" else 0
+    rest = [(head + first, head + last) for first, last in _spans(num_classes - head, cols)]
+    return [(0, head), *rest] if head else rest
 
 
 @dataclass(frozen=True)
 class _Workspace:
-    """Tile-sized memory of one stream.
+    """Tile-sized memory of a forward pass.
 
     A pass without gradients launches the same kernels with stores switched off: the dummies have the
     dtype, alignment and stride class of what they stand for, so that the same machine code is launched.
@@ -184,105 +191,87 @@ class _Workspace:
         logits: (rows, width) fp32, or (0, 0) in the fused form.
         tile: (rows, width) in the input dtype, or (1, width) where E is kept or not wanted.
         blocks: (2, rows, column blocks) fp32 in the fused form, else empty.
-        acc_dummy: (1, D) fp32, stands for the accumulator where there is none.
+        acc: (1, D) fp32, stands for the accumulator where there is none.
     """
 
     logits: Tensor
     tile: Tensor
     blocks: Tensor
-    acc_dummy: Tensor
+    acc: Tensor
 
     @classmethod
-    def for_forward(cls, hidden, weight, statistics, expected, kept, tiles: Tiles, rows: int, cols: int):
+    def make(cls, hidden, weight, statistics, expected, kept, tiles: Tiles, rows: int, cols: int):
         """For row chunks of up to `rows` rows and vocabulary tiles of up to `cols` classes."""
         width = _width(cols, weight.shape[0])
         fused = tiles.gemm == "fused"
-        blocks = (cols + tiles.block_cols - 1) // tiles.block_cols
+        blocks = (width + tiles.block_cols - 1) // tiles.block_cols
         tile_rows = rows if expected.numel() and not kept.numel() else 1
         return cls(
             logits=statistics.new_empty((0, 0) if fused else (rows, width)),
             tile=hidden.new_empty((tile_rows, width)),
             blocks=statistics.new_empty((2, rows, blocks) if fused else (2, 0, 0)),
-            acc_dummy=statistics.new_empty((1, _width(hidden.shape[1], hidden.shape[1]))),
+            acc=statistics.new_empty((1, _width(hidden.shape[1], hidden.shape[1]))),
         )
 
 
-def _forward_chunk(
+def _forward_tile(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     statistics: Tensor,
     acc: Tensor,
-    acc_cols: int,
-    kept: Tensor,
+    tile: Tensor,
     workspace: _Workspace,
     tiles: Tiles,
-    cols: int,
+    *,
+    first: int,
+    last: int,
+    acc_cols: int,
+    keep: bool,
 ) -> None:
-    """All vocabulary tiles of one row chunk, in order. acc_cols: 0 if no hidden gradient is formed."""
-    size = hidden.shape[0]
+    """One vocabulary tile of one row chunk. acc_cols: 0 if no hidden gradient is formed."""
+    size, width = hidden.shape[0], last - first
     max_N, sum_N = statistics[1], statistics[2]
-    for first, last in _spans(weight.shape[0], cols):
-        width = last - first
-        tile = kept[:, first:last] if kept.numel() else workspace.tile[:size, :width]
-        fold = {
-            "raise_by": RAISE_BY,
-            "store_tile": bool(acc_cols or kept.numel()),
-            "acc_cols": acc_cols if first else 0,
-            "kept_cols": first if kept.numel() else 0,
-        }
-        if tiles.gemm == "fused":
-            blocks = workspace.blocks[:, :size]
-            kernel_gemm.logits_fold(
-                hidden,
-                weight,
-                targets,
-                tile,
-                max_N,
-                *blocks,
-                first_col=first,
-                num_cols=width,
-                raise_by=RAISE_BY,
-                store_tile=fold["store_tile"],
-                tiles=tiles,
-                num_programs=_device_facts(hidden.device)[1] * tiles.programs_per_sm,
-            )
-            kernel_fold.fold_blocks(
-                *blocks, tile, acc, max_N, sum_N, num_cols=width, block_cols=tiles.block_cols, **fold
-            )
-        else:
-            z = workspace.logits[:size, :width]
-            _product(hidden, weight[first:last].t(), z, accumulate=False)
-            kernel_fold.fold(
-                z, targets, tile, acc, max_N, sum_N, first_col=first, block=tiles.fold_cols, **fold
-            )
-        if acc_cols:
-            _product(tile, weight[first:last], acc, accumulate=first > 0)
-
-
-@functools.cache
-def _side_streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(count)]
-
-
-@contextlib.contextmanager
-def _side_by_side(device: torch.device, count: int):
-    """`count` streams that start after the work queued so far, and that later work waits for.
-
-    A single one is the current stream. Memory allocated outside and freed outside needs no further care.
-    """
-    if count == 1:
-        yield [None]  # torch.cuda.stream(None) changes nothing
-        return
-    current = torch.cuda.current_stream(device)
-    streams = [current, *_side_streams(device, count - 1)]
-    for stream in streams[1:]:
-        stream.wait_stream(current)
-    try:
-        yield streams
-    finally:
-        for stream in streams[1:]:
-            current.wait_stream(stream)
+    fold = {
+        "raise_by": RAISE_BY,
+        "store_tile": bool(acc_cols) or keep,
+        "acc_cols": acc_cols if first else 0,
+        "kept_cols": first if keep else 0,
+    }
+    if tiles.gemm == "fused":
+        block_max, block_sum = workspace.blocks[:, :size]
+        kernel_gemm.logits_fold(
+            hidden,
+            weight,
+            targets,
+            tile,
+            max_N,
+            block_max,
+            block_sum,
+            first_col=first,
+            num_cols=width,
+            raise_by=RAISE_BY,
+            store_tile=fold["store_tile"],
+            tiles=tiles,
+            num_programs=_device_facts(hidden.device)[1],
+        )
+        kernel_fold.fold_blocks(
+            block_max,
+            block_sum,
+            tile,
+            acc,
+            max_N,
+            sum_N,
+            num_cols=width,
+            block_cols=tiles.block_cols,
+            **fold,
+        )
+    else:
+        z = workspace.logits[:size, :width]
+        _product(hidden, weight[first:last].t(), z, accumulate=False)
+        kernel_fold.fold(z, targets, tile, acc, max_N, sum_N, first_col=first, block=tiles.fold_cols, **fold)
+    if acc_cols:
+        _product(tile, weight[first:last], acc, accumulate=first > 0)
 
 
 @on_device
@@ -387,34 +376,63 @@ def _sweep_tiles(
     cols = tiles.sweep_tile_cols(min(num_rows, tiles.sweep_rows))
     width = _width(cols, num_classes)
     chunks = _row_chunks(num_rows, tiles.sweep_rows, min(cols, num_classes), hidden.device)
-    spans = _spans(num_classes, cols)
-    lanes = min(tiles.streams, len(spans)) if hidden.is_cuda else 1
     rows = chunks[0][1]
-    logits = statistics.new_empty((lanes, rows, width))
-    workspace = hidden.new_empty((lanes, rows, width))
-    accs = [acc, *(torch.empty_like(acc) for _ in range(lanes - 1))]
+    logits = statistics.new_empty((0, 0) if tiles.gemm == "fused" else (rows, width))
+    workspace = hidden.new_empty((rows, width))
     # Over several chunks a slice of dW is summed in fp32 and rounded at the end.
-    partial_cols = width if out_weight.numel() and len(chunks) > 1 else 0
-    partials = statistics.new_empty((lanes, partial_cols, num_hidden))
-    with _side_by_side(hidden.device, lanes) as streams:
-        for index, (first, last) in enumerate(spans):
-            lane = index % lanes
-            head, partial = weight[first:last], partials[lane, : last - first]
-            with torch.cuda.stream(streams[lane]):
-                for top, bottom in chunks:
-                    z = logits[lane, : bottom - top, : last - first]
-                    tile = workspace[lane, : bottom - top, : last - first]
-                    _product(hidden[top:bottom], head.t(), z, accumulate=False)
-                    kernel_fold.probabilities(
-                        z, targets, statistics, tile, first_row=top, first_col=first, block=tiles.fold_cols
-                    )
-                    if acc.numel():
-                        _product(tile, head, accs[lane][top:bottom], accumulate=index >= lanes)
-                    if partial.numel():
-                        _product(tile.t(), scaled[top:bottom], partial, accumulate=top > 0)
-                    elif out_weight.numel():
-                        _rounded_product(tile.t(), scaled, out_weight[first:last])
-                if partial.numel():
-                    out_weight[first:last].copy_(partial)
-    for other in accs[1:]:
-        acc.add_(other)
+    partial = statistics.new_empty((width if out_weight.numel() and len(chunks) > 1 else 0, num_hidden))
+    for first, last in _spans(num_classes, cols):
+        head = weight[first:last]
+        for top, bottom in chunks:
+            tile = workspace[: bottom - top, : last - first]
+            _write_probabilities(
+                hidden[top:bottom],
+                weight,
+                targets[top:bottom],
+                statistics[:, top:bottom],
+                logits,
+                tile,
+                tiles,
+                first,
+            )
+            if acc.numel():
+                _product(tile, head, acc[top:bottom], accumulate=first > 0)
+            if partial.numel():
+                _product(tile.t(), scaled[top:bottom], partial[: last - first], accumulate=top > 0)
+            elif out_weight.numel():
+                _rounded_product(tile.t(), scaled, out_weight[first:last])
+        if partial.numel():
+            out_weight[first:last].copy_(partial[: last - first])
+
+
+def _write_probabilities(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
+    logits: Tensor,
+    tile: Tensor,
+    tiles: Tiles,
+    first: int,
+) -> None:
+    """tile = exp(z - m) / s with -1 at the target, for the classes from `first` on."""
+    size, width = tile.shape
+    if tiles.gemm == "fused":
+        kernel_gemm.probabilities(
+            hidden,
+            weight,
+            targets,
+            tile,
+            statistics[1],
+            statistics[2],
+            first_col=first,
+            num_cols=width,
+            tiles=tiles,
+            num_programs=_device_facts(hidden.device)[1],
+        )
+        return
+    z = logits[:size, :width]
+    _product(hidden, weight[first : first + width].t(), z, accumulate=False)
+    kernel_fold.probabilities(
+        z, targets, statistics[1], statistics[2], tile, first_col=first, block=tiles.fold_cols
+    )

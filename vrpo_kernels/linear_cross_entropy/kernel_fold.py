@@ -13,9 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vrpo_kernels.linear_cross_entropy.tiles import LOWEST
+from vrpo_kernels.triton_math import exp
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(LOWEST)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 _ABSENT = tl.constexpr(torch.iinfo(torch.int64).min)  # op.ABSENT
 
 
@@ -36,11 +39,20 @@ def _rescale_row(ptr, num_cols, factor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _raise_reference(old_max, tile_max, raise_by):
+def as_reference(maximum):
+    """The least multiple of ln 2 above a maximum, which serves as m.
+
+    Factors between two of them are powers of two, so that correcting a stored E does not round it again.
+    """
+    return tl.where(maximum > _LOWEST, tl.ceil(maximum * _LOG2_E) * _LN2, _LOWEST)
+
+
+@triton.jit
+def _raise_reference(old_max, candidate, raise_by):
     """(new m, factor for everything summed under the old m, whether anything was and m rose)."""
-    raised = tile_max > old_max + raise_by
-    new_max = tl.where(raised, tile_max, old_max)
-    return new_max, tl.exp(old_max - new_max), raised & (old_max > _LOWEST)
+    raised = candidate > old_max + raise_by
+    new_max = tl.where(raised, candidate, old_max)
+    return new_max, exp(old_max - new_max, True), raised & (old_max > _LOWEST)
 
 
 @triton.jit
@@ -52,8 +64,8 @@ def _log_odds(target_logit, max_n, sum_n):
 @triton.jit
 def _sigmoid(value):
     """1 / (1 + exp(-d)) with full relative accuracy down to the smallest result."""
-    small = tl.exp(-tl.abs(value))
-    return tl.where(value >= 0.0, 1.0, small) / (1.0 + small)
+    small = exp(-tl.abs(value), True)
+    return tl.div_rn(tl.where(value >= 0.0, 1.0, small), 1.0 + small)
 
 
 @triton.jit
@@ -63,7 +75,7 @@ def _row_scale(statistics_ptr, row, N):
     max_n = tl.load(statistics_ptr + N + row)
     sum_n = tl.load(statistics_ptr + 2 * N + row)
     q = _sigmoid(_log_odds(target_logit, max_n, sum_n))
-    return q, tl.where(sum_n > 0.0, 1.0 / sum_n, 0.0)
+    return q, tl.where(sum_n > 0.0, tl.div_rn(1.0, sum_n), 0.0)
 
 
 @triton.jit
@@ -135,8 +147,8 @@ def _fold_kernel(
         offs_v = start + tl.arange(0, BLOCK_V)
         z = tl.load(z_row + offs_v, mask=offs_v < num_cols, other=_NEG_INF)
         z = tl.where(offs_v == target, _NEG_INF, z)
-        new_max, factor, rescale = _raise_reference(max_n, tl.max(z, axis=0), raise_by)
-        e = tl.exp(z - new_max)
+        new_max, factor, rescale = _raise_reference(max_n, as_reference(tl.max(z, axis=0)), raise_by)
+        e = exp(z - new_max, tile_ptr.dtype.element_ty == tl.float32)
         lane_sum = lane_sum * factor + e
         if rescale:
             tl.debug_barrier()  # other threads wrote these
@@ -145,7 +157,7 @@ def _fold_kernel(
         tl.store(tile_row + offs_v, e.to(tile_ptr.dtype.element_ty), mask=offs_v < stored)
         max_n = new_max
 
-    factor = tl.exp(old_max - max_n)
+    factor = exp(old_max - max_n, True)
     total = tl.load(sum_ptr + row) * factor + tl.sum(lane_sum, axis=0)
     tl.debug_barrier()  # every warp has read the old maximum and sum
     tl.store(max_ptr + row, max_n)
@@ -178,7 +190,7 @@ def _fold_blocks_kernel(
 ):
     """As `_fold_kernel`, after the fused GEMM: merges the (max, sum) of a row's column blocks.
 
-    Grid (rows,). The GEMM wrote block b of E under exp(z - used_b), used_b = its own maximum where
+    Grid (rows,). The GEMM wrote block b of E under exp(z - used_b), used_b = its own reference where
     that beats the old m by `raise_by`, else the old m; only rows that raised are touched again.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -222,7 +234,7 @@ def _finish_rows_kernel(statistics_ptr, nll_ptr, N, BLOCK_N: tl.constexpr):
     log_odds = _log_odds(target_logit, max_n, sum_n)
     # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is right to
     # the last bits for every x in (0, 1], and Triton has no log1p that the interpreter can run.
-    small = tl.exp(-tl.abs(log_odds))
+    small = exp(-tl.abs(log_odds), True)
     one_plus = 1.0 + small
     gap = one_plus - 1.0
     log1p = tl.where(gap == 0.0, small, small * (tl.log(one_plus) / tl.where(gap == 0.0, 1.0, gap)))
@@ -238,7 +250,7 @@ def _finish_expected_kernel(acc_ptr, sum_ptr, D, stride_acc, BLOCK_D: tl.constex
     total = tl.load(sum_ptr + row)
     acc_row = acc_ptr + row * stride_acc + offs_d
     acc = tl.load(acc_row, mask=in_d, other=0.0)
-    tl.store(acc_row, tl.where(total > 0.0, acc / total, 0.0), mask=in_d)
+    tl.store(acc_row, tl.where(total > 0.0, tl.div_rn(acc, total), 0.0), mask=in_d)
 
 
 @triton.jit
@@ -254,7 +266,7 @@ def _finish_kept_kernel(
     total = tl.load(sum_ptr + row)
     target = tl.load(target_ptr + row)
     if NORMALISE:
-        scale = tl.where(total > 0.0, 1.0 / total, 0.0)
+        scale = tl.where(total > 0.0, tl.div_rn(1.0, total), 0.0)
         for start in range(0, V, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             e = tl.load(kept_row + offs_v, mask=offs_v < V, other=0.0).to(tl.float32) * scale
@@ -268,10 +280,9 @@ def _finish_kept_kernel(
 def _probabilities_kernel(
     z_ptr,
     target_ptr,
-    statistics_ptr,
+    max_ptr,
+    sum_ptr,
     tile_ptr,
-    N,
-    first_row,
     first_col,
     num_cols,
     stride_z,
@@ -280,18 +291,19 @@ def _probabilities_kernel(
 ):
     """Grid (rows, ceil(cols / BLOCK_V)), with the statistics known: exp(z - m) / s, and -1 at the target.
 
-    Rows are `first_row` and following of target_N and of statistics [3, N]. q times it is p - onehot.
+    q times it is p - onehot.
     """
     row = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = offs_v < num_cols
-    target = tl.load(target_ptr + first_row + row) - first_col
-    max_n = tl.load(statistics_ptr + N + first_row + row)
-    sum_n = tl.load(statistics_ptr + 2 * N + first_row + row)
+    target = tl.load(target_ptr + row) - first_col
+    max_n = tl.load(max_ptr + row)
+    sum_n = tl.load(sum_ptr + row)
     z = tl.load(z_ptr + row * stride_z + offs_v, mask=in_v, other=_NEG_INF)
-    # max_n is a maximum up to the raise, but not of the target's column: that one could overflow.
+    # m is a maximum up to the raise, but not of the target's column: that one could overflow.
     z = tl.where(offs_v == target, _NEG_INF, z)
-    e = tl.exp(z - max_n) * tl.where(sum_n > 0.0, 1.0 / sum_n, 0.0)
+    e = exp(z - max_n, tile_ptr.dtype.element_ty == tl.float32)
+    e *= tl.where(sum_n > 0.0, tl.div_rn(1.0, sum_n), 0.0)
     e = tl.where(offs_v == target, -1.0, e)
     tl.store(tile_ptr + row * stride_tile + offs_v, e.to(tile_ptr.dtype.element_ty), mask=in_v)
 
@@ -510,21 +522,20 @@ def finish_kept(kept: Tensor, targets: Tensor, sum_N: Tensor) -> None:
 def probabilities(
     z: Tensor,
     targets: Tensor,
-    statistics: Tensor,
+    max_N: Tensor,
+    sum_N: Tensor,
     tile: Tensor,
     *,
-    first_row: int,
     first_col: int,
     block: int,
 ) -> None:
-    """tile = exp(z - m) / s with -1 at the target, for rows `first_row` on. z [rows, cols] fp32."""
+    """tile = exp(z - m) / s with -1 at the target. z [rows, cols] fp32, max_N and sum_N [rows] fp32."""
     _probabilities_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
         z,
         targets,
-        statistics,
+        max_N,
+        sum_N,
         tile,
-        statistics.shape[1],
-        first_row,
         first_col,
         z.shape[1],
         z.stride(0),

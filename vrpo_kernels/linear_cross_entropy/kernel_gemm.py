@@ -1,8 +1,9 @@
-"""The fused form of the forward pass: a GEMM whose epilogue folds the logits while they are on chip.
+"""The fused form: a GEMM whose epilogue takes exponentials of the logits while they are on chip.
 
-z = hidden @ weight^T never reaches memory. Per row and column block the epilogue leaves (max, sum of exp)
-without the target, and, if wanted, E under the reference that `kernel_fold._fold_blocks_kernel`
-expects. Two kernels, one epilogue: operands through TMA descriptors (Hopper) or pointers (Ampere).
+z = hidden @ weight^T never reaches memory. Forward, the epilogue leaves per row and column block (reference,
+sum of exp) without the target, and, if wanted, E under the reference that `kernel_fold._fold_blocks_kernel`
+expects. In the sweep, where the statistics are known, it leaves the probabilities. Two kernels: operands
+through TMA descriptors (Hopper) or pointers (Ampere).
 """
 
 import triton
@@ -10,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vrpo_kernels.linear_cross_entropy.kernel_fold import as_reference
 from vrpo_kernels.linear_cross_entropy.tiles import LOWEST, Tiles
 
 _NEG_INF = tl.constexpr(float("-inf"))
@@ -41,7 +43,7 @@ def _fold_block(
     target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
     use = (offs_v[None, :] < num_cols) & (offs_v[None, :] != target[:, None])
     z = tl.where(use, z, _NEG_INF)
-    block_max = tl.maximum(tl.max(z, axis=1), _LOWEST)
+    block_max = as_reference(tl.maximum(tl.max(z, axis=1), _LOWEST))
     e = tl.exp(z - block_max[:, None])
     statistics = offs_n * stride_block + block
     tl.store(block_max_ptr + statistics, block_max, mask=in_n)
@@ -53,6 +55,34 @@ def _fold_block(
         e = e * tl.exp(block_max - used)[:, None]
         out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
         tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
+
+
+@triton.jit
+def _known_block(
+    z,
+    target_ptr,
+    tile_ptr,
+    max_ptr,
+    sum_ptr,
+    offs_n,
+    block,
+    num_rows,
+    first_col,
+    num_cols,
+    stride_tile,
+    BLOCK_V: tl.constexpr,
+):
+    """Epilogue of one block with the statistics known: exp(z - m) / s, and -1 at the target."""
+    in_n = offs_n < num_rows
+    offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
+    max_n = tl.load(max_ptr + offs_n, mask=in_n, other=float("inf"))  # rows past the end become 0
+    sum_n = tl.load(sum_ptr + offs_n, mask=in_n, other=1.0)
+    is_target = offs_v[None, :] == target[:, None]
+    log_sum = tl.where(sum_n > 0.0, max_n + tl.log(sum_n), 0.0)  # s = 0 where there is no other class
+    e = tl.where(is_target, -1.0, tl.exp(z - log_sum[:, None]))
+    out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
+    tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
 
 
 @triton.jit(do_not_specialize=["store_tile"])
@@ -75,11 +105,13 @@ def _logits_fold_descriptor_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KNOWN: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
     """Persistent grid (NUM_PROGRAMS,): program p owns blocks p, p + NUM_PROGRAMS, ... of the tile.
 
     Row blocks vary fastest, so that the programs of a wave share few weight blocks through L2.
+    KNOWN: the epilogue of the sweep; max_ptr and block_sum_ptr are then m and s of the rows.
     FLOP: 2 * rows * cols * D. Bytes: operands once, 8 per row and block, E if stored.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_N)
@@ -92,24 +124,41 @@ def _logits_fold_descriptor_kernel(
             hidden = hidden_desc.load([row_block * BLOCK_N, start])
             weight = weight_desc.load([first_col + block * BLOCK_V, start])
             z = tl.dot(hidden, weight.T, z)
-        _fold_block(
-            z,
-            target_ptr,
-            tile_ptr,
-            max_ptr,
-            block_max_ptr,
-            block_sum_ptr,
-            (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64),
-            block,
-            num_rows,
-            first_col,
-            num_cols,
-            stride_tile,
-            stride_block,
-            raise_by,
-            store_tile,
-            BLOCK_V,
-        )
+        offs_n = (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        if KNOWN:
+            _known_block(
+                z,
+                target_ptr,
+                tile_ptr,
+                max_ptr,
+                block_sum_ptr,
+                offs_n,
+                block,
+                num_rows,
+                first_col,
+                num_cols,
+                stride_tile,
+                BLOCK_V,
+            )
+        else:
+            _fold_block(
+                z,
+                target_ptr,
+                tile_ptr,
+                max_ptr,
+                block_max_ptr,
+                block_sum_ptr,
+                offs_n,
+                block,
+                num_rows,
+                first_col,
+                num_cols,
+                stride_tile,
+                stride_block,
+                raise_by,
+                store_tile,
+                BLOCK_V,
+            )
 
 
 @triton.jit(do_not_specialize=["store_tile"])
@@ -134,6 +183,7 @@ def _logits_fold_pointer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KNOWN: tl.constexpr,
 ):
     """Grid (row blocks * column blocks,): one block per program, operands by cp.async.
 
@@ -157,24 +207,40 @@ def _logits_fold_pointer_kernel(
         hidden = tl.load(hidden_at + start, mask=in_d, other=0.0)
         weight = tl.load(weight_at + start, mask=in_d, other=0.0)
         z = tl.dot(hidden, weight.T, z, input_precision="ieee")
-    _fold_block(
-        z,
-        target_ptr,
-        tile_ptr,
-        max_ptr,
-        block_max_ptr,
-        block_sum_ptr,
-        offs_n,
-        block,
-        num_rows,
-        first_col,
-        num_cols,
-        stride_tile,
-        stride_block,
-        raise_by,
-        store_tile,
-        BLOCK_V,
-    )
+    if KNOWN:
+        _known_block(
+            z,
+            target_ptr,
+            tile_ptr,
+            max_ptr,
+            block_sum_ptr,
+            offs_n,
+            block,
+            num_rows,
+            first_col,
+            num_cols,
+            stride_tile,
+            BLOCK_V,
+        )
+    else:
+        _fold_block(
+            z,
+            target_ptr,
+            tile_ptr,
+            max_ptr,
+            block_max_ptr,
+            block_sum_ptr,
+            offs_n,
+            block,
+            num_rows,
+            first_col,
+            num_cols,
+            stride_tile,
+            stride_block,
+            raise_by,
+            store_tile,
+            BLOCK_V,
+        )
 
 
 def _fits_descriptor(tensor: Tensor) -> bool:
@@ -202,25 +268,55 @@ def logits_fold(
     """Logits of hidden [rows, D] against weight[first_col : first_col + num_cols], folded per block.
 
     Writes block_max, block_sum [rows, >= blocks] fp32 and, if `store_tile`, E into tile [rows, cols].
-    max_N [rows] fp32 is the state before this tile. num_programs: persistent programs, all resident at once.
+    max_N [rows] fp32 is the state before this tile. num_programs: SMs of the device.
     """
+    rows = (targets, tile, max_N, block_max, block_sum)
+    switches = (block_max.stride(0), raise_by, int(store_tile))
+    _launch(hidden, weight, rows, switches, first_col, num_cols, tiles, num_programs, known=False)
+
+
+def probabilities(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    tile: Tensor,
+    max_N: Tensor,
+    sum_N: Tensor,
+    *,
+    first_col: int,
+    num_cols: int,
+    tiles: Tiles,
+    num_programs: int,
+) -> None:
+    """tile [rows, cols] = exp(z - m) / s with -1 at the target, from the same logits as `logits_fold`.
+
+    max_N, sum_N: [rows] fp32, m and s over the whole vocabulary.
+    """
+    rows = (targets, tile, max_N, sum_N, sum_N)
+    _launch(hidden, weight, rows, (0, 0.0, 1), first_col, num_cols, tiles, num_programs, known=True)
+
+
+def _launch(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: tuple[Tensor, ...],
+    switches: tuple[int, float, int],
+    first_col: int,
+    num_cols: int,
+    tiles: Tiles,
+    num_programs: int,
+    *,
+    known: bool,
+) -> None:
+    """One of the two kernels. rows: the tensors after the operands; switches: what follows stride_tile."""
     num_rows, num_hidden = hidden.shape
-    common = (
-        targets,
-        tile,
-        max_N,
-        block_max,
-        block_sum,
-        num_rows,
-        first_col,
-        num_cols,
-        num_hidden,
-    )
-    strides = (tile.stride(0), block_max.stride(0), raise_by, int(store_tile))
+    common = (*rows, num_rows, first_col, num_cols, num_hidden)
+    strides = (rows[1].stride(0), *switches)
     shape = {
         "BLOCK_N": tiles.block_rows,
         "BLOCK_V": tiles.block_cols,
         "BLOCK_D": tiles.block_hidden,
+        "KNOWN": known,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         "enable_fp_fusion": False,

@@ -85,7 +85,7 @@ def plan_linear_cross_entropy(
     if chosen == "reference":
         return Plan(chosen, "", False, False, 0, 1, int(need_hidden) + int(need_weight))
     module = _module(chosen)
-    resolved = module.resolve_gemm(gemm, hidden.dtype)
+    resolved = module.resolve_gemm(gemm, hidden.dtype, hidden.device)
     kept_bytes = _bytes(module.kept_shapes(hidden.shape[0], weight.shape[0], resolved, hidden.dtype))
     if not need_weight:
         return Plan(chosen, resolved, need_hidden, False, 0, 1 + int(need_hidden), 0)

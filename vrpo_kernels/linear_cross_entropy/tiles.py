@@ -26,50 +26,49 @@ class Tiles:
     Attributes:
         gemm: one of GEMMS.
         rows, cols: logit tile of the forward pass, for many rows.
+        first_cols: columns of the first tile in the fused form. Its E is written under each block's own
+            maximum and corrected afterwards, which later tiles hardly ever need.
         sweep_rows, sweep_cols: logit tile of the known-statistics sweep, where dW wants many rows.
         max_cols: columns that the tiles of a few rows may grow to, within the area of a full one.
         fold_cols: columns of a row that the fold takes in one step.
-        streams: CUDA streams over which the forward pass spreads its row chunks, so that the fold of one
-            runs beside the GEMM of another and fills the SMs its last wave leaves idle.
         block_rows, block_cols, block_hidden: CTA tile of the fused GEMM.
         num_warps, num_stages: of the fused GEMM.
-        programs_per_sm: persistent programs of the fused GEMM on one SM; two small ones overlap the epilogue
-            of one with the GEMM of the other.
         descriptors: operands of the fused GEMM through TMA descriptors (Hopper) or pointers.
     """
 
     gemm: str
     rows: int
     cols: int
+    first_cols: int
     sweep_rows: int
     sweep_cols: int
     max_cols: int
     fold_cols: int
-    streams: int
     block_rows: int
     block_cols: int
     block_hidden: int
     num_warps: int
     num_stages: int
-    programs_per_sm: int
     descriptors: bool
 
     def forward_cols(self, chunk_rows: int) -> int:
         """Columns of the forward pass's tiles for row chunks of this size."""
-        return _widened(self.rows, self.cols, self.max_cols, chunk_rows)
+        return _fitted(self.rows, self.cols, self.max_cols, chunk_rows)
 
     def sweep_tile_cols(self, chunk_rows: int) -> int:
         """Columns of the sweep's tiles for row chunks of this size."""
-        return _widened(self.sweep_rows, self.sweep_cols, self.max_cols, chunk_rows)
+        return _fitted(self.sweep_rows, self.sweep_cols, self.max_cols, chunk_rows)
 
 
-def _widened(rows: int, cols: int, max_cols: int, chunk_rows: int) -> int:
-    """cols, doubled while a tile of chunk_rows stays within the area rows * cols.
+def _fitted(rows: int, cols: int, max_cols: int, chunk_rows: int) -> int:
+    """cols, halved or doubled to the widest tile of chunk_rows within the area rows * cols.
 
-    Launching the three kernels of a tile costs the host some 60 us; a tile of 256 x 8192 keeps the GPU
+    Launching the three kernels of a tile costs the host some 100 us; a tile of 256 x 8192 keeps the GPU
     busy for less.
     """
     area = rows * cols
+    while cols * chunk_rows > area and cols > _GEMM_COLS:
+        cols //= 2
     while 2 * cols <= max_cols and 2 * cols * chunk_rows <= area:
         cols *= 2
     return cols
@@ -79,7 +78,7 @@ _GEMM_ROWS, _GEMM_COLS = 128, 256  # output block of one SM in the GEMMs of Hopp
 
 
 @functools.cache
-def chunk_rows(total: int, most: int, num_cols: int, num_sms: int, at_least: int = 1) -> int:
+def chunk_rows(total: int, most: int, num_cols: int, num_sms: int) -> int:
     """Rows of a chunk, a multiple of 128 and at most `most`, that leave the fewest SMs idle.
 
     A GEMM of rows x num_cols runs in ceil(blocks / SMs) waves of output blocks, and the last wave of each
@@ -91,10 +90,9 @@ def chunk_rows(total: int, most: int, num_cols: int, num_sms: int, at_least: int
         most: largest chunk; less than 128 counts as 128.
         num_cols: columns of a tile.
         num_sms: streaming multiprocessors.
-        at_least: chunks wanted, where there are as many blocks of 128 rows.
     """
     blocks = -(-total // _GEMM_ROWS)
-    largest = max(1, min(most // _GEMM_ROWS, -(-blocks // at_least)))
+    largest = max(1, min(most // _GEMM_ROWS, blocks))
     col_blocks = -(-num_cols // _GEMM_COLS)
 
     def waves(size: int) -> int:
@@ -106,26 +104,25 @@ def chunk_rows(total: int, most: int, num_cols: int, num_sms: int, at_least: int
     return _GEMM_ROWS * min(sizes, key=lambda size: (waves(size), -size))
 
 
-# Logit tile 4096 x 32768: fp32 z is 512 MiB and goes through HBM, 6 bytes per logit in the fold and 6 more
-# that the GEMMs hide: about 10% of 2 units. Against it, wide tiles fill the waves (32 x 128 blocks of
-# 128 x 256 are 31.03 waves on 132 SMs) and touch the fp32 accumulator four times in all.
-# Sweep tile 4096 x 8192: dW of a tile is one matmul with K = all rows of the chunk.
-# Default "cublas": Triton's best K = 4096 GEMM reaches 95-97% of cuBLAS (kernels.md, section 13), and its
-# epilogue is not overlapped (about 5%), against the 6% of the separate fold. Nearly a tie, decided for
-# the form with the fewest unknowns.
-_HOPPER = Tiles("cublas", 4096, 32768, 4096, 8192, 131072, 4096, 1, 128, 256, 64, 8, 4, 1, True)
+# Logit tile 4096 x 32768: wide tiles fill the waves (32 x 128 blocks of 128 x 256 are 31.03 waves on 132
+# SMs), touch the fp32 accumulator five times in all and need few launches.
+_HOPPER = Tiles("fused", 4096, 32768, 8192, 8192, 8192, 131072, 4096, 128, 256, 64, 8, 4, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
 # accumulators leaves no registers for a cp.async pipeline; 4 stages of 16 KiB.
-_AMPERE = replace(_HOPPER, block_cols=128, block_hidden=32, num_stages=4, descriptors=False)
+_AMPERE = replace(_HOPPER, gemm="cublas", block_cols=128, block_hidden=32, num_stages=4, descriptors=False)
 
 # fp32: the sweep repeats the forward pass's GEMM shape, so that both see the same logits bit for bit; their
 # last bits would show in an fp32 gradient of a peaked row (1e-5), though not in a 16-bit one. The CTA tile
 # is small because exact fp32 has no tensor cores; only the interpreter tests use it.
-_FP32 = Tiles("cublas", 1024, 8192, 1024, 8192, 32768, 4096, 1, 64, 64, 16, 8, 2, 1, False)
+_FP32 = Tiles("cublas", 1024, 8192, 8192, 1024, 8192, 32768, 4096, 64, 64, 16, 8, 2, False)
 
 
-def tiles_for(capability: tuple[int, int], itemsize: int, gemm: str = "cublas") -> Tiles:
-    """Tiles for a compute capability and the size of the input dtype in bytes; a pure function."""
+def tiles_for(capability: tuple[int, int], itemsize: int, gemm: str = "auto") -> Tiles:
+    """Tiles for a compute capability and the size of the input dtype in bytes; a pure function.
+
+    gemm: one of GEMMS, or "auto" for the form that is the default there.
+    """
     half = _HOPPER if capability[0] >= 9 else _AMPERE
-    return replace(_FP32 if itemsize == 4 else half, gemm=gemm)
+    tiles = _FP32 if itemsize == 4 else half
+    return tiles if gemm == "auto" else replace(tiles, gemm=gemm)
