@@ -5,6 +5,7 @@ Sizes are tiny (2-3 ms per program), and so are the tiles, so that every loop ov
 turns.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -157,6 +158,26 @@ def test_linear_cross_entropy__no_rows():
     nll.sum().backward()
     assert nll.shape == (0,)
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_forward__corrections_are_powers_of_two_and_round_nothing_again(gemm):
+    # Logits climb by 12 nats per tile and by 3 per block of 32 classes: everything is corrected, most of it twice.
+    hidden, weight, targets, _ = _inputs(8, 256, 8, torch.float16, scale=0.1)
+    weight[:, 0] = (torch.arange(256) // 64) * 4.0 + (torch.arange(256) // 32 % 2) * 1.0
+    hidden[:, 0] = 3.0
+    wanted = {"want_dhidden": False, "keep_tiles": True}
+    _, statistics, _, kept, _ = kernel.forward(hidden, weight, targets, gemm=gemm, **wanted)
+    references = statistics[1].double() / math.log(2)
+    assert (references - references.round()).abs().max() < 1e-5
+    # fp16 keeps E / s; the target's column holds -1.
+    logits = hidden.double() @ weight.double().T
+    logits.scatter_(1, targets[:, None], float("-inf"))
+    expected = torch.softmax(logits, dim=1)
+    found = kept[:, :256].double().scatter(1, targets[:, None], 0.0)
+    large = expected > 2.0**-13  # below, fp16 has fewer bits
+    relative = ((found - expected).abs() / expected)[large]
+    assert relative.max() <= 2 * 2.0**-11  # E and E / s are rounded once each
 
 
 @pytest.mark.parametrize("bad", [201, 2**40, -1])
