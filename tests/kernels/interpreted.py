@@ -162,7 +162,7 @@ def test_linear_cross_entropy__no_rows():
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_forward__corrections_are_powers_of_two_and_round_nothing_again(gemm):
-    # Logits climb by 12 nats per tile and by 3 per block of 32 classes: everything is corrected, most of it twice.
+    # Logits climb by 12 nats per tile and by 3 per block of 32 classes: all is corrected, most of it twice.
     hidden, weight, targets, _ = _inputs(8, 256, 8, torch.float16, scale=0.1)
     weight[:, 0] = (torch.arange(256) // 64) * 4.0 + (torch.arange(256) // 32 % 2) * 1.0
     hidden[:, 0] = 3.0
