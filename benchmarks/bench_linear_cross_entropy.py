@@ -4,7 +4,9 @@ Forward plus backward with an arbitrary gradient per row, in units of the fastes
 the same run. Ours is checked by the tolerance policy of `vrpo_kernels/testing.py` before it is timed; on a
 CPU it has no figure if it fails. Rivals are held to the same policy and marked where they exceed it; so is
 ours on a GPU, whose tensor cores truncate as they add. Providers that cannot run show why. Rows are appended
-to results/kernels.csv: on a GPU after every stage of `providers.py`, one stage for all cases before the next.
+to results/kernels.csv: on a GPU after every stage of `providers.py`, all stages of a case before the next.
+units_p50 is median over median; units_p20, units_p80 are percentiles of the ratio round by round, each round
+with its own unit. peak_MiB is memory above the inputs during one call.
 On a CPU: N=512 D=1024 V=32768, one thread and all; on CUDA LLaDA's head.
 """
 
@@ -30,7 +32,8 @@ FILE = RESULTS / "kernels.csv"
 FIELDS = (
     *("date", "git", "dirty", "device", "torch", "triton", "threads", "clock", "load"),
     *("provider", "column", "dtype", "N", "D", "V", "logits", "seed"),
-    *("ms_min", "ms_p20", "ms_p50", "ms_p80", "reps", "units_min", "units_p50", "unit_ms_min", "peak_MiB"),
+    *("ms_min", "ms_p20", "ms_p50", "ms_p80", "reps"),
+    *("units_min", "units_p20", "units_p50", "units_p80", "unit_ms_min", "peak_MiB"),
     *("nll_error", "policy_ratio", "note"),
 )
 NO_TIME, LOST = "not run: no time left", "the device was lost"
@@ -174,6 +177,8 @@ def bench(
 def _figures(timing: Timing, unit: Timing) -> dict:
     if not timing.samples:
         return {"note": f"fails: {timing.failure}"[:200]}
+    pairs = zip(timing.samples, unit.samples, strict=False)  # one that failed has fewer rounds
+    ratios = Timing([sample / one for sample, one in pairs])
     return {
         "ms_min": f"{timing.quantile(0):.2f}",
         "ms_p20": f"{timing.quantile(0.2):.2f}",
@@ -181,7 +186,9 @@ def _figures(timing: Timing, unit: Timing) -> dict:
         "ms_p80": f"{timing.quantile(0.8):.2f}",
         "reps": len(timing.samples),
         "units_min": f"{timing.quantile(0) / unit.quantile(0):.2f}",
+        "units_p20": f"{ratios.quantile(0.2):.2f}",
         "units_p50": f"{timing.quantile(0.5) / unit.quantile(0.5):.2f}",
+        "units_p80": f"{ratios.quantile(0.8):.2f}",
         "unit_ms_min": f"{unit.quantile(0):.2f}",
         "peak_MiB": "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}",
     }
@@ -218,8 +225,8 @@ def main(arguments: list[str]) -> int:
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     base = Case(0, options.size, options.classes, torch.float32, device)
     groups = stages(options.providers, device)
-    for wanted, num_rows, dtype, logits, threads in itertools.product(
-        groups, options.rows, options.dtypes, options.logits, options.threads
+    for num_rows, dtype, logits, threads, wanted in itertools.product(
+        options.rows, options.dtypes, options.logits, options.threads, groups
     ):
         if time.monotonic() > deadline:
             print(f"out of time before {dtype} N={num_rows} {logits}: {', '.join(wanted)}")
@@ -244,7 +251,7 @@ def _parse(arguments: list[str], device: str) -> argparse.Namespace:
     threads = sorted({1, torch.get_num_threads()}) if laptop else [torch.get_num_threads()]
     parser.add_argument("--threads", type=int, nargs="+", default=threads)
     parser.add_argument("--logits", nargs="+", choices=["random", "peaked"], default=["random"])
-    parser.add_argument("--repeats", type=int, default=5 if laptop else 9)
+    parser.add_argument("--repeats", type=int, default=5 if laptop else 15)
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after these")
     parser.add_argument("--revision", default="", help="git revision to write, where there is no repository")

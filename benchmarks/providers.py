@@ -21,8 +21,9 @@ class Provider:
         make: returns the op for a case.
         missing: returns why the provider cannot run a case, or None.
         per_row: False if it only accepts one gradient for all rows (a ceiling, not a rival on our contract).
-        stage: on a GPU the stages are measured one after the other and written after each, so that what is
-            slow to compile (3) or waits on locks in device memory (2) cannot take the others' figures along.
+        stage: on a GPU the stages of a case are measured one after the other and written after each, so that
+            what waits on locks in device memory (2), needs most memory (3) or is slow to compile (4) cannot
+            take the others' figures along.
         start_seconds: what compiling takes there; not started with less time left.
     """
 
@@ -108,12 +109,12 @@ def _only_cuda(case: Case) -> str | None:
 
 
 PROVIDERS: dict[str, Provider] = {
-    "vrpo": Provider(lambda case: vrpo_kernels.linear_cross_entropy, stage=0),
+    "vrpo": Provider(lambda case: vrpo_kernels.linear_cross_entropy),
     "vrpo, tiles recomputed": Provider(
-        lambda case: lambda x, w, y: vrpo_kernels.linear_cross_entropy(x, w, y, kept_tile_bytes=0), stage=0
+        lambda case: lambda x, w, y: vrpo_kernels.linear_cross_entropy(x, w, y, kept_tile_bytes=0)
     ),
-    "torch eager": Provider(lambda case: _eager, stage=0),
-    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False), stage=3, start_seconds=30.0),
+    "torch eager": Provider(lambda case: _eager, stage=3),
+    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False), stage=4, start_seconds=15.0),
     "F.linear_cross_entropy": Provider(lambda case: _torch_native, _needs_native),
     "TRL chunked, chunk 4096": Provider(_make_trl(4096), _needs("trl")),
     "TRL chunked, chunk 32768": Provider(_make_trl(32768), _needs("trl")),

@@ -65,28 +65,48 @@ def interleaved(
     left out from then on, instead of ending all of them.
     """
     timings = {name: Timing() for name in runs}
-    for name, run in runs.items():
-        try:
-            run()
-            timings[name].peak_mib = peak_memory(run, device)
-        except Exception as failure:
-            _note(timings[name], failure, keep_going)
-    wait = _queue_filler(device)
-    for count in range(repeats):
-        if count and time.monotonic() > deadline:
-            break
-        gc.collect()
+    gc.collect()
+    gc.freeze()  # else every collection below looks through the imported packages again, half a second each
+    try:
         for name, run in runs.items():
-            if timings[name].failure:
-                continue
-            if device == "cpu":
-                gc.collect()  # on a GPU the queue hides it, and it would take longer than the runs
-            wait()
             try:
-                timings[name].samples.append(_time_once(run, device, threads))
+                run()
+                timings[name].peak_mib = peak_memory(run, device)
             except Exception as failure:
                 _note(timings[name], failure, keep_going)
+            gc.collect()
+            gc.freeze()  # what compiling left
+        wait = _queue_filler(device)
+        for count in range(repeats):
+            if count and time.monotonic() > deadline:
+                break
+            _round(runs, timings, wait, device=device, threads=threads, keep_going=keep_going)
+    finally:
+        gc.unfreeze()
     return timings
+
+
+def _round(
+    runs: dict[str, Callable[[], object]],
+    timings: dict[str, Timing],
+    wait: Callable[[], object],
+    *,
+    device: str,
+    threads: int,
+    keep_going: bool,
+) -> None:
+    """One call of each run that has not failed."""
+    gc.collect()
+    for name, run in runs.items():
+        if timings[name].failure:
+            continue
+        if device == "cpu":
+            gc.collect()  # on a GPU the queue hides it, and it would take longer than the runs
+        wait()
+        try:
+            timings[name].samples.append(_time_once(run, device, threads))
+        except Exception as failure:
+            _note(timings[name], failure, keep_going)
 
 
 def describe(failure: Exception) -> str:
