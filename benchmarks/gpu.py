@@ -1,6 +1,6 @@
-"""Everything a first session with a GPU has to find out, in one command and under seven minutes.
+"""Everything a first session with a GPU has to find out, in one command and in seven minutes.
 
-    make gpu     or     python3 -m benchmarks.gpu [--output DIR] [--seconds 380] [--stages tests,kernels,...]
+    make gpu     or     python3 -m benchmarks.gpu [--output DIR] [--seconds 400] [--stages tests,kernels,...]
 
 Needs a CUDA machine whose python3 (`make gpu PYTHON=...`) has torch >= 2.11, triton >= 3.6, numpy and
 pytest, for `step` transformers and peft. No network, no virtual environment, nothing to install or build:
@@ -9,7 +9,7 @@ the CUDA context of the process with it; one that fails, hangs or exceeds its ti
 and the next goes on. A stage's time is its share of what is left, so whatever one does not use goes to
 those after it.
 
-    tests      everything marked gpu                                       tests.txt
+    tests      everything marked gpu
     warm       meanwhile: compiles what the timed stages will launch       (Triton's cache)
     sanitizer  meanwhile: compute-sanitizer's memcheck and racecheck, if that tool is installed
     kernels    linear_cross_entropy in every mode and form: time, memory, errors against fp64;
@@ -18,11 +18,13 @@ those after it.
     memory     masks, packing, cross_entropy against the copy bandwidth    memory.csv
     step       a whole VRPO step at LLaDA-8B's shape                       step.csv, profile.txt
     rivals     linear_cross_entropy of other packages, where installed     rivals.csv
-    compile    the ahead-of-time compile tests, in the time that is left   tests.txt
+    compile    the ahead-of-time compile tests, in the time that is left; only if asked for
 
-log.txt has all that was said, the state of the GPU before and during it, and at the end a digest of the
-files and a table of the stages. Rows are on disk as soon as they are measured; each carries date, git
-revision, device, driver and versions. --tiny rehearses all of it on a CPU in Triton's interpreter: figures
+summary.txt has the environment, how each stage ended, the tests that failed and what the sanitizer found: it
+and the files above hold no path of this machine and can be committed; `python -m benchmarks gpu-table` makes
+tables of them. log.txt has all that was said, the state of the GPU before and during it, and a digest of the
+files. Rows are on disk as soon as they are measured; each carries date, git revision, device, driver and
+versions. --tiny rehearses all of it on a CPU in Triton's interpreter: figures
 without meaning, but every line runs.
 """
 
@@ -41,19 +43,21 @@ from pathlib import Path
 from benchmarks.gpu_digest import digest
 from benchmarks.gpu_machine import describe_machine, has_device, watch_clocks
 from benchmarks.gpu_process import Child, Log, Outcome
-from benchmarks.gpu_stages import ROOT, STAGES, Part, Stage, plan
+from benchmarks.gpu_stages import DEFAULT, ROOT, STAGES, Part, Stage, plan
+from benchmarks.record import now, revision
 
 CACHE = Path(tempfile.gettempdir()) / f"vrpo-gpu-{os.getuid()}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table at the end."""
+    """One line of the table at the end, and what of its output the summary shows below it."""
 
     name: str
     seconds: float
     outcome: str
     failed: bool
+    kept: tuple[str, ...] = ()
 
 
 class Session:
@@ -125,15 +129,17 @@ class Session:
             skip, restarts = outcome.task + 1, restarts + 1
             why = f"{self._words(outcome)} in task {outcome.task}"
             self.log.line(f"{part.name}: {why}; goes on with the next one")
-        words = self._words(outcome)
+        words, failed = self._words(outcome), bool(outcome.code or restarts)
+        if part.judge:
+            words, failed = part.judge(outcome)
         if restarts:
             words += f", started again {restarts} times behind a task that ended it"
-        failed = bool(outcome.code or restarts) and not part.optional
+        failed = failed and not part.optional
         self.log.line(f"{part.name}: {words} after {time.monotonic() - start:.0f} s")
         if failed:
-            for line in outcome.tail[-12:]:
+            for line in outcome.lines[-12:]:
                 self.log.line(line, f"{part.name}, last lines")
-        return Line(part.name, time.monotonic() - start, words, failed)
+        return Line(part.name, time.monotonic() - start, words, failed, tuple(part.keep(outcome.lines)))
 
     def _words(self, outcome: Outcome) -> str:
         if outcome.why:
@@ -151,8 +157,7 @@ class Session:
             # They count from after their imports, and begin nothing that would end later.
             arguments += ["--seconds", f"{max(5.0, until - time.monotonic() - 12.0):.0f}"]
         command = [*(part.program or []), sys.executable, *arguments]
-        copy = self.options.output / part.copy if part.copy else None
-        child = Child(part.name, command, self.environment(part), ROOT, self.log, copy)
+        child = Child(part.name, command, self.environment(part), ROOT, self.log)
         child.start()
         self._children[id(child)] = child
         try:
@@ -174,11 +179,21 @@ class Session:
         except Exception as error:
             self.log.line(f"{type(error).__name__}: {error}", "digest")
 
-    def table(self) -> int:
-        """Prints the stages; returns 1 if one failed."""
-        self.log.line("stage              seconds  outcome")
+    def table(self) -> list[str]:
+        """The stages, a line each, with what is kept of them."""
+        lines = ["stage              seconds  outcome"]
         for line in self.lines:
-            self.log.line(f"{line.name:18s} {line.seconds:7.1f}  {line.outcome}")
+            lines.append(f"{line.name:18s} {line.seconds:7.1f}  {line.outcome}")
+            lines += [f"{'':27s} {text}" for text in line.kept]
+        return lines
+
+    def finish(self, environment: list[str]) -> int:
+        """Prints the table, writes the summary; returns 1 if a stage failed."""
+        table = self.table()
+        for line in table:
+            self.log.line(line)
+        head = [f"{now()}, git {self.options.revision or revision()[0]}", *environment, "", *table, ""]
+        (self.options.output / "summary.txt").write_text("\n".join(head), encoding="utf-8")
         return int(any(line.failed for line in self.lines))
 
 
@@ -197,8 +212,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     default = Path(__file__).parent / "results" / "gpu"
     parser.add_argument("--output", type=Path, default=default, help="folder of all files (results/gpu)")
-    parser.add_argument("--seconds", type=float, default=380, help="time for all of it (380)")
-    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(STAGES))
+    parser.add_argument("--seconds", type=float, default=400, help="time for all of it (400)")
+    parser.add_argument("--stages", type=lambda text: text.split(","), default=list(DEFAULT))
     parser.add_argument("--revision", default="", help="git revision, where there is no repository")
     parser.add_argument(
         "--rivals", type=Path, nargs="+", default=[], help="folders with more packages, for every stage"
@@ -232,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     stop = threading.Event()
     watcher = threading.Thread(target=watch_clocks, args=(session.log, stop), daemon=True)
     try:
-        describe_machine(session.log)
+        environment = describe_machine(session.log)
         watcher.start()
         stages = plan(options)
         for index, stage in enumerate(stages):
@@ -242,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "sanitizer" in options.stages and not any(line.name == "memcheck" for line in session.lines):
             session.skip("sanitizer", "no compute-sanitizer on this machine")
         session.digest()
-        return session.table()
+        return session.finish(environment)
     finally:
         stop.set()
         session.close()

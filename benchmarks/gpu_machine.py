@@ -29,21 +29,25 @@ def has_device() -> bool:
     return output_of(sys.executable, "-c", "import torch; print(torch.cuda.is_available())") == "True"
 
 
-def describe_machine(log: Log) -> None:
-    """Versions, processor, and the GPU's state before anything runs."""
+def describe_machine(log: Log) -> list[str]:
+    """Versions, processor, and the GPU's state before anything runs; returns what of it a summary shows."""
+    versions = []
     for package in (*PACKAGES, *RIVALS):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             version = "-"
-        log.line(f"{package} {version}", "environment")
+        versions.append(f"{package} {version}")
     cores = len(os.sched_getaffinity(0))
-    log.line(f"Python {platform.python_version()}, {platform.platform()}, {cores} cores", "environment")
+    shown = [", ".join(versions), f"Python {platform.python_version()}, {cores} cores"]
+    names = "--query-gpu=name,driver_version,compute_cap,power.limit,clocks.max.sm,clocks.max.mem"
+    shown += output_of("nvidia-smi", names, "--format=csv").splitlines()
+    cuda = [line for line in output_of("nvidia-smi", "-q").splitlines() if line.startswith("CUDA Version")]
+    shown += [" ".join(line.split()) for line in cuda]
     sections = "MEMORY,POWER,CLOCK,TEMPERATURE,PERFORMANCE"
-    names = "--query-gpu=name,driver_version,vbios_version,compute_cap,power.limit,clocks.max.sm"
-    for command in (("nvidia-smi", names, "--format=csv"), ("nvidia-smi", "-q", "-d", sections)):
-        for line in output_of(*command).splitlines():
-            log.line(line, "environment")
+    for line in (*shown, *output_of("nvidia-smi", "-q", "-d", sections).splitlines()):
+        log.line(line, "environment")
+    return shown
 
 
 def watch_clocks(log: Log, stop: threading.Event, seconds: float = 5.0) -> None:

@@ -40,25 +40,24 @@ class Outcome:
         why: "" if it ended by itself, else what ended it.
         seconds: how long it ran.
         task: number of the last task it announced, -1 if none.
-        tail: its last lines.
+        lines: all it said.
     """
 
     code: int
     why: str
     seconds: float
     task: int
-    tail: list[str]
+    lines: list[str]
 
 
 @dataclass
 class Child:
-    """A running stage. Its standard output and error go to the log, and to `copy` if that is given.
+    """A running stage. Its standard output and error go to the log.
 
     Attributes:
         name: what its lines in the log begin with.
         command, environment, folder: what runs, with which variables, where.
         log: see Log.
-        copy: a file that gets the same lines without the name, when it has ended.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Child:
     environment: dict[str, str]
     folder: Path
     log: Log
-    copy: Path | None = None
     _said: list[str] = field(default_factory=list)
     _task: int = -1
 
@@ -114,11 +112,8 @@ class Child:
         seconds = time.monotonic() - self._start
         # A process that left the session may still hold the pipe: what was said so far is enough.
         self._reader.join(timeout=2.0)
-        if self.copy:
-            with self.copy.open("a", encoding="utf-8") as stream:
-                stream.write("\n".join([f"== {self.name}", *self._said, ""]))
         code = self._process.returncode
-        return Outcome(-signal.SIGKILL if code is None else code, why, seconds, self._task, self._said[-25:])
+        return Outcome(-signal.SIGKILL if code is None else code, why, seconds, self._task, list(self._said))
 
     def end(self) -> None:
         """Ends the child and whatever it started: first politely, then not."""

@@ -1,11 +1,12 @@
 """The Triton kernels once, at a small size, checked against fp64: what compute-sanitizer is to watch.
 
-    compute-sanitizer --tool memcheck python3 -m benchmarks.gpu_sanitize [fused] [sweep] [fold] [masks]
+    compute-sanitizer --tool memcheck python3 -m benchmarks.gpu_sanitize [PART ...]
 
-fused: forward with the fused GEMM, tiles kept, both gradients. fold: the same with cuBLAS. sweep: both
-gradients from known statistics. masks: mask_select, pack_masked, token_weight_sums. Logits rise and fall over
-five tiles of 2048 classes, so that everything written under a lower maximum is corrected. Without names, all
-of them. Exit status 1 if a value is wrong. Without a GPU: TRITON_INTERPRET=1, fp16, smaller.
+Parts. fused: forward with the fused GEMM, tiles kept, both gradients. fold: the same with cuBLAS. sweep and
+fused-sweep: both gradients from known statistics in either form. masks: mask_select, pack_masked,
+token_weight_sums. Without names, all of them. Logits rise and fall over five tiles of 2048 classes, so that
+everything written under a lower maximum is corrected. Exit status 1 if a value is wrong. Without a GPU:
+TRITON_INTERPRET=1, fp16, smaller.
 """
 
 import argparse
@@ -106,6 +107,7 @@ def _masks() -> dict[str, float]:
 
 PARTS: dict[str, Callable[[], dict[str, float]]] = {
     "fused": lambda: _head("fused", sweep=False),
+    "fused-sweep": lambda: _head("fused", sweep=True),
     "sweep": lambda: _head("cublas", sweep=True),
     "fold": lambda: _head("cublas", sweep=False),
     "masks": _masks,
