@@ -13,6 +13,7 @@ BENCHMARKS = {
     "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),
     "elbo": ("benchmarks.bench_elbo", "variance of ELBOs by themselves under every mask design"),
     "step": ("benchmarks.bench_step", "the whole VRPO step at LLaDA-8B's shape on one GPU"),
+    "gpu-table": ("benchmarks.gpu_table", "Markdown tables of what `make gpu` measured"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
 }
 

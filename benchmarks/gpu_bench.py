@@ -25,6 +25,11 @@ LOST = 70
 
 PROVENANCE = ("date", "git", "dirty", "device", "driver", "torch", "triton")
 TIMES = ("ms_p20", "ms_p50", "ms_p80", "host_ms", "reps", "peak_MiB")
+BESIDE = ("units", "unit_ms", "pct_of_gemm", "pct_p20", "pct_p80")
+"""Columns of a measurement beside its unit, the bare GEMM: how many units the work needs, the unit's median
+in the same loop, median over median in %, and the 20th and 80th percentile of that ratio repeat by repeat."""
+
+RUN_AHEAD_FILLS = 9  # writes of 512 MiB, 0.18 ms each on an H100
 
 
 @dataclass(frozen=True)
@@ -137,25 +142,67 @@ class Bench:
     def measure(self, run: Callable[[], object], *, seconds: float = 0.25) -> dict[str, object]:
         """Milliseconds of `run` with a cold L2 (20th, 50th, 80th percentile) and memory above the start.
 
-        host_ms: median time until `run` returns. Where it is near ms_p50, the host launches too slowly.
+        host_ms: median time until `run` returns; device work of about 1.6 ms is queued before each call, so
+        that the host launches ahead as it does in a training step. Where host_ms exceeds ms_p50 by more than
+        that, the host was too slow all the same.
         """
         run()  # compiles, fills the allocator
         if self.warm:
             self.synchronize()
             return dict.fromkeys(TIMES, "")
         peak = self._peak(run)
-        times, host = [], []
+        (samples,) = self._samples([run], seconds, ahead=True)
+        return self._figures(samples, peak)
+
+    def measure_beside(
+        self,
+        run: Callable[[], object],
+        unit: Callable[[], object],
+        units: int,
+        *,
+        seconds: float = 0.3,
+        ahead: bool = True,
+    ) -> dict[str, object]:
+        """As `measure`, and the columns BESIDE: `run` and `unit` are timed in turn, repeat by repeat.
+
+        A GPU at its power limit changes its clocks with what it has just done; only what ran at the same
+        moment can be compared.
+
+        Args:
+            units: how many times the work of `unit` the work of `run` is.
+            ahead: False to call both on an idle device, so that launching them counts.
+        """
+        run()
+        if self.warm:
+            self.synchronize()
+            return dict.fromkeys((*TIMES, *BESIDE), "")
+        unit()
+        peak = self._peak(run)
+        unit_samples, samples = self._samples([unit, run], seconds, ahead)
+        found = self._figures(samples, peak)
+        unit_ms = _quantile([elapsed for elapsed, _ in unit_samples], 0.5)
+        pairs = zip(unit_samples, samples, strict=True)
+        ratios = [100 * units * one[0] / whole[0] for one, whole in pairs]
+        percent = 100 * units * unit_ms / _quantile([elapsed for elapsed, _ in samples], 0.5)
+        shown = (f"{value:.1f}" for value in (percent, _quantile(ratios, 0.2), _quantile(ratios, 0.8)))
+        return {**found, **dict(zip(BESIDE, (units, f"{unit_ms:.4f}", *shown), strict=True))}
+
+    def _samples(
+        self, runs: Sequence[Callable[[], object]], seconds: float, ahead: bool
+    ) -> list[list[tuple[float, float]]]:
+        """(device ms, host ms) of every repeat of every run, all runs in each repeat."""
+        samples: list[list[tuple[float, float]]] = [[] for _ in runs]
         deadline = time.monotonic() + (0.0 if self.tiny else seconds)
-        least = 1 if self.tiny else 5
-        while len(times) < least or (time.monotonic() < deadline and len(times) < 200):
-            elapsed, called = self._time_once(run)
-            times.append(elapsed)
-            host.append(called)
-        times.sort()
-        host.sort()
-        low, middle, high = (times[int(len(times) * q)] for q in (0.2, 0.5, 0.8))
-        shown = (f"{value:.4f}" for value in (low, middle, high, host[len(host) // 2]))
-        return dict(zip(TIMES, (*shown, len(times), peak), strict=True))
+        least = 1 if self.tiny else 7
+        while len(samples[0]) < least or (time.monotonic() < deadline and len(samples[0]) < 200):
+            for run, own in zip(runs, samples, strict=True):
+                own.append(self._time_once(run, ahead))
+        return samples
+
+    def _figures(self, samples: list[tuple[float, float]], peak: str) -> dict[str, object]:
+        times, host = ([sample[index] for sample in samples] for index in (0, 1))
+        values = (*(_quantile(times, q) for q in (0.2, 0.5, 0.8)), _quantile(host, 0.5))
+        return dict(zip(TIMES, (*(f"{value:.4f}" for value in values), len(times), peak), strict=True))
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -171,7 +218,7 @@ class Bench:
         torch.cuda.synchronize()
         return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
 
-    def _time_once(self, run: Callable[[], object]) -> tuple[float, float]:
+    def _time_once(self, run: Callable[[], object], ahead: bool = True) -> tuple[float, float]:
         """(milliseconds of the device, milliseconds until the call returned)."""
         if self.device != "cuda":
             start = time.perf_counter()
@@ -179,7 +226,10 @@ class Bench:
             return (1e3 * (time.perf_counter() - start),) * 2
         if not hasattr(self, "_flush"):
             self._flush = torch.empty(2**27, dtype=torch.int32, device="cuda")  # 512 MiB, beyond any L2
-        self._flush.zero_()
+        for _ in range(RUN_AHEAD_FILLS if ahead else 1):
+            self._flush.zero_()
+        if not ahead:
+            torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         called = time.perf_counter()
@@ -195,6 +245,11 @@ class Bench:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
 def parse(description: str, file: str, fields: Sequence[str], arguments: list[str] | None) -> Bench:

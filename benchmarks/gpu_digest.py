@@ -27,25 +27,32 @@ def _worst(rows: list[dict[str, str]], name: str) -> str:
 def kernels(rows: list[dict[str, str]]) -> Iterator[str]:
     """One line per size and form: milliseconds and % of the bare GEMM of each mode, worst errors."""
     for row in rows:
-        if row["op"] == "mm" and row["mode"] == "at the start":
-            yield f"{_size(row)}: {row['provider']} {float(row['ms_p50']):.2f} ms, {row['tflops']} TFLOP/s"
+        if row["op"] == "mm" and row["ms_p50"]:
+            speed = f"{float(row['ms_p50']):.2f} ms, {row['tflops']} TFLOP/s, {row['pct_of_gemm']} %"
+            yield f"{_size(row)}: {row['provider']} {speed}"
         elif row["provider"].endswith("fp64 softmax"):
             yield f"{_size(row)}: {row['provider']}: nll {row['nll_err']} nats, bias {row['nll_bias']}"
-    ours = [row for row in rows if row["provider"] == "vrpo"]
-    for (size, gemm), group in groupby(ours, key=lambda row: (_size(row), row["gemm"])):
+    ours = [row for row in rows if row["provider"].startswith("vrpo")]
+    for (size, form), group in groupby(ours, key=lambda row: (_size(row), _form(row))):
         found = list(group)
         cells = (f"{row['mode']} {_time(row)}" for row in found)
         errors = ", ".join(f"{name} {_worst(found, name)}" for name in ("nll_err", "dX_err", "dW_err"))
         verdicts = sorted({row["verdict"] or row["note"] for row in found})
-        yield f"{size} {gemm}: {'; '.join(cells)}; worst {errors}; {', '.join(verdicts)}"
+        yield f"{size} {form}: {'; '.join(cells)}; worst {errors}; {', '.join(verdicts)}"
 
 
 def _size(row: dict[str, str]) -> str:
     return f"N={row['N']} D={row['D']} {row['case'].split()[0] if row['case'] else ''}"
 
 
+def _form(row: dict[str, str]) -> str:
+    return row["gemm"] + row["provider"].removeprefix("vrpo")
+
+
 def _time(row: dict[str, str]) -> str:
-    return f"{float(row['ms_p50']):.2f} ms {row['pct_of_gemm']} %" if row["ms_p50"] else "-"
+    if not row["ms_p50"]:
+        return "-"
+    return f"{float(row['ms_p50']):.2f} ms {row['pct_of_gemm']} % ({row['pct_p20']} to {row['pct_p80']})"
 
 
 def tiles(rows: list[dict[str, str]]) -> Iterator[str]:
@@ -55,8 +62,8 @@ def tiles(rows: list[dict[str, str]]) -> Iterator[str]:
     def key(row: dict[str, str]) -> tuple[str, str, str]:
         return row["N"], row["mode"], row["provider"]
 
-    names = ("rows", "cols", "fold_cols", "streams", "block_rows", "block_cols", "block_hidden")
-    names += ("num_warps", "num_stages", "programs_per_sm")
+    names = ("rows", "cols", "first_cols", "fold_cols", "block_rows", "block_cols", "block_hidden")
+    names += ("num_warps", "num_stages")
     for (size, mode, provider), group in groupby(sorted(good, key=key), key=key):
         for row in sorted(group, key=lambda row: float(row["ms_p50"]))[:BEST]:
             shape = " ".join(f"{name}={row[name]}" for name in names if row[name])

@@ -2,47 +2,44 @@
 
     python3 -m benchmarks.gpu_kernels [--output DIR] [--until EPOCH] [--skip TASKS] [--warm I/N] [--tiny]
 
-For LLaDA's head (D = 4096, V = 126464) at N = 4096 first, then other N, Dream's head and peaked logits: the
-bare GEMM of this run, then every mode and GEMM form with time, memory, errors of nll and gradients against
-fp64, and whether two runs give the same bits. Time is written also where the verdict is RED, because a
-first session has to learn both. Rows go to kernels.csv, and where the time goes inside one call at N = 4096
-to profile.txt.
+For LLaDA's head (D = 4096, V = 126464) at N = 4096 first, then other N, peaked logits and other heads: every
+mode and GEMM form with time beside the bare GEMM of the same moment, memory, errors of nll and gradients
+against fp64, and whether two runs give the same bits. Time is written also where the verdict is RED, because
+a first session has to learn both. Rows "host included" start on an idle device: a loop whose host does not
+run ahead pays that. Rows go to kernels.csv, where the time goes inside one call at N = 4096 to profile.txt.
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_bench import TIMES, Bench, Task, parse
+from benchmarks.gpu_bench import BESIDE, TIMES, Bench, Task, parse
 from benchmarks.gpu_profile import profile
 from benchmarks.gpu_truth import ERRORS, Head, Heads, Size
 from vrpo_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
+    plan_linear_cross_entropy,
 )
 
 FORMS = ("cublas", "fused")
 FIELDS = (
     *("op", "provider", "mode", "gemm", "dtype", "N", "D", "V", "case"),
-    *(*TIMES, "units", "unit_ms", "pct_of_gemm", "tflops", "predicted_ms"),
+    *(*TIMES, *BESIDE, "tflops"),
     *(*ERRORS, "note"),
 )
 KEEP = 2**40  # bytes: always enough for the kept tiles
 
-PREDICTED = {
-    "no gradient": {512: 0.88, 1024: 1.68, 4096: 6.52, 4100: 7.83, 16384: 25.9},
-    "frozen head": {512: 1.71, 1024: 3.30, 4096: 13.0, 4100: 15.6, 16384: 51.8},
-    "trained, tiles kept": {512: 2.41, 1024: 4.68, 4096: 18.5, 4100: 21.1, 16384: 73.5},
-    "trained, recomputed": {512: 4.37, 1024: 7.31, 4096: 26.3, 4100: 31.1, 16384: 102.0},
-}
-"""ms for LLaDA's head on an H100 by a model of waves and bandwidth (785 TF/s at full waves, 2.95 TB/s; tiles
-of 1024 x 8192; dW as one matmul with 16-bit output), written down before the first run on a GPU."""
+LLADA, DREAM, LLADA2_MINI = (4096, 126464), (3584, 152064), (2048, 157184)
+"""(D, V) of heads."""
 
-LLADA, DREAM = (4096, 126464), (3584, 152064)
+HOST_SIZE = Size(512, *LLADA)
+BOTH_FORMS = {LLADA[1], DREAM[1]}  # V of the heads that are timed in the other form too
 
 
 def sizes(bench: Bench) -> list[Size]:
@@ -50,9 +47,11 @@ def sizes(bench: Bench) -> list[Size]:
     if bench.tiny:
         return [Size(9, 16, 150, peaked=True)]
     if bench.warm:
-        return [*(Size(rows, *LLADA) for rows in (4096, 1024, 512, 4100)), Size(4096, *DREAM)]
+        heads = (DREAM, LLADA2_MINI)
+        return [*(Size(rows, *LLADA) for rows in (4096, 1024, 512, 4100)), *(Size(4096, *h) for h in heads)]
     llada = [Size(rows, *LLADA) for rows in (4096, 1024, 512, 4100, 16384)]
-    return [*llada, Size(4096, *DREAM), Size(4096, *LLADA, peaked=True)]
+    others = [Size(4096, *LLADA, peaked=True), Size(4096, *DREAM), Size(4096, *LLADA2_MINI)]
+    return [*llada, *others]
 
 
 Result = tuple[Tensor, Tensor | None, Tensor | None]
@@ -107,54 +106,55 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.float(), b.float(), out=out)
 
 
-class Units:
-    """The unit: hidden @ weight^T by cuBLAS into 16 bits.
+class Unit:
+    """The unit of a head: hidden @ weight^T by cuBLAS into 16 bits, timed in turn with what refers to it."""
 
-    Saved when a size is first met, and timed again beside each figure that refers to it: a GPU at its power
-    limit changes its clocks, and a mode is to be compared with the GEMM of its moment.
-    """
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self._out: Tensor | None = None
+
+    def __call__(self) -> None:
+        if self._out is None:
+            self._out = self._empty(self.head.bench.dtype)
+        torch.mm(self.head.hidden, self.head.weight.t(), out=self._out)
+
+    def _empty(self, dtype: torch.dtype) -> Tensor:
+        size = self.head.size
+        return torch.empty(size.rows, size.classes, dtype=dtype, device=self.head.bench.device)
+
+    def measure(self, run: Callable[[], object], units: int, **options) -> dict[str, object]:
+        """`Bench.measure_beside` with this unit, and the rate of the work."""
+        found = self.head.bench.measure_beside(run, self, units, **options)
+        if found["ms_p50"] == "":
+            return found
+        size = self.head.size
+        rate = 2e-9 * units * size.rows * size.hidden * size.classes / float(found["ms_p50"])
+        return {**found, "tflops": f"{rate:.1f}"}
+
+    def rows(self) -> list[dict]:
+        """The unit against itself, and the same product with fp32 output."""
+        wide = self._empty(torch.float32)
+        into_fp32 = functools.partial(product, self.head.hidden, self.head.weight.t(), wide)
+        runs = (("16 bits", self), ("fp32", into_fp32))
+        return [{"provider": f"bare GEMM into {into}", **self.measure(run, 1)} for into, run in runs]
+
+
+class Problems:
+    """The head in use with its unit; another size frees both."""
 
     def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self._found: dict[Size, float] = {}
+        self._heads = Heads(bench)
+        self._unit: Unit | None = None
 
-    def now(self, head: Head) -> float:
-        """Milliseconds of one unit at this moment, the median of five."""
-        out = torch.empty(head.size.rows, head.size.classes, dtype=head.bench.dtype, device=self.bench.device)
-        run = functools.partial(torch.mm, head.hidden, head.weight.t(), out=out)
-        return float(self.bench.measure(run, seconds=0.0)["ms_p50"])
-
-    def save(self, head: Head, when: str) -> None:
-        """Times the bare GEMM with 16-bit and with fp32 output."""
-        size = head.size
-        for dtype, into in ((head.bench.dtype, "16 bits"), (torch.float32, "fp32")):
-            out = torch.empty(size.rows, size.classes, dtype=dtype, device=self.bench.device)
-            run = functools.partial(torch.mm, head.hidden, head.weight.t(), out=out)
-            if dtype is torch.float32:
-                run = functools.partial(product, head.hidden, head.weight.t(), out)
-            found = self.bench.measure(run, seconds=0.4)
-            ms = float(found["ms_p50"])
-            if dtype is head.bench.dtype:
-                self._found.setdefault(size, ms)
-            rate = 2e-9 * size.rows * size.hidden * size.classes / ms
-            percent = f"{100 * self._found[size] / ms:.1f}"
-            columns = {"op": "mm", "provider": f"bare GEMM into {into}", "mode": when, "units": 1}
-            columns |= {"pct_of_gemm": percent, "tflops": f"{rate:.1f}"}
-            self.bench.save(**columns, **head.columns(), **found)
-
-    def figures(self, head: Head, units: int, found: dict[str, object]) -> dict[str, object]:
-        """The columns that refer to the unit."""
-        if self.bench.warm:
-            return {}
-        if head.size not in self._found:
-            self.save(head, "at the start")
-        ms, size, unit = float(found["ms_p50"]), head.size, self.now(head)
-        rate = 2e-9 * units * size.rows * size.hidden * size.classes / ms
-        shown = {"pct_of_gemm": f"{100 * units * unit / ms:.1f}", "tflops": f"{rate:.1f}"}
-        return {"units": units, "unit_ms": f"{unit:.4f}", **shown}
+    def get(self, size: Size) -> tuple[Head, Unit]:
+        """(head, unit) of this size."""
+        if self._unit is None or self._unit.head.size != size:
+            self._unit = None
+            self._unit = Unit(self._heads.get(size))
+        return self._unit.head, self._unit
 
 
-def mode_row(head: Head, units: Units, mode: str, gemm: str) -> dict[str, object]:
+def mode_row(head: Head, unit: Unit, mode: str, gemm: str) -> dict[str, object]:
     """One mode and form: errors and repeatability first, then time."""
     count, call = MODES[mode]
     errors: dict[str, object] = {}
@@ -166,11 +166,13 @@ def mode_row(head: Head, units: Units, mode: str, gemm: str) -> dict[str, object
         if not repeats:
             errors["verdict"] = "RED"
         del first, second
-    found = head.bench.measure(lambda: call(head, gemm))
-    predicted = ""
-    if (head.size.hidden, head.size.classes) == LLADA:
-        predicted = PREDICTED.get(mode, {}).get(head.size.rows, "")
-    return {**found, **units.figures(head, count, found), **errors, "predicted_ms": predicted}
+    return {**unit.measure(lambda: call(head, gemm), count), **errors}
+
+
+def host_row(head: Head, unit: Unit, mode: str, gemm: str) -> dict[str, object]:
+    """The same from an idle device: what a loop pays whose host does not run ahead."""
+    count, call = MODES[mode]
+    return unit.measure(lambda: call(head, gemm), count, ahead=False)
 
 
 def floor_row(head: Head) -> dict[str, object]:
@@ -188,38 +190,84 @@ def floor_row(head: Head) -> dict[str, object]:
     return head.errors(total - target)
 
 
-def tasks(bench: Bench) -> Iterator[Task]:
-    """The work list, a generator: a head is made when its first task runs."""
-    heads, units = Heads(bench), Units(bench)
-    for index, size in enumerate(sizes(bench)):
+def default_form(bench: Bench) -> str:
+    """The GEMM form that a call with gemm="auto" takes."""
+    operands = (torch.empty(1, 16, dtype=bench.dtype, device=bench.device) for _ in range(2))
+    return plan_linear_cross_entropy(*operands, backend=bench.backend).gemm
 
-        def columns(size=size, **more) -> dict[str, object]:
-            shape = {"N": size.rows, "D": size.hidden, "V": size.classes, "case": size.case}
-            return {"op": "linear_cross_entropy", "dtype": bench.dtype_name, **shape, **more}
 
-        for gemm in FORMS:
-            for mode in MODES:
-                name = f"N={size.rows} D={size.hidden} V={size.classes}, {size.case}: {mode}, {gemm}"
+class WorkList:
+    """The tasks of this stage, in groups."""
 
-                def run(size=size, mode=mode, gemm=gemm):
-                    return mode_row(heads.get(size), units, mode, gemm)
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.problems = bench, Problems(bench)
 
-                yield Task(name, columns(provider="vrpo", mode=mode, gemm=gemm), run)
-        if bench.warm:
-            continue
+    def columns(self, size: Size, **more: str) -> dict[str, object]:
+        """What is known of a row beforehand."""
+        shape = {"N": size.rows, "D": size.hidden, "V": size.classes, "case": size.case}
+        return {"op": "linear_cross_entropy", "dtype": self.bench.dtype_name, **shape, **more}
+
+    def modes(self, size: Size, gemm: str) -> Iterator[Task]:
+        """Every mode in one form."""
+        for mode in MODES:
+            name = f"N={size.rows} D={size.hidden} V={size.classes}, {size.case}: {mode}, {gemm}"
+            columns = self.columns(size, provider="vrpo", mode=mode, gemm=gemm)
+            yield Task(name, columns, lambda mode=mode: mode_row(*self.problems.get(size), mode, gemm))
+
+    def around(self, size: Size) -> Iterator[Task]:
+        """The bare GEMM, and the error that the tensor cores' sums alone make."""
+        columns = {**self.columns(size), "op": "mm"}
+        yield Task("bare GEMM", columns, lambda: self.problems.get(size)[1].rows())
         provider = "cublas logits, fp64 softmax"
-        yield Task(provider, columns(provider=provider), lambda size=size: floor_row(heads.get(size)))
-        yield Task("bare GEMM again", {}, lambda size=size: units.save(heads.get(size), "at the end"))
-        if index == 0:
-            for gemm in FORMS:
-                for mode, (_units, call) in list(MODES.items())[: 1 if bench.tiny else None]:
+        known = self.columns(size, provider=provider)
+        yield Task(provider, known, lambda: floor_row(self.problems.get(size)[0]))
 
-                    def profiled(size=size, call=call, mode=mode, gemm=gemm):
-                        head, path = heads.get(size), bench.path.with_name("profile.txt")
-                        profile(bench, f"{mode}, {gemm}, N={size.rows}", lambda: call(head, gemm), path)
+    def host(self, size: Size, gemm: str) -> Iterator[Task]:
+        """Every mode from an idle device."""
+        for mode in MODES:
+            name = f"{mode}, host included"
+            columns = self.columns(size, provider="vrpo, host included", mode=mode, gemm=gemm)
+            yield Task(name, columns, lambda mode=mode: host_row(*self.problems.get(size), mode, gemm))
 
-                    known = {"op": "profile", "mode": mode, "gemm": gemm}
-                    yield Task(f"profile of {mode}, {gemm}", known, profiled)
+    def profiles(self, size: Size, gemm: str) -> Iterator[Task]:
+        """Where the time goes inside one call."""
+        path = self.bench.path.with_name("profile.txt")
+        for mode, (_units, call) in list(MODES.items())[: 1 if self.bench.tiny else None]:
+
+            def run(mode=mode, call=call):
+                head, _unit = self.problems.get(size)
+                profile(self.bench, f"{mode}, {gemm}, N={size.rows}", lambda: call(head, gemm), path)
+
+            yield Task(f"profile of {mode}, {gemm}", {"op": "profile", "mode": mode, "gemm": gemm}, run)
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    """The work list, a generator: a head is made when its first task runs.
+
+    The default form of every size goes first; both forms of the first size, which the tables compare.
+    """
+    work, default = WorkList(bench), default_form(bench)
+    (other,) = set(FORMS) - {default}
+    first, *more = sizes(bench)
+    if bench.warm:
+        for size, gemm in itertools.product((first, *more), (default, other)):
+            yield from work.modes(size, gemm)
+        return
+    yield from work.around(first)
+    yield from work.modes(first, default)
+    yield from work.modes(first, other)
+    for gemm in (default, other):
+        yield from work.profiles(first, gemm)
+    for size in more:
+        yield from work.around(size)
+        yield from work.modes(size, default)
+        if size == HOST_SIZE:
+            yield from work.host(size, default)
+    if bench.tiny:
+        yield from work.host(first, default)
+    for size in more:
+        if size.classes in BOTH_FORMS:
+            yield from work.modes(size, other)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,8 +2,9 @@
 
     python3 -m benchmarks.gpu_memory [--output DIR] [--until EPOCH] [--skip TASKS] [--warm I/N] [--tiny]
 
-cross_entropy of logits, mask_select, pack_masked, token_weight_sums and gather_rows. Bytes are those that
-have to move (each input read and each output written once per pass). Rows go to memory.csv.
+cross_entropy of logits, mask_select beside a loop over torch.randperm, pack_masked, token_weight_sums and
+gather_rows. Bytes are those that have to move (each input read and each output written once per pass). Rows
+go to memory.csv.
 """
 
 import functools
@@ -25,6 +26,7 @@ FIELDS = (
     *(*TIMES, "MB", "GB_per_s", "pct_of_copy", "Gpositions_per_s", "note"),
 )
 NUM_SAMPLES, PROMPT = 8, 64
+MOST_LOOPED = 64  # segments of the largest loop over torch.randperm
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Sizes:
     hidden: int
 
 
-FULL = Sizes(2**29, 4096, 126464, ((64, 512), (64, 4096), (512, 4096), (8, 65536)), 65536, 16384, 4096)
+SEGMENTS = ((64, 512), (64, 4096), (4096, 4096), (65536, 512), (8, 65536))
+FULL = Sizes(2**29, 4096, 126464, SEGMENTS, 65536, 16384, 4096)
 TINY = Sizes(2**10, 5, 300, ((8, 20),), 40, 10, 16)
 
 
@@ -69,7 +72,7 @@ class Bandwidth:
 
     def row(self, run: Callable[[], object], moved: int, positions: int = 0) -> dict[str, object]:
         """Times `run`, which has to move `moved` bytes and looks at `positions` positions."""
-        found = self.bench.measure(run, seconds=0.15)
+        found = self.bench.measure(run, seconds=0.1)
         if self.bench.warm:
             return {}
         self.rate()
@@ -130,6 +133,14 @@ class Draw:
         draw = (self.length, self.counter, self.first, self.half_word)
         return mask_select(*draw, seed=7, by_rank=False, num_rows=num_rows, **self.options)
 
+    def randperm_loop(self) -> tuple[Tensor, Tensor]:
+        """The rival of `by_rank`: one torch.randperm per segment, not reproducible elsewhere."""
+        half, options = int(self.positions) // len(self.length) // 2, {"device": self.length.device}
+        length = int(self.positions) // len(self.length)
+        chosen = [torch.randperm(length, **options)[:half].sort().values for _ in range(len(self.length))]
+        offsets = torch.arange(0, half * len(chosen) + 1, half, **options)
+        return torch.cat(chosen), offsets
+
     @functools.cached_property
     def masked(self) -> tuple[Tensor, Tensor]:
         """(position_N, offsets_S1)."""
@@ -178,6 +189,10 @@ def draw_tasks(bench: Bench, roof: Bandwidth, segments: int, length: int) -> Ite
         moved = size_of(d.length, d.counter, d.first, d.half, *d.by_rank())
         return roof.row(d.by_rank, moved, d.positions)
 
+    def loop() -> dict[str, object]:
+        d = draw()
+        return roof.row(d.randperm_loop, size_of(*d.randperm_loop()), d.positions)
+
     def by_word(known: bool) -> dict[str, object]:
         d = draw()
         found = d.by_word(None)
@@ -193,8 +208,10 @@ def draw_tasks(bench: Bench, roof: Bandwidth, segments: int, length: int) -> Ite
         d = draw()
         return roof.row(d.sums, size_of(d.weight, *d.masked, *d.sums()), d.positions)
 
+    rival = (("torch.randperm", "loop over the segments", loop),) if segments <= MOST_LOOPED else ()
     for op, mode, run in (
         ("mask_select", "by rank", by_rank),
+        *rival,
         ("mask_select", "by word, number of rows known", functools.partial(by_word, True)),
         ("mask_select", "by word, number of rows asked for", functools.partial(by_word, False)),
         ("pack_masked", f"{NUM_SAMPLES} samples", pack),

@@ -2,128 +2,84 @@
 
     python3 -m benchmarks.gpu_tiles [--output DIR] [--until EPOCH] [--skip TASKS] [--warm I/N] [--tiny]
 
-Times the backend's own functions over tile shapes for LLaDA's head at N = 4096, then the best few at N =
-512 and 16384. Each row is judged against fp64 like those of the stage `kernels`; a shape that does not
-compile or does not fit is a row that says so. Rows go to tiles.csv.
+Times the backend's own functions over tile shapes for LLaDA's head at N = 4096, 512 and 16384, each beside
+the bare GEMM of the same moment. Each row is judged against fp64 like those of the stage `kernels`; a shape
+that does not compile or does not fit is a row that says so. Rows go to tiles.csv.
 """
 
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from benchmarks.gpu_bench import TIMES, Bench, Task, parse
-from benchmarks.gpu_kernels import LLADA, Units, product
-from benchmarks.gpu_truth import ERRORS, Head, Heads, Size
+from benchmarks.gpu_bench import BESIDE, TIMES, Bench, Task, parse
+from benchmarks.gpu_kernels import LLADA, Problems
+from benchmarks.gpu_truth import ERRORS, Head, Size
 from vrpo_kernels.linear_cross_entropy import kernel
 from vrpo_kernels.linear_cross_entropy.tiles import Tiles, tiles_for
 
-BLOCKS = ("block_rows", "block_cols", "block_hidden", "num_warps", "num_stages", "programs_per_sm")
+BLOCKS = ("block_rows", "block_cols", "block_hidden", "num_warps", "num_stages")
 FIELDS = (
     *("op", "provider", "mode", "dtype", "N", "D", "V", "case"),
-    *("rows", "cols", "fold_cols", "streams"),
+    *("rows", "cols", "first_cols", "fold_cols"),
     *BLOCKS,
-    *(*TIMES, "units", "unit_ms", "pct_of_gemm", "tflops"),
+    *(*TIMES, *BESIDE, "tflops"),
     *(*ERRORS, "note"),
 )
-UNITS = {"no gradient": 1, "frozen head": 2, "sweep": 3, "dW from kept": 1}
-
-FUSED_SHAPES = (
-    # as BLOCKS; two programs on an SM share its 227 KiB
-    (128, 256, 64, 8, 3, 1),
-    (128, 256, 64, 8, 4, 1),
-    (128, 128, 64, 4, 3, 2),
-    (128, 128, 64, 8, 3, 2),
-    (256, 128, 64, 8, 3, 1),
-    (256, 128, 64, 8, 4, 1),
-    (128, 128, 64, 4, 4, 1),
-    (128, 128, 64, 8, 4, 1),
-    (64, 256, 64, 4, 2, 2),
-    (64, 256, 64, 4, 4, 1),
-    (128, 256, 32, 8, 6, 1),
-)
-STREAMED = (
-    # streams, rows, cols; chunks are cut smaller than rows where there would be fewer than streams
-    (2, 4096, 32768),
-    (2, 1024, 8192),
-    (2, 4096, 16384),
-    (2, 1024, 32768),
-    (2, 512, 8192),
-    (4, 512, 8192),
-    (4, 1024, 8192),
-    (2, 4096, 8192),
-    (2, 512, 16384),
-    (3, 4096, 32768),
-    (4, 4096, 32768),
-)
-FUSED_TILES = ((4096, 32768), (4096, 8192), (1024, 8192))
+UNITS = {"no gradient": 1, "frozen head": 2, "sweep": 3}
+WIDE, TALL = (128, 256), (256, 128)  # block_rows, block_cols of the fused GEMM
 
 
-def _shaped(base: Tiles, shape: tuple[int, ...], rows: int, cols: int, streams: int = 1) -> Tiles:
-    blocks = dict(zip(BLOCKS, shape, strict=True))
-    return replace(base, gemm="fused", rows=rows, cols=cols, streams=streams, **blocks)
+def _fused(base: Tiles, tile: tuple[int, int], stages: int, block: tuple[int, int] = WIDE) -> Tiles:
+    (rows, cols), (block_rows, block_cols) = tile, block
+    shape = {"block_rows": block_rows, "block_cols": block_cols, "num_stages": stages}
+    return replace(base, gemm="fused", rows=rows, cols=cols, first_cols=8192, **shape)
 
 
-def cases(base: Tiles) -> list[tuple[str, Tiles]]:
-    """(mode, tiles) in the order of what is learnt from them."""
-    cublas = replace(base, gemm="cublas", streams=1)
-    shapes = list(itertools.product((4096, 1024, 2048), (32768, 8192, 16384, 4096)))
-    wide = replace(cublas, rows=4096, cols=32768)
-    found = [("frozen head", replace(cublas, rows=rows, cols=cols)) for rows, cols in shapes]
-    for streams, rows, cols in STREAMED:
-        found.append(("frozen head", replace(cublas, rows=rows, cols=cols, streams=streams)))
-    for shape in FUSED_SHAPES:
-        found.append(("frozen head", _shaped(base, shape, *FUSED_TILES[0])))
-    for streams, cols in ((1, 8192), (1, 16384), (1, 32768), (1, 4096), (2, 8192), (2, 16384), (3, 8192)):
-        found.append(("sweep", replace(cublas, sweep_rows=4096, sweep_cols=cols, streams=streams)))
-    for cols in (8192, 4096, 2048):
-        found.append(("sweep", replace(cublas, sweep_rows=2048, sweep_cols=cols)))
-    found.append(("dW from kept", cublas))
-    found += [("frozen head", replace(wide, fold_cols=cols)) for cols in (1024, 2048, 8192, 16384)]
-    found += [("no gradient", replace(cublas, rows=rows, cols=cols)) for rows, cols in shapes]
-    found += [("no gradient", replace(wide, streams=streams)) for streams in (2, 3)]
-    for shape in FUSED_SHAPES[:4]:
-        found.append(("frozen head", _shaped(base, shape, *FUSED_TILES[0], streams=2)))
-    for tile, shape in itertools.product(FUSED_TILES[1:], FUSED_SHAPES):
-        found.append(("frozen head", _shaped(base, shape, *tile)))
-    for tile, shape in itertools.product(FUSED_TILES[:2], FUSED_SHAPES[:4]):
-        found.append(("no gradient", _shaped(base, shape, *tile)))
+def cases(base: Tiles, num_rows: int) -> list[tuple[str, Tiles]]:
+    """(mode, tiles) for so many rows, in the order of what is learnt from them."""
+    found = [("frozen head", _fused(base, (4096, cols), 3)) for cols in (32768, 16384, 8192)]
+    found += [("frozen head", _fused(base, (4096, cols), 4)) for cols in (32768, 8192)]
+    found += [("frozen head", _fused(base, (4096, 32768), stages, TALL)) for stages in (3, 4)]
+    found.append(("frozen head", replace(base, gemm="cublas", rows=4096, cols=32768)))
+    if num_rows >= 4096:  # below, all rows are one chunk in any case
+        found.append(("frozen head", _fused(base, (2048, 32768), 3)))
+    if num_rows > 4096:
+        found.append(("frozen head", _fused(base, (8192, 32768), 3)))
+    found.append(("frozen head", replace(_fused(base, (4096, 32768), 3), first_cols=32768)))
+    found += [("no gradient", _fused(base, (4096, 32768), stages)) for stages in (3, 4)]
+    for cols in (8192, 16384, 32768):
+        sweep = {"sweep_rows": 4096, "sweep_cols": cols}
+        found.append(("sweep", replace(base, gemm="cublas", **sweep)))
+        found += [("sweep", replace(_fused(base, (4096, 32768), stages), **sweep)) for stages in (3, 4)]
     return found
 
 
 def _tiny_cases(base: Tiles) -> list[tuple[str, Tiles]]:
-    cublas = replace(base, gemm="cublas", rows=128, cols=64, fold_cols=64)
-    small = _shaped(replace(cublas, rows=128), (32, 32, 16, 4, 2, 1), 128, 64)
+    shapes = {"rows": 128, "cols": 64, "fold_cols": 64, "sweep_rows": 128, "sweep_cols": 64, "first_cols": 32}
+    cublas = replace(base, gemm="cublas", **shapes)
+    small = {"block_rows": 32, "block_cols": 32, "block_hidden": 16, "num_warps": 4, "num_stages": 2}
+    fused = replace(cublas, gemm="fused", **small)
     return [
         ("frozen head", cublas),
-        ("frozen head", replace(cublas, cols=128)),
-        ("frozen head", small),
-        ("sweep", replace(cublas, sweep_rows=128, sweep_cols=64)),
-        ("dW from kept", cublas),
-        ("no gradient", small),
+        ("frozen head", fused),
+        ("no gradient", fused),
+        ("sweep", cublas),
+        ("sweep", fused),
     ]
 
 
 class Runs:
-    """Calls of the kernel module for one head; what a forward pass leaves is made once."""
+    """Calls of the kernel module for one head; the statistics of its forward pass are made once."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
         self.arguments = (head.hidden, head.weight, head.targets)
-        self._left: tuple | None = None
-
-    def left(self) -> tuple:
-        """(statistics, kept tiles, their shifts) of a forward pass with default tiles."""
-        if self._left is None:
-            options = {"gemm": "cublas", "want_dhidden": False, "keep_tiles": True}
-            _nll, statistics, _expected, kept, shift = kernel.forward(*self.arguments, **options)
-            self._left = statistics, kept, shift
-        return self._left
+        self._statistics: torch.Tensor | None = None
 
     def forward(self, tiles: Tiles, want_dhidden: bool):
-        """(nll, dhidden or None). dhidden is scaled as the backward pass does it."""
+        """(nll, dhidden or None, None). dhidden is scaled as the backward pass does it."""
         options = {"gemm": tiles.gemm, "want_dhidden": want_dhidden, "keep_tiles": False, "tiles": tiles}
         nll, statistics, expected, *_ = kernel.forward(*self.arguments, **options)
         if not want_dhidden:
@@ -133,112 +89,54 @@ class Runs:
 
     def sweep(self, tiles: Tiles):
         """(None, dhidden, dweight) from known statistics."""
-        statistics = self.left()[0]
+        if self._statistics is None:
+            options = {"gemm": "cublas", "want_dhidden": False, "keep_tiles": False}
+            self._statistics = kernel.forward(*self.arguments, **options)[1]
         wanted = {"want_dhidden": True, "want_dweight": True, "gemm": tiles.gemm, "tiles": tiles}
-        return None, *kernel.sweep(self.head.dnll, *self.arguments, statistics, **wanted)
-
-    def dweight(self, tiles: Tiles):
-        """(None, None, dweight) from kept tiles."""
-        left = self.left()
-        return None, None, kernel.dweight(self.head.dnll, *self.arguments, *left, gemm=tiles.gemm)
+        return None, *kernel.sweep(self.head.dnll, *self.arguments, self._statistics, **wanted)
 
     def call(self, mode: str, tiles: Tiles):
         """(nll, dhidden, dweight) of one mode."""
-        if mode == "sweep":
-            return self.sweep(tiles)
-        if mode == "dW from kept":
-            return self.dweight(tiles)
-        return self.forward(tiles, mode == "frozen head")
+        return self.sweep(tiles) if mode == "sweep" else self.forward(tiles, mode == "frozen head")
 
 
 class Sweep:
-    """The head in use with its runs; another size frees both."""
+    """The head in use with its unit and its runs; another size frees them."""
 
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.heads, self.units = bench, Heads(bench), Units(bench)
+        self.bench, self.problems = bench, Problems(bench)
         self._runs: Runs | None = None
-
-    def runs(self, size: Size) -> Runs:
-        if self._runs is None or self._runs.head.size != size:
-            self._runs = None
-            self._runs = Runs(self.heads.get(size))
-        return self._runs
 
     def row(self, size: Size, mode: str, tiles: Tiles) -> dict[str, object]:
         """Errors, then time of one shape."""
-        runs = self.runs(size)
-        errors = {} if self.bench.warm else runs.head.errors(*runs.call(mode, tiles))
-        found = self.bench.measure(lambda: runs.call(mode, tiles), seconds=0.15)
-        return {**found, **self.units.figures(runs.head, UNITS[mode], found), **errors}
+        if self._runs is not None and self._runs.head.size != size:
+            self._runs = None
+        head, unit = self.problems.get(size)
+        self._runs = runs = self._runs or Runs(head)
+        errors = {} if self.bench.warm else head.errors(*runs.call(mode, tiles))
+        return {**unit.measure(lambda: runs.call(mode, tiles), UNITS[mode], seconds=0.25), **errors}
 
     def columns(self, size: Size, mode: str, tiles: Tiles) -> dict[str, object]:
         """What is known of a row beforehand."""
         shape = {"N": size.rows, "D": size.hidden, "V": size.classes, "case": size.case}
         shape |= {"op": "linear_cross_entropy", "provider": f"vrpo {tiles.gemm}", "mode": mode}
         shape["dtype"] = self.bench.dtype_name
-        if mode == "dW from kept":
-            return shape
         sweep = mode == "sweep"
         shape["rows"] = tiles.sweep_rows if sweep else tiles.rows
         shape["cols"] = tiles.sweep_cols if sweep else tiles.cols
-        shape["streams"] = tiles.streams
         if tiles.gemm == "fused":
             shape |= {name: getattr(tiles, name) for name in BLOCKS}
+            shape |= {} if sweep else {"first_cols": tiles.first_cols}
         else:
-            shape["fold_cols"] = tiles.fold_cols
+            shape |= {} if sweep else {"fold_cols": tiles.fold_cols}
         return shape
 
     def task(self, size: Size, mode: str, tiles: Tiles) -> Task:
+        """One shape as a task."""
         columns = self.columns(size, mode, tiles)
         hidden = ("op", "dtype", "D", "V")
         shown = [str(columns[key]) for key in FIELDS if key in columns and key not in hidden]
         return Task(" ".join(shown), columns, lambda: self.row(size, mode, tiles))
-
-    def direct_dweight(self, size: Size) -> list[dict]:
-        """dW as bare products of random tiles: into 16 bits with sums in 16 or 32 bits, and into fp32."""
-        head, rows = self.runs(size).head, []
-        kept = torch.empty(size.rows, size.classes, dtype=self.bench.dtype, device=self.bench.device)
-        kept.uniform_(0, 1)
-        dtypes = (self.bench.dtype, torch.float32)
-        outs = {dtype: torch.empty_like(head.weight, dtype=dtype) for dtype in dtypes}
-
-        def sixteen() -> None:
-            torch.mm(kept.t(), head.hidden, out=outs[self.bench.dtype])
-
-        def both() -> None:
-            product(kept.t(), head.hidden, outs[torch.float32])
-            outs[self.bench.dtype].copy_(outs[torch.float32])
-
-        for case, reduced, run in (
-            ("torch.mm into 16 bits, partial sums in fp32", False, sixteen),
-            ("torch.mm into 16 bits, PyTorch's default", None, sixteen),
-            ("torch.mm into fp32", None, lambda: product(kept.t(), head.hidden, outs[torch.float32])),
-            ("torch.mm into fp32, then a copy into 16 bits", None, both),
-        ):
-            before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-            try:
-                if reduced is not None:
-                    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
-                found = self.bench.measure(run, seconds=0.15)
-            finally:
-                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
-            rows.append({"provider": case, **found, **self.units.figures(head, 1, found)})
-        return rows
-
-    def best(self, count: int, size: Size, mode: str, provider: str) -> list[Tiles]:
-        """The fastest correct shapes measured for a size so far in this process."""
-        wanted = {"N": size.rows, "mode": mode, "provider": provider, "verdict": "ok"}
-        good = [row for row in self.bench.rows if wanted.items() <= row.items()]
-        good.sort(key=lambda row: float(row["ms_p50"]))
-        base, found = base_tiles(self.bench), []
-        for row in good[:count]:
-            if mode == "sweep":
-                values = {"sweep_rows": row["rows"], "sweep_cols": row["cols"], "streams": row["streams"]}
-            else:
-                names = ("rows", "cols", "fold_cols", "streams", *BLOCKS)
-                values = {name: row[name] for name in names if name in row}
-            found.append(replace(base, gemm=provider.removeprefix("vrpo "), **values))
-        return found
 
 
 def base_tiles(bench: Bench) -> Tiles:
@@ -248,22 +146,15 @@ def base_tiles(bench: Bench) -> Tiles:
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
-    """The work list, a generator: its end depends on what was measured before."""
+    """The work list; what is compiled does not depend on the number of rows."""
     sweep, base = Sweep(bench), base_tiles(bench)
-    main_size = Size(9, 16, 150) if bench.tiny else Size(4096, *LLADA)
-    for mode, tiles in _tiny_cases(base) if bench.tiny else cases(base):
-        yield sweep.task(main_size, mode, tiles)
-        if mode == "dW from kept" and not bench.warm:
-            columns = {"op": "dW", **sweep.columns(main_size, mode, tiles)}
-            yield Task("bare products for dW", columns, lambda: sweep.direct_dweight(main_size))
-    if bench.warm:
+    if bench.tiny:
+        for mode, tiles in _tiny_cases(base):
+            yield sweep.task(Size(9, 16, 150), mode, tiles)
         return
-    for rows in (5,) if bench.tiny else (512, 16384):
-        size = replace(main_size, rows=rows)
-        best = (("frozen head", "cublas", 4), ("frozen head", "fused", 3), ("sweep", "cublas", 3))
-        for mode, gemm, count in best:
-            for tiles in sweep.best(count, main_size, mode, f"vrpo {gemm}"):
-                yield sweep.task(size, mode, tiles)
+    for rows in (4096,) if bench.warm else (4096, 512, 16384):
+        for mode, tiles in cases(base, rows):
+            yield sweep.task(Size(rows, *LLADA), mode, tiles)
 
 
 def main(arguments: list[str] | None = None) -> int:

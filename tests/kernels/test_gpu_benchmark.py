@@ -8,20 +8,18 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels
-from benchmarks.gpu_bench import PROVENANCE, Bench, Task
-from benchmarks.gpu_digest import digest
+from benchmarks import gpu, gpu_stages
+from benchmarks.gpu_bench import BESIDE, TIMES, Bench, Task
 from benchmarks.gpu_process import Child, Log
 from benchmarks.gpu_profile import summary
 from benchmarks.gpu_stages import Part, Stage, plan
+from benchmarks.gpu_table import tables
 from benchmarks.gpu_truth import Head, Size
-from benchmarks.record import append
 from vrpo_kernels.linear_cross_entropy import reference
 
 needs_triton = pytest.mark.skipif(
@@ -63,10 +61,9 @@ def tiny_bench(folder, **changes):
 
 def test_run__logs_what_a_stage_says_with_its_name(tmp_path, capsys):
     script = "import sys; print('to one'); print('to the other', file=sys.stderr)"
-    line, log = run_script(tmp_path, script, copy="copy.txt")
+    line, log = run_script(tmp_path, script)
     assert line.outcome == "ok" and not line.failed
     assert "[stage] to one\n" in log and "[stage] to the other\n" in log
-    assert (tmp_path / "copy.txt").read_text().splitlines() == ["== stage", "to one", "to the other"]
     assert "[stage] to one\n" in capsys.readouterr().out
 
 
@@ -132,7 +129,7 @@ def test_run__an_optional_part_ends_with_the_others_and_is_no_failure(tmp_path):
     parts = [Part("a", ["-c", ""]), Part("b", ["-c", "import time; time.sleep(50)"], optional=True)]
     stage = Stage("stage", 1, parts)
     found.run(stage, [stage])
-    assert [line.name for line in found.lines] == ["a", "b"] and found.table() == 0
+    assert [line.name for line in found.lines] == ["a", "b"] and found.finish([]) == 0
     assert found.lines[1].seconds < 20 and found.lines[1].outcome == "exit status -15"
 
 
@@ -140,7 +137,7 @@ def test_run__no_stage_starts_without_time(tmp_path):
     found = session(tmp_path, seconds=0.0)
     stage = Stage("stage", 1, [Part("stage", ["-c", "print('ran')"])])
     found.run(stage, [stage])
-    assert found.lines[0].outcome == "skipped: no time left" and found.table() == 0
+    assert found.lines[0].outcome == "skipped: no time left" and found.finish([]) == 0
 
 
 def test_close__ends_what_runs_and_starts_nothing_again(tmp_path):
@@ -155,6 +152,7 @@ def test_plan__names_files_that_exist_and_the_revision_reaches_every_stage(tmp_p
     found = session(tmp_path)
     stages = plan(found.options)
     assert [stage.name for stage in stages][1:] == ["kernels", "tiles", "memory", "step", "rivals", "compile"]
+    assert set(gpu_stages.STAGES) - set(gpu_stages.DEFAULT) == {"compile"}
     for stage in stages:
         for part in stage.parts:
             assert found.environment(part)["VRPO_REVISION"] == "abc123"
@@ -233,45 +231,42 @@ def test_profile_summary__counts_overlapping_kernels_once():
     assert "saw nothing" in summary([])[0]
 
 
+def test_measure_beside__takes_the_ratio_repeat_by_repeat_and_of_the_medians(tmp_path, monkeypatch):
+    bench = tiny_bench(tmp_path, tiny=False)
+    clock = {"unit": iter([2.0, 4.0, 2.0, 2.0, 1.0, 2.0, 2.0]), "run": iter([8.0] * 7)}
+
+    def time_once(run, ahead):
+        assert ahead is False
+        return next(clock[run()]), 0.5
+
+    monkeypatch.setattr(bench, "_time_once", time_once)
+    options = {"seconds": 0.0, "ahead": False}
+    found = bench.measure_beside(lambda: "run", lambda: "unit", 3, **options)
+    assert set(found) == {*TIMES, *BESIDE}
+    assert (found["ms_p50"], found["unit_ms"], found["reps"], found["units"]) == ("8.0000", "2.0000", 7, 3)
+    assert (found["pct_of_gemm"], found["pct_p20"], found["pct_p80"]) == ("75.0", "75.0", "75.0")
+    warm = tiny_bench(tmp_path, warm=True).measure_beside(lambda: None, lambda: 1 / 0, 3)
+    assert set(warm.values()) == {""}
+
+
 @needs_triton
-def test_best_tiles__are_the_fastest_correct_ones_of_that_size(tmp_path):
+def test_tiles__differ_and_name_every_shape(tmp_path):
     from benchmarks import gpu_tiles
 
     bench = tiny_bench(tmp_path)
-    sweep, size = gpu_tiles.Sweep(bench), Size(9, 16, 150)
-    for rows, cols, ms, verdict in (
-        (9, 64, 3.0, "ok"),
-        (9, 128, 1.0, "RED"),
-        (9, 256, 2.0, "ok"),
-        (5, 512, 0.5, "ok"),
-    ):
-        tiles = replace(gpu_tiles.base_tiles(bench), cols=cols, streams=2)
-        columns = sweep.columns(replace(size, rows=rows), "frozen head", tiles)
-        bench.rows.append({**columns, "ms_p50": f"{ms}", "verdict": verdict})
-    found = sweep.best(3, size, "frozen head", "vrpo cublas")
-    assert [(tiles.cols, tiles.streams, tiles.gemm) for tiles in found] == [
-        (256, 2, "cublas"),
-        (64, 2, "cublas"),
-    ]
-    assert sweep.best(3, size, "sweep", "vrpo cublas") == []
-
-
-def test_digest__shows_what_was_measured_and_what_was_not(tmp_path):
-    row = {
-        "op": "linear_cross_entropy",
-        "provider": "vrpo",
-        "gemm": "cublas",
-        "N": 7,
-        "D": 5,
-        "case": "random",
-    }
-    fields = (*PROVENANCE, *gpu_kernels.FIELDS)
-    good = {**row, "mode": "frozen head", "ms_p50": "1.5000", "pct_of_gemm": "83.0", "nll_err": "2e-05"}
-    bad = {**row, "mode": "no gradient", "note": "OutOfMemoryError: none left"}
-    append([{**good, "verdict": "ok"}, bad], tmp_path / "kernels.csv", fields)
-    lines = list(digest(tmp_path))
-    assert "frozen head 1.50 ms 83.0 %; no gradient -; worst nll_err 2e-05" in lines[0]
-    assert "not measured" in lines[1] and "OutOfMemoryError: none left" in lines[1]
+    sweep, base = gpu_tiles.Sweep(bench), gpu_tiles.base_tiles(bench)
+    for rows in (512, 4096, 16384):
+        found = gpu_tiles.cases(base, rows)
+        columns = [sweep.columns(Size(rows, 16, 150), mode, tiles) for mode, tiles in found]
+        assert len({tuple(sorted(row.items())) for row in columns}) == len(found) >= 19
+        assert {(row["mode"], row["provider"]) for row in columns} == {
+            ("frozen head", "vrpo fused"),
+            ("frozen head", "vrpo cublas"),
+            ("no gradient", "vrpo fused"),
+            ("sweep", "vrpo cublas"),
+            ("sweep", "vrpo fused"),
+        }
+        assert all(set(row) <= set(gpu_tiles.FIELDS) for row in columns)
 
 
 @pytest.mark.slow
@@ -282,15 +277,20 @@ def test_gpu__the_timed_stages_run_on_a_cpu_from_end_to_end(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert {path.name for path in tmp_path.iterdir()} == {
-        "log.txt", "kernels.csv", "tiles.csv", "memory.csv", "profile.txt"
+        "log.txt", "summary.txt", "kernels.csv", "tiles.csv", "memory.csv", "profile.txt"
     }  # fmt: skip
-    kernels = [row for row in rows_of(tmp_path / "kernels.csv") if row["provider"] == "vrpo"]
+    for path in tmp_path.iterdir():
+        assert path.name == "log.txt" or not any(str(place) in path.read_text() for place in (ROOT, tmp_path))
+    found = rows_of(tmp_path / "kernels.csv")
+    assert sum(row["provider"] == "vrpo, host included" for row in found) == 5
+    kernels = [row for row in found if row["provider"] == "vrpo"]
     assert len(kernels) == 10 and {row["verdict"] for row in kernels} == {"ok"}
     assert {row["repeats"] for row in kernels} == {"same bits"} and {row["git"] for row in kernels} == {
         "abc123"
     }
     tiles = rows_of(tmp_path / "tiles.csv")
-    assert {"sweep", "frozen head", "no gradient", "dW from kept"} <= {row["mode"] for row in tiles}
+    assert {"sweep", "frozen head", "no gradient"} == {row["mode"] for row in tiles}
     assert not any(row["note"] for row in (*kernels, *tiles, *rows_of(tmp_path / "memory.csv")))
-    assert len(rows_of(tmp_path / "memory.csv")) == 9
+    assert len(rows_of(tmp_path / "memory.csv")) == 10
     assert "[digest] N=9 D=16 peaked cublas: no gradient" in done.stdout
+    assert "| `mask_select`, by rank | 8 segments of 20 |" in "\n".join(tables(tmp_path))

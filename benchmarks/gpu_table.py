@@ -1,0 +1,217 @@
+"""python -m benchmarks gpu-table DIR: Markdown tables of the CSV files that `make gpu` wrote to a folder.
+
+kernels: N x mode in the default GEMM form (the one measured first), the other form beside it. rivals: every
+package on one contract at the largest head measured first. step: K rows and the variants. memory: masks and
+cross_entropy against a device copy. A file that is not there has no table; "-" is what was not measured.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+Rows = list[dict[str, str]]
+
+MODES = ("no gradient", "frozen head", "trained, tiles kept", "trained, recomputed", "replay, both passes")
+COLUMNS = ("no gradient", "frozen head", "trained head")
+TEXT = ("", "N, D x V", "mode", "size", "verdict", "note")
+POLICY = "outside the tolerance policy"
+
+
+def read(path: Path) -> Rows:
+    """The rows of a CSV file, none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def caption(title: str, rows: Rows) -> str:
+    """A line that says what was measured, and on what, when and from which revision."""
+    first = rows[0]
+    dates = sorted({row["date"][:10] for row in rows})
+    facts = [first["device"], " to ".join(dict.fromkeys((dates[0], dates[-1])))]
+    for name in ("git", "torch", "triton", "transformers"):
+        values = sorted({row[name] for row in rows if row.get(name)})
+        facts += [f"{name} {', '.join(values)}"] if values else []
+    return f"{title} ({', '.join(facts)}):"
+
+
+def grid(head: list[str], lines: list[list[str]]) -> list[str]:
+    """A Markdown table with the columns of TEXT to the left and figures to the right."""
+    marks = ["---" if title in TEXT else "---:" for title in head]
+    return ["| " + " | ".join(line) + " |" for line in (head, marks, *lines)]
+
+
+def number(text: str | None, digits: int) -> str:
+    """A figure with so many decimals, "-" if there is none."""
+    return f"{float(text):.{digits}f}" if text else "-"
+
+
+def _spread(row: dict[str, str]) -> str:
+    if not row.get("pct_of_gemm"):
+        return "-"
+    low, high = row.get("pct_p20"), row.get("pct_p80")
+    return f"{float(row['pct_of_gemm']):.0f}" + (f" ({float(low):.0f}..{float(high):.0f})" if low else "")
+
+
+def _worst(row: dict[str, str]) -> str:
+    verdict = row["verdict"] if row["verdict"] != "ok" else ""
+    return " ".join(filter(None, (f"{float(row['nll_err']):.1e}" if row["nll_err"] else "-", verdict)))
+
+
+def _problem(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("N", "D", "V", "case"))
+
+
+def _title(problem: tuple[str, ...]) -> str:
+    rows, hidden, classes, case = problem
+    return f"{rows}, {hidden} x {classes}" + (", peaked" if case.startswith("peaked") else "")
+
+
+def kernels(rows: Rows) -> Iterator[str]:
+    """N x mode of both forms, then the rows that include the host's launches."""
+    ours = [row for row in rows if row["provider"] == "vrpo" and row["ms_p50"]]
+    if not ours:
+        return
+    default = ours[0]["gemm"]
+    found = {(_problem(row), row["mode"], row["gemm"]): row for row in ours}
+    yield caption(f"`linear_cross_entropy`, {ours[0]['dtype']}, form `{default}`", rows)
+    yield ""
+    head = ["N, D x V", "mode", "ms", "% of bare GEMM", "peak MiB", "largest nll error"]
+    others = sorted({row["gemm"] for row in ours} - {default})
+    head += [f"{form}: {what}" for form in others for what in ("ms", "%", "peak MiB")]
+    lines = []
+    for problem in dict.fromkeys(_problem(row) for row in ours):
+        for mode in MODES:
+            row = found.get((problem, mode, default))
+            if row is None:
+                continue
+            line = [_title(problem), mode, number(row["ms_p50"], 2), _spread(row)]
+            line += [number(row["peak_MiB"], 0), _worst(row)]
+            for form in others:
+                other = found.get((problem, mode, form), {})
+                line += [number(other.get("ms_p50"), 2), _spread(other), number(other.get("peak_MiB"), 0)]
+            lines.append(line)
+    yield from grid(head, lines)
+    yield from _host(rows)
+
+
+def _host(rows: Rows) -> Iterator[str]:
+    host = [row for row in rows if row["provider"] == "vrpo, host included" and row["ms_p50"]]
+    if not host:
+        return
+    yield ""
+    yield caption("From an idle device, launches by the host included", host)
+    yield ""
+    lines = [
+        [
+            _title(_problem(row)),
+            row["mode"],
+            number(row["ms_p50"], 2),
+            _spread(row),
+            number(row["host_ms"], 2),
+        ]
+        for row in host
+    ]
+    yield from grid(["N, D x V", "mode", "ms", "% of bare GEMM", "of it host ms"], lines)
+
+
+def _verdict(row: dict[str, str]) -> str:
+    note = row["note"].split(":")[0]
+    if not note:
+        return "within the policy"
+    ratio = f" by {float(row['policy_ratio']):.0f}x" if row["note"].startswith(POLICY) else ""
+    return f"{note}{ratio}"
+
+
+def rivals(rows: Rows) -> Iterator[str]:
+    """Every provider at the first N; one that could not run shows why."""
+    if not rows:
+        return
+    rows_first = [row for row in rows if row["N"] == rows[0]["N"]]
+    size = f"N = {rows[0]['N']}, D = {rows[0]['D']}, V = {rows[0]['V']}, {rows[0]['dtype']}"
+    yield caption(f"ms and units of the bare GEMM of the same run, {size}", rows_first)
+    yield ""
+    head = ["", *(f"{column}: {what}" for column in COLUMNS for what in ("ms (units)", "peak MiB"))]
+    lines = []
+    for name in dict.fromkeys(row["provider"] for row in rows_first):
+        own = [row for row in rows_first if row["provider"] == name]
+        if name.startswith("bare "):
+            continue
+        # The last row of a column is the run that counts, if a part was measured twice.
+        by_column = {row["column"]: row for row in own if row["ms_p50"]}
+        line = [name]
+        for column in COLUMNS:
+            row = by_column.get(column, {})
+            units = f" ({row['units_p50']})" if row else ""
+            line += [number(row.get("ms_p50"), 2) + units, number(row.get("peak_MiB"), 0)]
+        last = own[-1]
+        lines.append([*line, last["nll_error"] or "-", _verdict(last)])
+    yield from grid([*head, "nll error", "verdict"], lines)
+
+
+def step(rows: Rows) -> Iterator[str]:
+    """Steps by K, then the variants against the LoRA step with as many tokens."""
+    timed = [row for row in rows if row["tokens_per_s"]]
+    if not timed:
+        return
+    plain = {(row["case"], row["K"]): row for row in timed if row["case"] in ("LoRA", "full")}
+    yield caption("One VRPO step of one pair, LLaDA-8B's shape, random weights", rows)
+    yield ""
+    head = ["", "K", "ms", "tokens/s", "TFLOP/s", "% of bare GEMM", "peak GiB"]
+    order = sorted(plain.items(), key=lambda item: (item[0][0] != "LoRA", int(item[0][1])))
+    yield from grid(head, [_step_line(row) for _, row in order])
+    variants = [row for row in timed if row["case"] not in ("LoRA", "full", "LoRA, first step")]
+    if not variants:
+        return
+    yield ""
+    yield "Variants, and their time over that of LoRA with as many tokens:"
+    yield ""
+    lines, base = [], {row["T"]: float(row["ms"]) for (case, _), row in plain.items() if case == "LoRA"}
+    for row in variants:
+        ratio = f"{float(row['ms']) / base[row['T']]:.3f}" if row["T"] in base else "-"
+        lines.append([*_step_line(row), ratio, row["note"]])
+    yield from grid([*head, "over LoRA", "note"], lines)
+
+
+def _step_line(row: dict[str, str]) -> list[str]:
+    figures = [number(row[name], 0) for name in ("ms", "tokens_per_s", "tflops")]
+    return [row["case"], row["K"], *figures, number(row["pct_of_gemm"], 1), number(row["peak_GiB"], 1)]
+
+
+def memory(rows: Rows) -> Iterator[str]:
+    """Every kernel that moves bytes."""
+    timed = [row for row in rows if row["ms_p50"]]
+    if not timed:
+        return
+    yield caption("Kernels that move bytes", rows)
+    yield ""
+    lines = []
+    for row in timed:
+        size = row["case"] or (f"N = {row['N']}, V = {row['V']}" if row["V"] else f"{row['N']} elements")
+        figures = [number(row["ms_p50"], 3), number(row["GB_per_s"], 0), number(row["pct_of_copy"], 1)]
+        lines.append([f"`{row['op']}`, {row['mode']}", size, *figures, row["Gpositions_per_s"] or "-"])
+    yield from grid(["", "size", "ms", "GB/s", "% of a copy", "Gpositions/s"], lines)
+
+
+TABLES = {"kernels": kernels, "rivals": rivals, "step": step, "memory": memory}
+
+
+def tables(folder: Path) -> Iterator[str]:
+    """The lines of all tables of a folder, a title above each."""
+    for name, render in TABLES.items():
+        lines = list(render(read(folder / f"{name}.csv")))
+        if lines:
+            yield from (f"### {name}", "", *lines, "")
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the tables; 1 if the folder has none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu-table", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("folder", type=Path, help="folder with kernels.csv, rivals.csv, step.csv, memory.csv")
+    lines = list(tables(parser.parse_args(arguments).folder))
+    print(*lines, sep="\n")
+    return 0 if lines else 1
