@@ -14,6 +14,7 @@ from vrpo_kernels.linear_cross_entropy import (
 from vrpo_kernels.mask_select import mask_select
 from vrpo_kernels.pack_masked import PackedTokens, pack_masked, token_weight_sums
 from vrpo_kernels.philox import philox4x32
+from vrpo_kernels.rotary import rotary
 from vrpo_kernels.rows import gather_rows
 from vrpo_kernels.segments import segment_sum
 
@@ -33,6 +34,7 @@ __all__ = [
     "pack_masked",
     "philox4x32",
     "plan_linear_cross_entropy",
+    "rotary",
     "segment_sum",
     "token_weight_sums",
     "vocab_parallel_linear_cross_entropy",

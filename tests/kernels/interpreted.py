@@ -30,6 +30,8 @@ from vrpo_kernels.mask_select import reference as mask_select_reference
 from vrpo_kernels.pack_masked import kernel as pack_masked_kernel
 from vrpo_kernels.pack_masked import pack_masked, token_weight_sums
 from vrpo_kernels.pack_masked import reference as pack_masked_reference
+from vrpo_kernels.rotary import kernel as rotary_kernel
+from vrpo_kernels.rotary import reference as rotary_reference
 from vrpo_kernels.triton_math import exp
 
 # log(0) and 0 / 0 are computed where a vocabulary of one class has no other class, and then not used.
@@ -65,6 +67,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(pack_masked_kernel, "_BLOCK", 16)
     monkeypatch.setattr(pack_masked_kernel, "_BLOCK_R", 2)
     monkeypatch.setattr(cross_entropy_kernel, "_block", lambda num_classes: 64)
+    monkeypatch.setattr(rotary_kernel, "_BLOCK", 16)
 
 
 def _inputs(N, V, D, dtype, scale=1.0):
@@ -406,3 +409,26 @@ def test_exp__is_within_one_and_a_half_roundings():
     _exp_kernel[(1,)](edges, out, BLOCK=4096)
     assert out[:4].tolist() == [0.0, 0.0, 0.0, 1.0]
     assert out[4].isinf() and out[5].isnan()
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "length", "size"),
+    [(1, 1, 1, 1, 2), (2, 3, 1, 5, 6), (1, 9, 2, 3, 16), (2, 2, 4, 2, 20)],
+)
+def test_rotary__bit_identical_to_the_reference(batch, heads, key_heads, length, size, dtype, inverse):
+    """Several blocks of heads, halves that are no power of two, strides, angles shared by the batch."""
+    generator = torch.Generator().manual_seed(size)
+    query, key = (
+        torch.randn(batch, length, count, size, generator=generator).to(dtype).transpose(1, 2)
+        for count in (heads, key_heads)
+    )
+    angle = torch.randn(1, length, size, generator=generator)
+    cos, sin = (part[..., : size // 2].expand(batch, -1, -1) for part in (angle.cos(), angle.sin()))
+    with testing.poisoned_empty():
+        found = rotary_kernel.rotary(query, key.contiguous(), cos, sin, inverse)
+    for turned, plain, name in zip(found, (query, key), ("query", "key"), strict=True):
+        expected = rotary_reference.rotary(plain, cos, -sin if inverse else sin)
+        testing.assert_bitwise_equal(turned.contiguous(), expected, name)
+        assert turned.transpose(1, 2).is_contiguous()

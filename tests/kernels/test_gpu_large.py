@@ -113,10 +113,12 @@ def test_linear_cross_entropy__error_grows_with_the_hidden_size_as_truncation_al
                 "largest error": error.abs().max().item(),
                 "mean error": error.mean().item(),
                 "share of the bound": (error.abs() / bound).max().item(),
-                "policy ratio": testing.fp32_error_ratio(nll, truth, baseline),
+                "policy ratio": testing.fp32_error_ratio(
+                    nll, truth, baseline, testing.fp32_floor(hidden.dtype, size)
+                ),
             }
             for name, value in found.items():
                 record_property(f"D={size} {name}", f"{value:.3g}")
             print(f"{gemm} D={size}:", ", ".join(f"{name} {value:.3g}" for name, value in found.items()))
-            excess[size] = found["share of the bound"]
-    assert all(share <= 1 for share in excess.values()), f"error over its bound, by D: {excess}"
+            excess[size] = max(found["share of the bound"], found["policy ratio"])
+    assert all(share <= 1 for share in excess.values()), f"error over what is allowed, by D: {excess}"

@@ -27,6 +27,7 @@ from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 from vrpo_kernels.mask_select import kernel as mask_select
 from vrpo_kernels.pack_masked import kernel as pack_masked
+from vrpo_kernels.rotary import kernel as rotary
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 VECTORS = ("ld.global.v4", "st.global.v4")
@@ -169,6 +170,14 @@ CASES = [
         62,
         types={"value_ptr": "*fp32"},
     ),
+    Case(
+        rotary._rotary_kernel,
+        {"INVERSE": False, "HALF": 64, **rotary.block_heads(32, 64)},
+        {"num_warps": 4},
+        64,
+        VECTORS,
+        dict.fromkeys(("query_ptr", "key_ptr", "query_out_ptr", "key_out_ptr"), "*bf16"),
+    ),
 ]
 
 
@@ -221,7 +230,7 @@ def test_kernel__compiles_without_spills_within_stated_resources(case: Case, arc
 
 
 def test_cases__cover_every_kernel_that_is_launched():
-    modules = (kernel_fold, kernel_gemm, cross_entropy, mask_select, pack_masked)
+    modules = (kernel_fold, kernel_gemm, cross_entropy, mask_select, pack_masked, rotary)
     kernels = {
         value.__name__
         for module in modules

@@ -24,6 +24,7 @@ from vrpo_kernels.linear_cross_entropy import kernel
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 from vrpo_kernels.mask_select import kernel as mask_select
 from vrpo_kernels.pack_masked import kernel as pack_masked
+from vrpo_kernels.rotary import kernel as rotary
 
 NLL_KERNELS = {
     "_target_logits_kernel",
@@ -138,3 +139,20 @@ def test_pack_masked__one_binary_for_all_sizes(launches):
         pack_masked.pack_masked(*batch, num_samples, mask_token_id)
         pack_masked.token_weight_sums(torch.ones(0), position_N, offsets_S1, length_R, num_samples, 16)
     assert len(set(launches)) == 2
+
+
+def test_rotary__one_launch_binds_and_compiles_for_packs_and_batches(launches):
+    for batch, heads, length, inverse in ((1, 32, 100, False), (4, 6, 7, True)):
+        projection = torch.zeros(batch, length, heads * 128, dtype=torch.bfloat16)
+        query = projection.view(batch, length, heads, 128).transpose(1, 2)
+        angle = torch.zeros(1, length, 128)[..., :64].expand(batch, -1, -1)
+        rotary.rotary(query, query[:, :2], angle, angle, inverse)
+    assert [name for name, _ in launches] == ["_rotary_kernel"] * 2
+
+
+def test_rotary__one_binary_for_all_lengths(launches):
+    for length in (1, 16, 1000):
+        query = torch.zeros(1, length, 32, 128, dtype=torch.bfloat16).transpose(1, 2)
+        angle = torch.zeros(1, length, 128)[..., :64]
+        rotary.rotary(query, query, angle, angle, False)
+    assert len(set(launches)) == 1

@@ -18,6 +18,7 @@ from plain_llada import PlainLLaDA
 
 from vrpo.models import LLaDAConfig, LLaDAForMaskedDiffusion, choose_attention
 from vrpo.models.attention import Segments, attend_packed
+from vrpo.models.layers import RMSNorm, RotaryEmbedding, rotate
 from vrpo_kernels import elbo_from_hidden, elbo_from_logits, gather_rows, segment_sum, testing
 from vrpo_kernels.testing import ROUNDOFF, assert_bitwise_equal
 
@@ -321,6 +322,99 @@ def test_model__gradients_repeat_bit_for_bit_when_asked_to(model, deterministic)
     model.zero_grad()
 
 
+# Its layers.
+
+
+def projected_heads(dtype, lengths=MODEL_LENGTHS, heads=32, key_heads=8):
+    """(query, key, rotation) of a pack: views of projections, positions that restart in each segment."""
+    generator = torch.Generator().manual_seed(6)
+    tokens = sum(lengths)
+    query, key = (
+        torch.randn(1, tokens, count * HEAD_SIZE, generator=generator)
+        .to(DEVICE, dtype)
+        .view(1, tokens, count, HEAD_SIZE)
+        .transpose(1, 2)
+        for count in (heads, key_heads)
+    )
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(DEVICE)
+    config = LLaDAConfig(d_model=HEAD_SIZE, n_heads=1, n_layers=1, embedding_size=8, rope_theta=500000.0)
+    return query, key, RotaryEmbedding(config)(query, positions[None])
+
+
+def rotated_by_formula(heads, rotation):
+    """x cos + (-x_high, x_low) sin, every step a kernel of its own, rounded to the dtype of x at the end."""
+    low, high = heads.chunk(2, dim=-1)
+    other = torch.cat((-high, low), dim=-1)
+    wide = heads * rotation.cos_BLd[:, None] + other * rotation.sin_BLd[:, None]
+    return wide.to(heads.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_rotate__equals_the_formula_bit_for_bit_in_a_pack(dtype):
+    query, key, rotation = projected_heads(dtype)
+    with testing.poisoned_empty():
+        found = rotate(query, key, rotation)
+    for turned, heads, name in zip(found, (query, key), ("query", "key"), strict=True):
+        assert_bitwise_equal(turned.contiguous(), rotated_by_formula(heads, rotation).contiguous(), name)
+        assert turned.transpose(1, 2).is_contiguous()  # attention takes it without a copy
+    start = MODEL_LENGTHS[0]  # position 0 turns nothing
+    assert_bitwise_equal(found[0][:, :, start].contiguous(), query[:, :, start].contiguous(), "position 0")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rotate__gradient_is_rounded_once(dtype):
+    query, key, rotation = projected_heads(dtype)
+    upstream = [heads.roll(1, 2) for heads in (query, key)]
+
+    def gradients_in(kind):
+        leaves = [heads.detach().to(kind).requires_grad_() for heads in (query, key)]
+        if kind is torch.float64:
+            turned = [rotated_by_formula(heads, rotation) for heads in leaves]
+        else:
+            turned = rotate(*leaves, rotation)
+        return torch.autograd.grad(turned, leaves, [g.to(kind) for g in upstream])
+
+    for found, exact in zip(gradients_in(dtype), gradients_in(torch.float64), strict=True):
+        # Half a unit in the last place, and what three roundings in float32 add to it.
+        bound = ROUNDOFF[dtype] * exact.abs() * (1 + 1e-2) + 1e-6
+        assert ((found.double() - exact).abs() <= bound).all()
+
+
+def test_rotate__a_batch_shares_its_positions():
+    query, key, _ = projected_heads(DTYPE, [128])
+    batch = [heads.expand(3, -1, -1, -1) for heads in (query, key)]
+    rotation = projected_heads(DTYPE, [128])[2]
+    for turned, alone in zip(rotate(*batch, rotation), rotate(query, key, rotation), strict=True):
+        assert_bitwise_equal(turned.contiguous(), alone.expand(3, -1, -1, -1).contiguous())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rms_norm__is_rounded_twice_and_keeps_its_dtype(dtype, autocast):
+    """Quotient, then product; float32 sums in another order may move the quotient by one unit."""
+    generator = torch.Generator().manual_seed(7)
+    x = 3 * torch.randn(200, 4096, generator=generator)
+    norm = RMSNorm(4096, 1e-5).to(DEVICE, dtype)
+    norm.weight.data.copy_(0.5 + torch.rand(4096, generator=generator))
+    leaf = x.to(DEVICE, dtype).requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+        found = norm(leaf)
+    assert found.dtype == dtype
+    wide = leaf.detach().double().requires_grad_()
+    quotient = wide / (wide.pow(2).mean(1, keepdim=True) + 1e-5).sqrt()
+    rounded = norm.weight * quotient.detach().to(dtype)
+    share = (found != rounded).float().mean().item()
+    print(f"elements that differ from those of the exact quotient: {share:.1e}")
+    assert dtype is torch.float32 or share < 1e-2
+    torch.testing.assert_close(found, rounded, rtol=max(4 * ROUNDOFF[dtype], 2e-6), atol=0)
+    upstream = leaf.detach().roll(1, 0)
+    (gradient,) = torch.autograd.grad(found, leaf, upstream)
+    exact = (quotient * norm.weight.double() * upstream.double()).sum()
+    (truth,) = torch.autograd.grad(exact, wide)
+    assert gradient.dtype == dtype
+    assert relative_error(gradient, truth) <= 2 * ROUNDOFF[dtype] + 1e-6
+
+
 # Ops that have no kernel of their own.
 
 
@@ -331,7 +425,7 @@ def test_gather_rows__bit_identical_to_the_cpu():
     upstream = torch.randn(123, 64, generator=generator).to(DTYPE)
     results = []
     for device in ("cpu", DEVICE):
-        leaf = hidden.to(device).requires_grad_()
+        leaf = hidden.to(device).detach().requires_grad_()
         picked = gather_rows(leaf, rows.to(device))
         picked.backward(upstream.to(device))
         results.append((picked.detach().cpu(), leaf.grad.cpu()))

@@ -4,9 +4,11 @@ transformers' Llama casts cos and sin to the dtype of the activations and rotate
 float32 whatever the weights are and rounds once (`rope_full_precision`); so do these layers.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -16,6 +18,8 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+
+from vrpo_kernels import rotary
 
 
 class Rotation:
@@ -57,19 +61,34 @@ def rotate(query: Tensor, key: Tensor, rotation: Rotation) -> tuple[Tensor, Tens
     """query and key (B, heads, L, d), turned by the angles of their positions.
 
     Numerics: float16 and bfloat16 are multiplied and added in float32 and rounded once, to their own dtype.
+    On a GPU one kernel does it, with the same bits.
     """
     cos, sin = (part.to(query.device) for part in (rotation.cos_BLd, rotation.sin_BLd))
+    if query.device.type == "cuda":
+        half = query.shape[-1] // 2  # both halves of the angles are alike
+        cos, sin = (part[..., :half].expand(len(query), -1, -1) for part in (cos, sin))
+        return rotary(query, key, cos, sin)
     rotated_query, rotated_key = apply_rotary_pos_emb(query, key, cos, sin)  # promotes to float32
     return rotated_query.to(query.dtype), rotated_key.to(key.dtype)
 
 
+def _autocast_suspended(device_type: str) -> AbstractContextManager:
+    if torch.amp.is_autocast_available(device_type):  # not on "meta"
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 class RMSNorm(LlamaRMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight; the quotient in float32, or float64 for float64."""
+    """x / sqrt(mean(x^2) + eps) * weight; the quotient in float32, or float64 for float64.
+
+    Rounded twice, as LLaDA rounds: the quotient to the dtype of x, then its product with the weight.
+    """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(hidden_states.dtype)
+        # Autocast on CUDA would widen what rms_norm reads and writes; it computes in float32 by itself.
+        with _autocast_suspended(hidden_states.device.type):
+            quotient = F.rms_norm(hidden_states, hidden_states.shape[-1:], None, self.variance_epsilon)
+        return self.weight * quotient
 
 
 class Attention(LlamaAttention):
