@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from trainers import LORA, config, logged, parameters, trainer_of
 
 from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOTrainer
-from vrpo.training.precision import release
+from vrpo.training.precision import leave_adapter_inputs_to_autocast, release
 
 LOG_TWO = math.log(2)
 
@@ -163,3 +165,119 @@ def test_train__evaluating_before_it_changes_nothing(tmp_path, tiny_model, token
         trainer.train()
         ends.append(parameters(trainer.model))
     assert torch.equal(*ends)
+
+
+LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapted(model, dtype=torch.bfloat16, **options):
+    """The model in 16 bits with a float32 adapter that is not zero; and one whose inputs autocast settles."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    config = LoraConfig(r=2, target_modules=LORA_LAYERS, init_lora_weights=False, **options)
+    widening = get_peft_model(model, config).train()
+    sparing = copy.deepcopy(widening)
+    leave_adapter_inputs_to_autocast(sparing)
+    return widening, sparing
+
+
+def spy_on_adapter_inputs(model):
+    """The list that gets the dtype of every input of a LoRA matmul."""
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    return seen
+
+
+def nll_and_gradients(model, dtype, *, checkpointing=False):
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable()
+        model.enable_input_require_grads()
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        nll = model(
+            input_ids=torch.arange(1, 13)[None],
+            rows=torch.tensor([3, 8]),
+            targets=torch.tensor([1, 2]),
+        ).nll
+    nll.square().sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert any("lora_A" in name and gradient.abs().max() > 0 for name, gradient in gradients.items())
+    return {"nll": nll.detach(), **gradients}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapter_inputs__left_to_autocast_give_the_same_bits(rough_model, dtype, checkpointing):
+    widening, sparing = adapted(rough_model, dtype)
+    seen = [spy_on_adapter_inputs(model) for model in (widening, sparing)]
+    results = [nll_and_gradients(m, dtype, checkpointing=checkpointing) for m in (widening, sparing)]
+    assert set(seen[0]) == {torch.float32} and torch.float32 not in seen[1]
+    assert len(seen[0]) == len(seen[1])
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
+def test_adapter_inputs__are_widened_without_autocast(rough_model):
+    widening, sparing = adapted(rough_model)
+    nll_and_gradients(sparing, torch.bfloat16)  # what autocast settled is not kept
+    sparing.zero_grad()
+    seen = spy_on_adapter_inputs(sparing)
+    expected, found = nll_and_gradients(widening, None), nll_and_gradients(sparing, None)
+    assert set(seen) == {torch.float32}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.5}, {"use_dora": True}], ids=str)
+def test_adapter_inputs__are_widened_where_the_numbers_would_change(rough_model, options):
+    results = []
+    for model in adapted(rough_model, **options):
+        torch.manual_seed(0)
+        results.append(nll_and_gradients(model, torch.bfloat16))
+    assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+
+
+def test_adapter_inputs__a_peft_without_the_switch_works_as_before(rough_model):
+    widening, _ = adapted(rough_model)
+    older = copy.deepcopy(widening)
+    for layer in older.modules():
+        if isinstance(layer, LoraLinear):
+            del layer.cast_input_dtype_enabled
+    leave_adapter_inputs_to_autocast(older)
+    seen = spy_on_adapter_inputs(older)
+    expected, found = (nll_and_gradients(model, torch.bfloat16) for model in (widening, older))
+    assert set(seen) == {torch.float32}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_adapter_inputs__one_switch_per_layer_and_none_that_was_off(rough_model):
+    _, sparing = adapted(rough_model)
+    layers = [layer for layer in sparing.modules() if isinstance(layer, LoraLinear)]
+    leave_adapter_inputs_to_autocast(sparing)
+    assert {len(layer._forward_pre_hooks) for layer in layers} == {1}
+    off, _ = adapted(rough_model)
+    layers = [layer for layer in off.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    leave_adapter_inputs_to_autocast(off)
+    assert {len(layer._forward_pre_hooks) for layer in layers} == {0}
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "plain"])
+def test_train__adapters_read_activations_as_they_are(tmp_path, rough_model, tokenizer, pair_rows, bf16):
+    trainer = trainer_of(
+        tmp_path,
+        cast(rough_model, "bf16 weights"),
+        tokenizer,
+        pair_rows,
+        peft_config=LoraConfig(r=2, target_modules=LORA_LAYERS),
+        bf16=bf16,
+        max_steps=2,
+    )
+    seen = spy_on_adapter_inputs(trainer.model)
+    trainer.train()
+    assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
+    assert logged(trainer, "rewards/margins")[0] == 0.0

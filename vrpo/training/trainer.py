@@ -37,7 +37,7 @@ from vrpo.training.config import DiffusionConfig
 from vrpo.training.finite import StopAtBadGradients, check_weights
 from vrpo.training.model_card import model_card
 from vrpo.training.packed_trainer import PackedTrainer
-from vrpo.training.precision import keep_output_dtype, release
+from vrpo.training.precision import keep_output_dtype, leave_adapter_inputs_to_autocast, release
 from vrpo.training.resume import (
     check_checkpoint,
     check_output_dir,
@@ -155,6 +155,7 @@ class DiffusionTrainer(PackedTrainer):
             model = add_adapter(model, self.peft_config, seed=self.args.seed)
         if is_peft_model(model):
             check_adapters(model)
+            leave_adapter_inputs_to_autocast(model)
         if self.args.disable_dropout:
             switch_dropout_off(model)
         return release(model)
