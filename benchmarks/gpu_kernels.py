@@ -140,7 +140,7 @@ class Unit:
 
 
 class Problems:
-    """The head in use with its unit; another size frees both."""
+    """The head in use with its unit; another size frees the unit, whose result is large."""
 
     def __init__(self, bench: Bench) -> None:
         self._heads = Heads(bench)

@@ -244,10 +244,10 @@ def tasks(bench: Bench) -> Iterator[Task]:
     """The work list."""
     sizes = TINY if bench.tiny else FULL
     roof = Bandwidth(bench, sizes.copy)
-    for segments, length in sizes.segments:
-        yield from draw_tasks(bench, roof, segments, length)
     yield from logits_tasks(bench, roof, sizes)
     yield from gather_tasks(bench, roof, sizes)
+    for segments, length in sizes.segments:
+        yield from draw_tasks(bench, roof, segments, length)
 
 
 def main(arguments: list[str] | None = None) -> int:

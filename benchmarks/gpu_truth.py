@@ -161,16 +161,17 @@ def relative_errors(candidate: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 class Heads:
-    """The head in use; another size frees it first."""
+    """Heads by size, a GB each, with what was found out about them; where tests run beside it, one only."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self._head: Head | None = None
+        self._heads: dict[Size, Head] = {}
 
     def get(self, size: Size) -> Head:
-        """The head of this size, the last one if it has it."""
-        if self._head is None or self._head.size != size:
-            self._head = None
+        """The head of this size."""
+        if size not in self._heads:
+            if self.bench.warm:
+                self._heads.clear()
             self.bench.clear()
-            self._head = Head(self.bench, size)
-        return self._head
+            self._heads[size] = Head(self.bench, size)
+        return self._heads[size]
