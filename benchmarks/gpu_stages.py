@@ -169,7 +169,7 @@ def plan(options: argparse.Namespace) -> list[Stage]:
     if options.tiny:
         rivals = [word for name, value in TINY_CASE.items() for word in (f"--{name}", value)]
     stages = [
-        Stage("checks", 62, parts),
+        Stage("checks", 68, parts),
         _timed("kernels", 76, options),
         _timed("tiles", 32, options),
         _timed("memory", 14, options),
