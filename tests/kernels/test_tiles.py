@@ -14,15 +14,34 @@ HOPPER = tiles_for((9, 0), 2)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles__never_exceed_the_area_of_a_full_one(capability, itemsize, rows):
     tiles = tiles_for(capability, itemsize)
+    tiles = replace(tiles, gemm="cublas")  # the fused form moves them to whole waves, see below
     for full_rows, full_cols, cols in (
-        (tiles.rows, tiles.cols, tiles.forward_cols(rows)),
-        (tiles.sweep_rows, tiles.sweep_cols, tiles.sweep_tile_cols(rows)),
+        (tiles.rows, tiles.cols, tiles.forward_cols(rows, 132)),
+        (tiles.sweep_rows, tiles.sweep_cols, tiles.sweep_tile_cols(rows, 132)),
     ):
         if rows > full_rows:
             continue
         assert rows * cols <= full_rows * full_cols
         # and use it: the next doubling would not fit
         assert 2 * cols > tiles.max_cols or 2 * cols * rows > full_rows * full_cols
+
+
+@pytest.mark.parametrize("rows", [128, 512, 640, 1024, 2176, 4096])
+@pytest.mark.parametrize("num_sms", [108, 132])
+def test_tiles__of_the_fused_form_fill_whole_waves(rows, num_sms):
+    tiles = replace(HOPPER, gemm="fused")
+    plain = replace(HOPPER, gemm="cublas")
+    for cols, before in (
+        (tiles.forward_cols(rows, num_sms), plain.forward_cols(rows, num_sms)),
+        (tiles.sweep_tile_cols(rows, num_sms), plain.sweep_tile_cols(rows, num_sms)),
+    ):
+        blocks = (rows // 128) * (cols // 256)
+        waves = -(-blocks // num_sms)
+        assert blocks >= 0.98 * waves * num_sms
+        assert 0.75 * before <= cols <= 1.25 * before
+    assert tiles.first_tile_cols(4096, 132) == 8448
+    assert tiles.forward_cols(4096, 132) == 33792
+    assert plain.first_tile_cols(4096, 132) == 0
 
 
 def _waves(total, size, num_cols, num_sms):
@@ -56,6 +75,6 @@ def test_chunk_rows__4100_rows_cost_at_most_one_more_row_block_than_4096():
 def test_tiles__fp32_sweeps_with_the_shape_of_its_forward_pass():
     tiles = tiles_for((9, 0), 4)
     for rows in (100, 1024):
-        assert tiles.forward_cols(rows) == tiles.sweep_tile_cols(rows)
+        assert tiles.forward_cols(rows, 132) == tiles.sweep_tile_cols(rows, 132)
     assert (tiles.rows, tiles.cols) == (tiles.sweep_rows, tiles.sweep_cols)
     assert replace(HOPPER, gemm="fused") == tiles_for((9, 0), 2, "fused")

@@ -67,11 +67,6 @@ def _spans(total: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _row_chunks(total: int, most: int, num_cols: int, device: torch.device) -> list[tuple[int, int]]:
-    """Row chunks that leave few SMs idle in the GEMMs of num_cols columns; see `tiles.chunk_rows`."""
-    return _spans(total, chunk_rows(total, most, num_cols, _device_facts(device)[1]))
-
-
 def _width(size: int, limit: int) -> int:
     """Columns of a workspace: the tile, or what there is, in whole lines."""
     return (min(size, limit) + _LANES - 1) // _LANES * _LANES
@@ -150,10 +145,13 @@ def _forward_tiles(
 ) -> None:
     """Fold every tile into statistics[1:], expected (if not empty) and kept (if not empty)."""
     num_rows, num_classes = hidden.shape[0], weight.shape[0]
-    cols = tiles.forward_cols(min(num_rows, tiles.rows))
-    chunks = _row_chunks(num_rows, tiles.rows, min(cols, num_classes), hidden.device)
+    num_sms = _device_facts(hidden.device)[1]
+    chunks = _spans(num_rows, chunk_rows(num_rows, tiles.rows, min(tiles.cols, num_classes), num_sms))
+    cols = tiles.forward_cols(chunks[0][1], num_sms)
     workspace = _Workspace.make(hidden, weight, statistics, expected, kept, tiles, chunks[0][1], cols)
-    spans = _vocabulary_tiles(num_classes, cols, tiles)
+    first_cols = min(tiles.first_tile_cols(chunks[0][1], num_sms), cols, num_classes)
+    rest = [(first_cols + left, first_cols + right) for left, right in _spans(num_classes - first_cols, cols)]
+    spans = [(0, first_cols), *rest] if first_cols else rest
     for top, bottom in chunks:
         rows = slice(top, bottom)
         for first, last in spans:
@@ -171,13 +169,6 @@ def _forward_tiles(
                 acc_cols=expected.shape[1],
                 keep=bool(kept.numel()),
             )
-
-
-def _vocabulary_tiles(num_classes: int, cols: int, tiles: Tiles) -> list[tuple[int, int]]:
-    """Column ranges; in the fused form the first is narrow (`Tiles.first_cols`)."""
-    head = min(tiles.first_cols, cols, num_classes) if tiles.gemm == "fused" else 0
-    rest = [(head + first, head + last) for first, last in _spans(num_classes - head, cols)]
-    return [(0, head), *rest] if head else rest
 
 
 @dataclass(frozen=True)
@@ -373,10 +364,13 @@ def _sweep_tiles(
 ) -> None:
     """acc = P @ weight (if not empty) and out_weight = P^T @ scaled (if not empty), tile by tile."""
     (num_rows, num_hidden), num_classes = hidden.shape, weight.shape[0]
-    cols = tiles.sweep_tile_cols(min(num_rows, tiles.sweep_rows))
-    width = _width(cols, num_classes)
-    chunks = _row_chunks(num_rows, tiles.sweep_rows, min(cols, num_classes), hidden.device)
+    num_sms = _device_facts(hidden.device)[1]
+    chunks = _spans(
+        num_rows, chunk_rows(num_rows, tiles.sweep_rows, min(tiles.sweep_cols, num_classes), num_sms)
+    )
     rows = chunks[0][1]
+    cols = tiles.sweep_tile_cols(rows, num_sms)
+    width = _width(cols, num_classes)
     logits = statistics.new_empty((0, 0) if tiles.gemm == "fused" else (rows, width))
     workspace = hidden.new_empty((rows, width))
     # Over several chunks a slice of dW is summed in fp32 and rounded at the end.

@@ -51,13 +51,46 @@ class Tiles:
     num_stages: int
     descriptors: bool
 
-    def forward_cols(self, chunk_rows: int) -> int:
+    def forward_cols(self, chunk_rows: int, num_sms: int) -> int:
         """Columns of the forward pass's tiles for row chunks of this size."""
-        return _fitted(self.rows, self.cols, self.max_cols, chunk_rows)
+        return self._whole_waves(
+            _fitted(self.rows, self.cols, self.max_cols, chunk_rows), chunk_rows, num_sms
+        )
 
-    def sweep_tile_cols(self, chunk_rows: int) -> int:
+    def first_tile_cols(self, chunk_rows: int, num_sms: int) -> int:
+        """Columns of the first tile, 0 if it is like the others."""
+        if self.gemm != "fused":
+            return 0
+        return self._whole_waves(self.first_cols, chunk_rows, num_sms)
+
+    def sweep_tile_cols(self, chunk_rows: int, num_sms: int) -> int:
         """Columns of the sweep's tiles for row chunks of this size."""
-        return _fitted(self.sweep_rows, self.sweep_cols, self.max_cols, chunk_rows)
+        return self._whole_waves(
+            _fitted(self.sweep_rows, self.sweep_cols, self.max_cols, chunk_rows), chunk_rows, num_sms
+        )
+
+    def _whole_waves(self, cols: int, chunk_rows: int, num_sms: int) -> int:
+        """cols in the fused form, moved to where its output blocks fill the SMs a whole number of times.
+
+        4096 rows x 32768 columns are 4096 blocks, 31.03 waves of 132 SMs, and take as long as 32 waves;
+        33792 columns are exactly 32.
+        """
+        if self.gemm != "fused":
+            return cols
+        row_blocks = -(-chunk_rows // self.block_rows)
+        return _fullest(row_blocks, cols // self.block_cols, num_sms) * self.block_cols
+
+
+@functools.cache
+def _fullest(row_blocks: int, col_blocks: int, num_sms: int) -> int:
+    """Column blocks, up to a quarter more or less than asked for, whose waves leave the fewest SMs idle."""
+
+    def idle_share(count: int) -> float:
+        waves = -(-row_blocks * count // num_sms)
+        return 1 - row_blocks * count / (waves * num_sms)
+
+    counts = range(max(1, -(-3 * col_blocks // 4)), 5 * col_blocks // 4 + 1)
+    return min(counts, key=lambda count: (round(idle_share(count), 3), abs(count - col_blocks)))
 
 
 def _fitted(rows: int, cols: int, max_cols: int, chunk_rows: int) -> int:
