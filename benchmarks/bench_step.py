@@ -1,6 +1,6 @@
 """The whole VRPO step at LLaDA-8B's shape on one GPU: time, tokens/s, TF/s and memory.
 
-    python3 -m benchmarks step [--output FILE.csv] [--seconds 90] [--revision REV] [--tiny]
+    python3 -m benchmarks step [--output FILE.csv] [--seconds 105] [--revision REV] [--tiny]
 
 One step is `vrpo.step.preference_step` and its backward pass, on one pair with a prompt of 512 and responses
 of 512 tokens: draw, pack, reference, policy, ELBO, score, loss, gradients. Weights are random bfloat16, 8.0e9
@@ -10,11 +10,11 @@ of them. In this order, each row written as soon as it is measured, and skipped 
    on the CPU at K = 8, which the times below leave out
 2. the first step of LoRA (r = 16 on every linear layer but the head, float32 weights, bfloat16 autocast,
    activation checkpointing: what the trainer does): its score must be exactly 0.0 and its loss ln 2
-3. the same at K = 8, 2, 4, 1, 16 samples; then one optimizer step, after which the loss must be lower
-4. at K = 8: other heads, other attention, a padded batch, no checkpointing (K = 2), adapter inputs that PEFT
-   does not widen to float32, no autocast
-5. all weights trained, K = 8, 2, 4, 1: a frozen copy as reference, no optimizer state
-6. a profile of one LoRA step at K = 8, into profile_step.txt beside the output
+3. the same at K = 8, 1, 2, 4, 16 samples; then one optimizer step, after which the loss must be lower
+4. all weights trained, K = 8, 2, 1: a frozen copy as reference, no optimizer state
+5. LoRA at K = 8: a deterministic backward pass, adapter inputs widened to float32 as PEFT does by itself, no
+   checkpointing (K = 2), pairs of mixed lengths packed and padded, other attention, other heads
+6. a profile of one LoRA step at K = 8, into profile_step.txt beside the output; time is kept back for it
 
 Columns: K samples per response, T tokens of the pack, N masked rows, times in ms (median of up to 3 steps
 after one that is not counted), peak_GiB allocated. tflops counts the matmuls that the step needs
@@ -24,12 +24,14 @@ and dX, and for dW where all weights are trained; attention; 2 N D V for each pa
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import importlib.util
 import math
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -63,8 +65,10 @@ from vrpo.step import Estimator
 from vrpo_kernels import choose
 
 MASK_SEED = 1
-SWEEP = (8, 2, 4, 1, 16)  # the most important first
-FULL_SWEEP = (8, 2, 4, 1)
+SWEEP = (8, 1, 2, 4, 16)  # the most important first
+FULL_SWEEP = (8, 2, 1)
+# Seconds that no item may use up before the profile: for the profile itself, and for the model it needs.
+PROFILE_SECONDS, MODEL_SECONDS = 8.0, 5.0
 
 
 def measure_rates(run: Run) -> None:
@@ -132,9 +136,9 @@ class Training:
         checkpoint_activations(self.model, on)
         self.checkpointing = on
 
-    def scorers(self, head: str = "fused", padded: bool = False, autocast: bool = True):
+    def scorers(self, head: str = "fused", padded: bool = False):
         """(policy, reference) of one form."""
-        form = {"head": head, "padded": padded, "autocast": self.run.autocast if autocast else None}
+        form = {"head": head, "padded": padded, "autocast": self.run.autocast}
         if self.frozen is not None:
             return Scorer(self.model, **form), Scorer(self.frozen, **form)
         return Scorer(self.model, **form), Scorer(self.model, **form, adapter=False)
@@ -157,6 +161,7 @@ def bench(
     *,
     attention: str = "vrpo",
     seconds: float = 1.5,
+    at_most: int = 3,
     note: str = "",
     **form: object,
 ) -> bool:
@@ -170,7 +175,11 @@ def bench(
         try:
             name = choose_attention(run.device, run.dtype, requested)[0]
             step, count, peak = timed_steps(
-                training.stepper(num_samples, **form), training.model, run.device, seconds=seconds
+                training.stepper(num_samples, **form),
+                training.model,
+                run.device,
+                seconds=seconds,
+                at_most=at_most,
             )
         finally:
             base.set_attn_implementation("vrpo")
@@ -274,32 +283,55 @@ def optimizer_step(run: Run, training: Training) -> None:
 
 
 def variants(run: Run, training: Training) -> None:
-    """Rows that change one thing of the LoRA step at K = 8."""
-    for head in HEADS[1:]:
-        bench(run, training, f"LoRA, {head}", 8, head=head)
+    """Rows that change one thing of the LoRA step at K = 8, those that decide something first."""
+    with deterministic():
+        bench(run, training, "LoRA, deterministic", 8, note="torch.use_deterministic_algorithms")
+    with widened_inputs(training.model):
+        bench(run, training, "LoRA, inputs widened", 8, note="to float32, as PEFT does by itself")
+    training.set_checkpointing(False)
+    bench(run, training, "LoRA, no checkpointing", 2)
+    training.set_checkpointing(True)
+    note = "two pairs of mixed lengths, K = 4"
+    bench(run, training, "LoRA, packed", 4, mixed=True, note=note)
+    bench(run, training, "LoRA, padded", 4, mixed=True, padded=True, note=note)
     if run.device == "cuda":
         bench(run, training, "LoRA, sdpa", 8, attention="vrpo_sdpa")
     else:
         run.row("LoRA, sdpa", K=8, note="left out: without CUDA the choice is sdpa already")
-    note = "two pairs of mixed lengths, K = 4"
-    bench(run, training, "LoRA, packed", 4, mixed=True, note=note)
-    bench(run, training, "LoRA, padded", 4, mixed=True, padded=True, note=note)
-    training.set_checkpointing(False)
-    bench(run, training, "LoRA, no checkpointing", 2)
-    training.set_checkpointing(True)
-    widened(run, training)
-    bench(run, training, "LoRA, no autocast", 8, autocast=False, note="float32 adapter on a 16-bit base")
+    for head in HEADS[1:]:
+        bench(run, training, f"LoRA, {head}", 8, head=head)
 
 
-def widened(run: Run, training: Training) -> None:
-    """PEFT widens what enters a float32 adapter, and autocast rounds it back: the step without either."""
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Flash attention adds dquery in one order. What cannot be deterministic only warns."""
+    settings = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False  # else every torch.empty is written to, which is no part of it
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        from peft.helpers import disable_input_dtype_casting
-    except ImportError as error:
-        run.row("LoRA, inputs not widened", K=8, note=f"left out: {error}")
-        return
-    with disable_input_dtype_casting(training.model):
-        bench(run, training, "LoRA, inputs not widened", 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def widened_inputs(model: nn.Module) -> Iterator[None]:
+    """LoRA's inputs are cast to float32 again, also where autocast rounds them back."""
+
+    def widen(layer: nn.Module, _: object) -> None:
+        layer.cast_input_dtype_enabled = True  # after the hook that left it to autocast
+
+    layers = [layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")]
+    handles = [layer.register_forward_pre_hook(widen) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def write_profile(run: Run, training: Training) -> None:
@@ -317,34 +349,49 @@ def write_profile(run: Run, training: Training) -> None:
         run.row("LoRA, profile", K=8, note=f"written to {path.name}")
         print(text, flush=True)
 
-    run.attempt("LoRA, profile", work, needs=run.expected(16 * (run.size.prompt + run.size.response), 4))
+    run.attempt("LoRA, profile", work)
+
+
+def lora_model(run: Run) -> Training | None:
+    """The model with an adapter; None with a row that says why not."""
+    if importlib.util.find_spec("peft") is None:
+        run.row("LoRA", note="left out: package peft is not installed")
+        return None
+    held: list[Training] = []
+    return held.pop() if run.attempt("LoRA, model", lambda: held.append(Training(run))) else None
 
 
 def train_lora(run: Run) -> None:
-    """Items 2, 3, 4 and 6, with one model."""
-    if importlib.util.find_spec("peft") is None:
-        run.row("LoRA", note="left out: package peft is not installed")
+    """Items 2 and 3."""
+    training = lora_model(run)
+    if training is None:
         return
-    held: list[Training] = []
-    if not run.attempt("LoRA, model", lambda: held.append(Training(run))):
-        return
-    training = held.pop()
     first_step(run, training)
     for num_samples in SWEEP:
-        bench(run, training, "LoRA", num_samples, seconds=4)
+        bench(run, training, "LoRA", num_samples, seconds=10 if num_samples == SWEEP[0] else 4)
     optimizer_step(run, training)
+
+
+def vary_lora(run: Run) -> None:
+    """Items 5 and 6, with a model of their own: beside those of item 4 there is no room for it."""
+    run.reserved = 0.0
+    training = lora_model(run)
+    if training is None:
+        return
+    run.reserved = PROFILE_SECONDS
     variants(run, training)
+    run.reserved = 0.0
     write_profile(run, training)
 
 
 def train_all(run: Run) -> None:
-    """Item 5: every weight trained."""
+    """Item 4: every weight trained."""
     held: list[Training] = []
     if not run.attempt("full, model", lambda: held.append(Training(run, full=True)), needs=4):
         return
     training = held.pop()
     for num_samples in FULL_SWEEP:
-        bench(run, training, "full", num_samples, note="no optimizer state")
+        bench(run, training, "full", num_samples, seconds=6, at_most=2, note="no optimizer state")
 
 
 def main(arguments: list[str]) -> int:
@@ -355,7 +402,7 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, help="CSV file, appended to; results/step.csv")
-    parser.add_argument("--seconds", type=float, default=90, help="no item starts that would end later")
+    parser.add_argument("--seconds", type=float, default=105, help="no item starts that would end later")
     parser.add_argument("--tiny", action="store_true", help="every line on the CPU; needs --output")
     parser.add_argument("--revision", default="", help="what stands in the column git, where there is no git")
     options = parser.parse_args(arguments)
@@ -368,12 +415,13 @@ def main(arguments: list[str]) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     run = Run(device, size, dtype, output, options.seconds, options.revision)
     gc.freeze()  # what is imported is not looked through again for each of the collections between cases
+    run.reserved = PROFILE_SECONDS + MODEL_SECONDS
     try:
         measure_rates(run)
         measure_draw(run)
-        train_lora(run)
-        free_memory(device)  # the model with LoRA is gone with the function that held it
-        train_all(run)
+        for part in (train_lora, train_all, vary_lora):
+            part(run)
+            free_memory(device)  # the models are gone with the function that held them
     finally:
         gc.unfreeze()
     return 0

@@ -28,6 +28,7 @@ class Run:
         self.deadline = time.monotonic() + seconds
         self.autocast = dtype if dtype is torch.bfloat16 else None
         self.gemm_tflops: float | None = None
+        self.reserved = 0.0  # seconds at the end that `attempt` leaves alone
         self._seconds: dict[int, float] = {}
         known = provenance(device)
         self.provenance = {name: known[name] for name in ("date", "git", "device", "torch", "triton")}
@@ -57,7 +58,7 @@ class Run:
 
         needs: seconds it takes, as far as is known.
         """
-        left = self.deadline - time.monotonic()
+        left = self.deadline - time.monotonic() - self.reserved
         if left < needs or left <= 0:
             self.row(case, **columns, note=f"skipped: {left:.0f} s left, it needs {needs:.0f}")
             return False

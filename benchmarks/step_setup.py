@@ -16,6 +16,7 @@ from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.models import LLaDAConfig, LLaDAForMaskedDiffusion
 from vrpo.models.adapters import add_adapter
 from vrpo.training.packed_trainer import as_nll
+from vrpo.training.precision import leave_adapter_inputs_to_autocast
 
 LORA_RANK = 16
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -76,12 +77,14 @@ def build_model(size: Size, device: str, dtype: torch.dtype) -> LLaDAForMaskedDi
 def with_lora(model: nn.Module) -> nn.Module:
     """The model with a new adapter on every linear layer but the head, put on as the trainer does it.
 
-    PEFT keeps the adapter's weights in float32 above a 16-bit base.
+    PEFT keeps the adapter's weights in float32 above a 16-bit base; what enters it is left to autocast.
     """
     from peft import LoraConfig
 
     config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(LORA_LAYERS))
-    return add_adapter(model, config, seed=0)
+    adapted = add_adapter(model, config, seed=0)
+    leave_adapter_inputs_to_autocast(adapted)
+    return adapted
 
 
 def checkpoint_activations(model: nn.Module, on: bool) -> None:

@@ -169,11 +169,19 @@ def matmul_rate(shape: tuple[int, int, int], device: str, dtype: torch.dtype, re
     return repeats * 2e-9 * rows * inner * columns / watch.ms("start", "end")
 
 
+_BF16_PRODUCT = r"BinaryFunctor<c10::BFloat16, c10::BFloat16, c10::BFloat16, at::native::binary_internal::Mul"
 # Class of a kernel -> words of its name; the first that matches counts. The head's matmuls are the
-# library's, like all others, and count as "matmul".
+# library's, like all others, and count as "matmul". Of products of two bf16 tensors, those that broadcast are
+# the norms' with their weights, and those that do not are SwiGLU's; those with a number are LoRA's scaling.
 CLASSES = {
     "attention": r"flash|fmha|attention|sdpa|mha_",
     "head (Triton)": r"_fold|_finish_|_target_logits|_probabilities|_scale_rows|_dhidden|_logits_fold",
+    "rotary": r"_rotary",
+    "norm": r"layer_?norm|rms_?norm",
+    "norm, product with weights": r"::elementwise_kernel<.*" + _BF16_PRODUCT,
+    "SwiGLU": r"silu|::vectorized_elementwise_kernel<\d+, at::native::" + _BF16_PRODUCT,
+    "LoRA, scaling": r"[AB]UnaryFunctor<c10::BFloat16, .*::Mul",
+    "sums (residual, LoRA, gradients)": r"CUDAFunctor_add<c10::BFloat16>",
     "matmul": r"gemm|nvjet|cutlass|cublas|xmma|splitk|mm\b",
     "softmax and cross entropy": r"softmax|nll_loss",
     "copy and cast": r"copy|memcpy|memset|fill|catarray|cat_",
@@ -188,7 +196,7 @@ def kernel_class(name: str) -> str:
 
 
 def profile(run: Callable[[], object], device: str) -> str:
-    """Which kernels a call spends its time in: the share of each class, and the 25 longest."""
+    """Which kernels a call spends its time in: the share of each class, and the 40 longest."""
     activity = (
         torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     )
@@ -209,7 +217,7 @@ def profile(run: Callable[[], object], device: str) -> str:
     lines += ["share   ms        class"]
     for kind, ms in sorted(by_class.items(), key=lambda item: -item[1]):
         lines.append(f"{ms / total:6.1%}  {ms:8.2f}  {kind}")
-    lines += ["", "share   ms        calls  class                      kernel"]
-    for ms, count, name in events[:25]:
-        lines.append(f"{ms / total:6.1%}  {ms:8.2f}  {count:5d}  {kernel_class(name):25s}  {name[:160]}")
+    lines += ["", "share   ms        calls  class                             kernel"]
+    for ms, count, name in events[:40]:
+        lines.append(f"{ms / total:6.1%}  {ms:8.2f}  {count:5d}  {kernel_class(name):32s}  {name[:240]}")
     return "\n".join(lines) + "\n"

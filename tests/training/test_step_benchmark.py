@@ -12,6 +12,12 @@ from benchmarks.step_setup import TINY, Scorer, Size, build_model, make_batch, s
 from benchmarks.step_timing import kernel_class
 from vrpo.step import Estimator
 
+# A product of two bf16 tensors, as torch's kernels spell it.
+PRODUCT = (
+    "at::native::BinaryFunctor<c10::BFloat16, c10::BFloat16, c10::BFloat16, "
+    "at::native::binary_internal::MulFunctor<float> >"
+)
+
 
 def read(path):
     with path.open(newline="") as stream:
@@ -30,7 +36,8 @@ def test_bench_step__every_item_is_a_row_with_figures(tmp_path):
     assert [int(row["K"]) for row in timed if row["case"] == "LoRA"] == list(bench_step.SWEEP)
     assert [int(row["K"]) for row in timed if row["case"] == "full"] == list(bench_step.FULL_SWEEP)
     cases = {row["case"].removeprefix("LoRA, ") for row in timed}
-    assert cases >= {"full logits", "masked logits", "packed", "padded", "no checkpointing", "no autocast"}
+    assert cases >= {"full logits", "masked logits", "packed", "padded", "no checkpointing", "deterministic"}
+    assert "inputs widened" in cases
     for row in timed:
         assert float(row["score"]) == 0 and float(row["loss"]) == torch.tensor(math.log(2)).item()
         assert float(row["ms"]) >= float(row["ms_reference"]) > 0 and float(row["pct_of_gemm"]) > 0
@@ -43,10 +50,48 @@ def test_bench_step__runs_in_bf16_under_autocast(tmp_path):
     assert {parameter.dtype for parameter in training.parameters()} == {torch.float32}
     bench_step.first_step(run, training)
     bench_step.bench(run, training, "LoRA", 2)
-    bench_step.widened(run, training)
+    seen = []
+    name, module = next(item for item in training.model.named_modules() if "lora_A.default" in item[0])
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    bench_step.bench(run, training, "LoRA", 1)
+    with bench_step.widened_inputs(training.model):
+        seen.append("widened")
+        bench_step.bench(run, training, "LoRA, inputs widened", 1)
+    seen.append("as before")
+    bench_step.bench(run, training, "LoRA", 1)
+    kinds = [list(dict.fromkeys(group)) for group in _split(seen, ("widened", "as before"))]
+    assert kinds == [[torch.bfloat16], [torch.float32], [torch.bfloat16]], name
     rows = read(run.output)
     assert rows[0]["note"].startswith("score exactly 0.0")
-    assert [row["score"] for row in rows] == ["0.0"] * 3
+    assert [row["score"] for row in rows] == ["0.0"] * 5
+
+
+def _split(items, marks):
+    groups = [[]]
+    for item in items:
+        if item in marks:
+            groups.append([])
+        else:
+            groups[-1].append(item)
+    return groups
+
+
+def test_bench_step__deterministic_puts_back_what_it_set():
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    with bench_step.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == before
+
+
+def test_bench_step__time_is_kept_back_for_the_profile(tmp_path, monkeypatch):
+    run = Run("cpu", TINY, torch.float32, tmp_path / "step.csv", seconds=bench_step.PROFILE_SECONDS, git="")
+    bench_step.vary_lora(run)
+    notes = {row["case"]: row["note"] for row in read(run.output)}
+    assert notes.pop("LoRA, profile") == "written to profile_step.txt"
+    assert notes.pop("LoRA, sdpa").startswith("left out")
+    assert len(notes) == 7 and all(note.startswith("skipped") for note in notes.values())
 
 
 def test_bench_step__what_fails_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -73,7 +118,8 @@ def test_bench_step__without_peft_lora_is_left_out(tmp_path, monkeypatch):
     run = Run("cpu", TINY, torch.float32, tmp_path / "step.csv", seconds=60, git="")
     monkeypatch.setattr(bench_step.importlib.util, "find_spec", lambda name: None)
     bench_step.train_lora(run)
-    assert [row["note"] for row in read(run.output)] == ["left out: package peft is not installed"]
+    bench_step.vary_lora(run)
+    assert [row["note"] for row in read(run.output)] == ["left out: package peft is not installed"] * 2
 
 
 @pytest.mark.parametrize("head", ["fused", "full logits", "masked logits"])
@@ -115,6 +161,23 @@ def test_step_flops__counts_the_matmuls_that_run():
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128>>", "attention"),
         ("_fold_kernel", "head (Triton)"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::mul>", "elementwise"),
+        ("_rotary_kernel", "rotary"),
+        ("void (anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float, true>", "norm"),
+        (
+            f"void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<{PRODUCT}",
+            "norm, product with weights",
+        ),
+        (f"void at::native::vectorized_elementwise_kernel<8, {PRODUCT}", "SwiGLU"),
+        ("void at::native::(anonymous namespace)::silu_backward_kernel(at::TensorIteratorBase&)", "SwiGLU"),
+        (
+            "void at::native::vectorized_elementwise_kernel<8, at::native::AUnaryFunctor<c10::BFloat16, "
+            "c10::BFloat16, c10::BFloat16, at::native::binary_internal::MulFunctor<float> >",
+            "LoRA, scaling",
+        ),
+        (
+            "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>, ",
+            "sums (residual, LoRA, gradients)",
+        ),
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copy and cast"),
         ("Memcpy HtoD (Pageable -> Device)", "copy and cast"),
         ("void at::native::reduce_kernel<512, 1, MeanOps>", "reduction and indexing"),
