@@ -80,7 +80,8 @@ def _pytest(name: str, files: list[str], options: argparse.Namespace, workers: i
 def counts_of_tests(lines: list[str]) -> list[str]:
     """pytest's last line and the names of what failed, without messages, which hold paths."""
     named = {match[1] for line in lines if (match := re.match(r"(?:FAILED|ERROR) (\S+)", line))}
-    counts = [line.strip("= ") for line in lines if re.match(r"=+ .*\d+ (passed|failed|error).* in ", line)]
+    last = re.compile(r"=+ .*\d+ (passed|failed|error|skipped).* in ")
+    counts = [line.strip("= ") for line in lines if last.match(line)]
     return [*counts[-1:], *(f"failed: {name}" for name in sorted(named))]
 
 
