@@ -27,6 +27,7 @@ from vrpo.models import LLaDAConfig, LLaDAForMaskedDiffusion
 from vrpo.models.adapters import add_adapter
 from vrpo.step import Estimator, preference_step
 from vrpo.training.packed_trainer import as_nll
+from vrpo.training.precision import leave_adapter_inputs_to_autocast
 from vrpo_kernels.testing import ROUNDOFF, assert_bitwise_equal
 
 pytestmark = [
@@ -148,6 +149,32 @@ def test_step__new_lora_scores_exactly_zero_and_learns(dtype, autocast, checkpoi
     print(f"loss {before.item()} -> {after.item()}")
     # By much more than what 16-bit activations blur: 0.01 in an NLL is 0.1 in a score.
     assert after < 0.8 * before
+
+
+@needs("peft")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_step__adapter_inputs_left_to_autocast_change_no_bit(checkpointing, deterministic):
+    widening = lora(make_model(torch.bfloat16)).train()
+    for name, parameter in widening.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05, generator=torch.Generator(DEVICE).manual_seed(5))
+    sparing = copy.deepcopy(widening)
+    leave_adapter_inputs_to_autocast(sparing)
+    results = []
+    for model in (widening, sparing):
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        seen = []
+        layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.lora_A.default")
+        layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
+        with torch.autocast(DEVICE, torch.bfloat16):
+            result = step(as_nll(model), as_nll(model))
+        result.loss_B.sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        results.append(({"policy": result.policy_B2.detach(), **gradients}, set(seen)))
+    assert [kinds for _, kinds in results] == [{torch.float32}, {torch.bfloat16}]
+    for name, expected in results[0][0].items():
+        assert_bitwise_equal(results[1][0][name], expected, name)
 
 
 def naive(policy, reference, pairs, dtype):
