@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 _LN2_HIGH = tl.constexpr(0.693359375)
 _LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least fp32 number: the maximum of nothing
 
 
 @triton.jit
@@ -28,3 +30,12 @@ def exp(x, EXACT: tl.constexpr):
     else:
         result = tl.exp(x)
     return result
+
+
+@triton.jit
+def as_reference(maximum):
+    """The least multiple of ln 2 above a maximum, which serves as m.
+
+    Factors between two of them are powers of two, so that correcting a stored E does not round it again.
+    """
+    return tl.where(maximum > _LOWEST, tl.ceil(maximum * _LOG2_E) * _LN2, _LOWEST)

@@ -13,12 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vrpo_kernels.linear_cross_entropy.tiles import LOWEST
-from vrpo_kernels.triton_math import exp
+from vrpo_kernels.triton_math import as_reference, exp
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(LOWEST)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 _ABSENT = tl.constexpr(torch.iinfo(torch.int64).min)  # op.ABSENT
 
 
@@ -36,15 +34,6 @@ def _rescale_row(ptr, num_cols, factor, BLOCK: tl.constexpr):
         in_row = offs < num_cols
         value = tl.load(ptr + offs, mask=in_row, other=0.0).to(tl.float32)
         tl.store(ptr + offs, (value * factor).to(ptr.dtype.element_ty), mask=in_row)
-
-
-@triton.jit
-def as_reference(maximum):
-    """The least multiple of ln 2 above a maximum, which serves as m.
-
-    Factors between two of them are powers of two, so that correcting a stored E does not round it again.
-    """
-    return tl.where(maximum > _LOWEST, tl.ceil(maximum * _LOG2_E) * _LN2, _LOWEST)
 
 
 @triton.jit

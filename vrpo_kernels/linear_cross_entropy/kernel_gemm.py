@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vrpo_kernels.linear_cross_entropy.kernel_fold import as_reference
 from vrpo_kernels.linear_cross_entropy.tiles import LOWEST, Tiles
+from vrpo_kernels.triton_math import as_reference
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(LOWEST)
