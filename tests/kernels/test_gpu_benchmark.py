@@ -41,7 +41,18 @@ def rows_of(path):
 
 def session(folder, **changes):
     options = {"output": folder, "seconds": 60.0, "stages": list(gpu.STAGES), "revision": "abc123"}
-    return gpu.Session(argparse.Namespace(**{**options, "rivals": [], "tiny": True, "least": 0.1, **changes}))
+    return gpu.Session(
+        argparse.Namespace(
+            **{
+                **options,
+                "rivals": [],
+                "tests": "tests/*/test_gpu*.py",
+                "tiny": True,
+                "least": 0.1,
+                **changes,
+            }
+        )
+    )
 
 
 def run_script(folder, script, seconds=30.0, **part):

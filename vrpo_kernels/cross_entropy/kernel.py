@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vrpo_kernels.backend import on_device
-from vrpo_kernels.triton_math import exp
+from vrpo_kernels.triton_math import exp, scaled_exp, sum_lanes
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the maximum of no logits at all
@@ -58,7 +58,7 @@ def _forward_kernel(
         lane_sum += exp(z0 - new_max, EXACT) + exp(z1 - new_max, EXACT)
         lane_max = new_max
     max_n = tl.max(lane_max, axis=0)
-    sum_n = tl.sum(lane_sum * exp(lane_max - max_n, EXACT), axis=0)
+    sum_n = sum_lanes(lane_sum * exp(lane_max - max_n, EXACT), EXACT)
     # A target out of range makes NaN of its row, never a wrong number.
     is_class = (target >= 0) & (target < V)
     target_logit = tl.load(logits_row + target, mask=is_class, other=float("nan")).to(tl.float32)
@@ -113,17 +113,30 @@ def _backward_kernel(
         tl.debug_barrier()
         max_n = tl.load(statistics_ptr + n)
         sum_n = tl.load(statistics_ptr + N + n)
-        log_odds = (max_n - target_logit) + tl.log(sum_n)
-        small = exp(-tl.abs(log_odds), True)
-        scale = tl.load(dnll_ptr + n * stride_dnll)
-        scale *= tl.div_rn(tl.where(log_odds >= 0.0, 1.0, small), 1.0 + small)
-        per_sum = tl.where(sum_n > 0.0, tl.div_rn(scale, sum_n), 0.0)
+        dnll = tl.load(dnll_ptr + n * stride_dnll)
         EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
+        if EXACT:  # an error of the row's factor is one of all its entries
+            target_logit, dnll = target_logit.to(tl.float64), dnll.to(tl.float64)
+            max_d, sum_d = max_n.to(tl.float64), sum_n.to(tl.float64)
+            log_odds = (max_d - target_logit) + tl.log(sum_d)
+            small = tl.exp(-tl.abs(log_odds))
+            wide = dnll * (tl.where(log_odds >= 0.0, 1.0, small) / (1.0 + small))
+            scale = wide.to(tl.float32)
+            per_sum = tl.where(sum_n > 0.0, wide / sum_d, 0.0)
+        else:
+            log_odds = (max_n - target_logit) + tl.log(sum_n)
+            small = exp(-tl.abs(log_odds), True)
+            scale = dnll * tl.div_rn(tl.where(log_odds >= 0.0, 1.0, small), 1.0 + small)
+            per_sum = tl.where(sum_n > 0.0, tl.div_rn(scale, sum_n), 0.0)
         for start in range(0, V, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             # Not exp(z) of the target's column: it is no part of the maximum and could overflow.
             z = _other_logits(logits_row, offs_v, V, target)
-            gradient = tl.where(offs_v == target, -scale, per_sum * exp(z - max_n, EXACT))
+            if EXACT:  # noqa: SIM108 - only a statement leaves the other side out of the compilation
+                others = scaled_exp(z - max_n, per_sum)
+            else:
+                others = per_sum * tl.exp(z - max_n)
+            gradient = tl.where(offs_v == target, -scale, others)
             tl.store(out_row + offs_v, gradient.to(out_ptr.dtype.element_ty), mask=offs_v < V)
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vrpo_kernels.linear_cross_entropy.tiles import LOWEST
-from vrpo_kernels.triton_math import as_reference, exp
+from vrpo_kernels.triton_math import as_reference, exp, scaled_exp, sum_lanes
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(LOWEST)
@@ -51,20 +51,31 @@ def _log_odds(target_logit, max_n, sum_n):
 
 
 @triton.jit
-def _sigmoid(value):
-    """1 / (1 + exp(-d)) with full relative accuracy down to the smallest result."""
-    small = exp(-tl.abs(value), True)
-    return tl.div_rn(tl.where(value >= 0.0, 1.0, small), 1.0 + small)
+def _row_factor(statistics_ptr, dnll, row, N, PER_SUM: tl.constexpr, dtype: tl.constexpr):
+    """dnll * q [/ s] of one row of statistics [3, N] = (z_y, m, s), q = 1 - p_y, in fp32.
 
-
-@triton.jit
-def _row_scale(statistics_ptr, row, N):
-    """(q = 1 - p_y, 1 / s or 0) of one row of statistics [3, N] = (z_y, m, s)."""
+    dtype: of what it multiplies; for float32 it is computed in float64, because an error of a row's factor
+    is one of all its entries. PER_SUM: that is kept E, whose target entry is -s rounded to dtype. Dividing
+    by that very number makes the entry's share exactly -1, and costs the others one rounding more.
+    """
     target_logit = tl.load(statistics_ptr + row)
     max_n = tl.load(statistics_ptr + N + row)
     sum_n = tl.load(statistics_ptr + 2 * N + row)
-    q = _sigmoid(_log_odds(target_logit, max_n, sum_n))
-    return q, tl.where(sum_n > 0.0, tl.div_rn(1.0, sum_n), 0.0)
+    divisor = sum_n.to(dtype).to(tl.float32)
+    if dtype == tl.float32:
+        target_logit, max_n, sum_n = target_logit.to(tl.float64), max_n.to(tl.float64), sum_n.to(tl.float64)
+        divisor = sum_n
+        dnll = dnll.to(tl.float64)
+    log_odds = _log_odds(target_logit, max_n, sum_n)
+    if dtype == tl.float32:
+        small = tl.exp(-tl.abs(log_odds))
+        factor = dnll * (tl.where(log_odds >= 0.0, 1.0, small) / (1.0 + small))
+    else:
+        small = exp(-tl.abs(log_odds), True)
+        factor = dnll * tl.div_rn(tl.where(log_odds >= 0.0, 1.0, small), 1.0 + small)
+    if PER_SUM:
+        factor = tl.where(divisor > 0.0, factor / divisor, 0.0)
+    return factor.to(tl.float32)
 
 
 @triton.jit
@@ -132,12 +143,16 @@ def _fold_kernel(
     old_max = tl.load(max_ptr + row)
     max_n = old_max
     lane_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    EXACT: tl.constexpr = tile_ptr.dtype.element_ty == tl.float32
     for start in range(0, num_cols, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         z = tl.load(z_row + offs_v, mask=offs_v < num_cols, other=_NEG_INF)
         z = tl.where(offs_v == target, _NEG_INF, z)
-        new_max, factor, rescale = _raise_reference(max_n, as_reference(tl.max(z, axis=0)), raise_by)
-        e = exp(z - new_max, tile_ptr.dtype.element_ty == tl.float32)
+        candidate = tl.max(z, axis=0)
+        if not EXACT:
+            candidate = as_reference(candidate)
+        new_max, factor, rescale = _raise_reference(max_n, candidate, raise_by)
+        e = exp(z - new_max, EXACT)
         lane_sum = lane_sum * factor + e
         if rescale:
             tl.debug_barrier()  # other threads wrote these
@@ -147,7 +162,7 @@ def _fold_kernel(
         max_n = new_max
 
     factor = exp(old_max - max_n, True)
-    total = tl.load(sum_ptr + row) * factor + tl.sum(lane_sum, axis=0)
+    total = tl.load(sum_ptr + row) * factor + sum_lanes(lane_sum, EXACT)
     tl.debug_barrier()  # every warp has read the old maximum and sum
     tl.store(max_ptr + row, max_n)
     tl.store(sum_ptr + row, total)
@@ -291,8 +306,10 @@ def _probabilities_kernel(
     z = tl.load(z_ptr + row * stride_z + offs_v, mask=in_v, other=_NEG_INF)
     # m is a maximum up to the raise, but not of the target's column: that one could overflow.
     z = tl.where(offs_v == target, _NEG_INF, z)
-    e = exp(z - max_n, tile_ptr.dtype.element_ty == tl.float32)
-    e *= tl.where(sum_n > 0.0, tl.div_rn(1.0, sum_n), 0.0)
+    if tile_ptr.dtype.element_ty == tl.float32:
+        e = scaled_exp(z - max_n, tl.where(sum_n > 0.0, 1.0 / sum_n.to(tl.float64), 0.0))
+    else:
+        e = tl.exp(z - max_n) * tl.where(sum_n > 0.0, tl.div_rn(1.0, sum_n), 0.0)
     e = tl.where(offs_v == target, -1.0, e)
     tl.store(tile_ptr + row * stride_tile + offs_v, e.to(tile_ptr.dtype.element_ty), mask=in_v)
 
@@ -315,10 +332,8 @@ def _scale_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = offs_d < D
-    q, per_sum = _row_scale(statistics_ptr, row, N)
-    scale = tl.load(dnll_ptr + row * stride_dnll) * q
-    if PER_SUM:
-        scale *= per_sum
+    dnll = tl.load(dnll_ptr + row * stride_dnll)
+    scale = _row_factor(statistics_ptr, dnll, row, N, PER_SUM, out_ptr.dtype.element_ty)
     value = tl.load(value_ptr + row * stride_value + offs_d, mask=in_d, other=0.0).to(tl.float32)
     out = (value * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * stride_out + offs_d, out, mask=in_d)
@@ -346,11 +361,12 @@ def _dhidden_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = offs_d < D
     target = tl.load(target_ptr + row)
-    q, _ = _row_scale(statistics_ptr, row, N)
+    dnll = tl.load(dnll_ptr + row * stride_dnll)
+    scale = _row_factor(statistics_ptr, dnll, row, N, False, out_ptr.dtype.element_ty)
     expected = tl.load(expected_ptr + row * stride_expected + offs_d, mask=in_d, other=0.0)
     head_row = weight_ptr + target * stride_weight + offs_d
     head = tl.load(head_row, mask=offs_d < tl.where(_is_class(target, V), D, 0), other=0.0).to(tl.float32)
-    out = tl.load(dnll_ptr + row * stride_dnll) * q * (expected - head)
+    out = scale * (expected - head)
     tl.store(out_ptr + row * stride_out + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_d)
 
 

@@ -19,13 +19,6 @@ _LOWEST = tl.constexpr(LOWEST)
 
 
 @triton.jit
-def _holds_target(target, block, BLOCK_V: tl.constexpr):
-    """True if any row's target (index in the tile) lies in this column block."""
-    inside = (target >= block * BLOCK_V) & (target < (block + 1) * BLOCK_V)
-    return tl.max(inside.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
 def _fold_block(
     z,
     target_ptr,
@@ -48,10 +41,8 @@ def _fold_block(
     in_n = offs_n < num_rows
     offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
-    # Three in four blocks hold no row's target and no column past the end: those skip the comparisons.
-    if _holds_target(target, block, BLOCK_V) | ((block + 1) * BLOCK_V > num_cols):
-        use = (offs_v[None, :] < num_cols) & (offs_v[None, :] != target[:, None])
-        z = tl.where(use, z, _NEG_INF)
+    use = (offs_v[None, :] < num_cols) & (offs_v[None, :] != target[:, None])
+    z = tl.where(use, z, _NEG_INF)
     block_max = as_reference(tl.maximum(tl.max(z, axis=1), _LOWEST))
     e = tl.exp(z - block_max[:, None])
     statistics = offs_n * stride_block + block
@@ -88,9 +79,7 @@ def _known_block(
     max_n = tl.load(max_ptr + offs_n, mask=in_n, other=float("inf"))  # rows past the end become 0
     sum_n = tl.load(sum_ptr + offs_n, mask=in_n, other=1.0)
     log_sum = tl.where(sum_n > 0.0, max_n + tl.log(sum_n), 0.0)  # s = 0 where there is no other class
-    e = tl.exp(z - log_sum[:, None])
-    if _holds_target(target, block, BLOCK_V):
-        e = tl.where(offs_v[None, :] == target[:, None], -1.0, e)
+    e = tl.where(offs_v[None, :] == target[:, None], -1.0, tl.exp(z - log_sum[:, None]))
     out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
     tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
 
