@@ -278,10 +278,11 @@ def test_backend__shards_of_the_head_add_up(gemm):
 @pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in_place"])
 def test_cross_entropy__within_the_policy(dtype, in_place):
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(9, 201, generator=generator).mul_(8).to(dtype)
-    rows = torch.tensor([7, 0, 3, 8])
-    targets = torch.randint(201, (4,), generator=generator)
-    upstream = testing.wide_range_upstream(4, generator)
+    # Of a handful of rows one decides, and there the formula may be right to a seventh of a rounding.
+    logits = torch.randn(40, 201, generator=generator).mul_(8).to(dtype)
+    rows = torch.randperm(40, generator=generator)[:31]
+    targets = torch.randint(201, (31,), generator=generator)
+    upstream = testing.wide_range_upstream(31, generator)
     source = logits.clone().requires_grad_()
     computed = source * 1  # in place needs logits that are no leaf
     nll = cross_entropy(computed, targets, rows, in_place=in_place, backend="triton")
@@ -300,7 +301,8 @@ def test_cross_entropy__within_the_policy(dtype, in_place):
             "dlogits": testing.matrix_error_ratio(source.grad[rows], gradient, rounded),
         }
     )
-    others = torch.tensor([1, 2, 4, 5, 6])
+    others = torch.ones(40, dtype=torch.bool)
+    others[rows] = False
     assert torch.equal(source.grad[others], torch.zeros_like(source.grad[others]))
 
 
