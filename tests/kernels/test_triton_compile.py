@@ -103,6 +103,9 @@ CASES = [
         {"kept_ptr": "*fp16"},
     ),
     Case(kernel_fold._probabilities_kernel, {"BLOCK_V": FOLD}, {"num_warps": 8}, 56, VECTORS),
+    Case(
+        kernel_fold._set_targets_kernel, {"BLOCK_N": 128}, {"num_warps": 4}, 24, types={"tile_ptr": "*fp32"}
+    ),
     Case(kernel_fold._dhidden_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
     Case(kernel_fold._scale_rows_kernel, {"PER_SUM": True, "BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
     *(

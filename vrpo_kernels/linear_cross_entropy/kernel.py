@@ -347,7 +347,9 @@ def sweep(
     if want_dweight:
         kernel_fold.scale_rows(hidden, dnll, statistics, scaled, per_sum=False)
     _sweep_tiles(hidden, weight, targets, statistics, acc, scaled, out_weight, tiles)
-    if want_dhidden:
+    if want_dhidden and hidden.dtype is torch.float32:
+        kernel_fold.dhidden(acc, weight, targets, dnll, statistics, out_hidden)
+    elif want_dhidden:
         kernel_fold.scale_rows(acc, dnll, statistics, out_hidden, per_sum=False)
     return out_hidden, out_weight
 
@@ -362,7 +364,11 @@ def _sweep_tiles(
     out_weight: Tensor,
     tiles: Tiles,
 ) -> None:
-    """acc = P @ weight (if not empty) and out_weight = P^T @ scaled (if not empty), tile by tile."""
+    """acc = P @ weight (if not empty) and out_weight = P^T @ scaled (if not empty), tile by tile.
+
+    The target's entry of P is -1. In fp32 it is 0 in the first product, and the target's row of the head is
+    subtracted afterwards: among hundreds of small terms it would cost each of them a rounding at its size.
+    """
     (num_rows, num_hidden), num_classes = hidden.shape, weight.shape[0]
     num_sms = _device_facts(hidden.device)[1]
     chunks = _spans(
@@ -391,6 +397,8 @@ def _sweep_tiles(
             )
             if acc.numel():
                 _product(tile, head, acc[top:bottom], accumulate=first > 0)
+            if out_weight.numel() and tile.dtype is torch.float32:
+                kernel_fold.set_targets(tile, targets[top:bottom], first_col=first)
             if partial.numel():
                 _product(tile.t(), scaled[top:bottom], partial[: last - first], accumulate=top > 0)
             elif out_weight.numel():
@@ -409,7 +417,7 @@ def _write_probabilities(
     tiles: Tiles,
     first: int,
 ) -> None:
-    """tile = exp(z - m) / s with -1 at the target, for the classes from `first` on."""
+    """tile = exp(z - m) / s for the classes from `first` on; -1, in fp32 0, at the target."""
     size, width = tile.shape
     if tiles.gemm == "fused":
         kernel_gemm.probabilities(

@@ -52,10 +52,10 @@ def _log_odds(target_logit, max_n, sum_n):
 
 @triton.jit
 def _row_factor(statistics_ptr, dnll, row, N, PER_SUM: tl.constexpr, dtype: tl.constexpr):
-    """dnll * q [/ s] of one row of statistics [3, N] = (z_y, m, s), q = 1 - p_y, in fp32.
+    """dnll * q [/ s] of one row of statistics [3, N] = (z_y, m, s), q = 1 - p_y, in fp32, or in fp64.
 
-    dtype: of what it multiplies; for float32 it is computed in float64, because an error of a row's factor
-    is one of all its entries. PER_SUM: that is kept E, whose target entry is -s rounded to dtype. Dividing
+    dtype: of the result it enters; for float32 it is fp64, because an error of a row's factor is one of all
+    its entries. PER_SUM: that is kept E, whose target entry is -s rounded to dtype. Dividing
     by that very number makes the entry's share exactly -1, and costs the others one rounding more.
     """
     target_logit = tl.load(statistics_ptr + row)
@@ -75,7 +75,7 @@ def _row_factor(statistics_ptr, dnll, row, N, PER_SUM: tl.constexpr, dtype: tl.c
         factor = dnll * tl.div_rn(tl.where(log_odds >= 0.0, 1.0, small), 1.0 + small)
     if PER_SUM:
         factor = tl.where(divisor > 0.0, factor / divisor, 0.0)
-    return factor.to(tl.float32)
+    return factor
 
 
 @triton.jit
@@ -293,9 +293,9 @@ def _probabilities_kernel(
     stride_tile,
     BLOCK_V: tl.constexpr,
 ):
-    """Grid (rows, ceil(cols / BLOCK_V)), with the statistics known: exp(z - m) / s, and -1 at the target.
+    """Grid (rows, ceil(cols / BLOCK_V)), with the statistics known: exp(z - m) / s, and at the target -1.
 
-    q times it is p - onehot.
+    q times it is p - onehot. In fp32 the target's entry is 0, until `_set_targets_kernel` writes it.
     """
     row = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -310,8 +310,20 @@ def _probabilities_kernel(
         e = scaled_exp(z - max_n, tl.where(sum_n > 0.0, 1.0 / sum_n.to(tl.float64), 0.0))
     else:
         e = tl.exp(z - max_n) * tl.where(sum_n > 0.0, tl.div_rn(1.0, sum_n), 0.0)
-    e = tl.where(offs_v == target, -1.0, e)
+        e = tl.where(offs_v == target, -1.0, e)
     tl.store(tile_ptr + row * stride_tile + offs_v, e.to(tile_ptr.dtype.element_ty), mask=in_v)
+
+
+@triton.jit
+def _set_targets_kernel(
+    tile_ptr, target_ptr, num_rows, first_col, num_cols, stride_tile, BLOCK_N: tl.constexpr
+):
+    """Grid (ceil(rows / BLOCK_N),): -1 at every target that lies in the tile."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offs_n < num_rows
+    target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
+    minus_one = tl.full((BLOCK_N,), -1.0, dtype=tile_ptr.dtype.element_ty)
+    tl.store(tile_ptr + offs_n * stride_tile + target, minus_one, mask=in_n & _is_class(target, num_cols))
 
 
 @triton.jit
@@ -333,9 +345,9 @@ def _scale_rows_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = offs_d < D
     dnll = tl.load(dnll_ptr + row * stride_dnll)
-    scale = _row_factor(statistics_ptr, dnll, row, N, PER_SUM, out_ptr.dtype.element_ty)
-    value = tl.load(value_ptr + row * stride_value + offs_d, mask=in_d, other=0.0).to(tl.float32)
-    out = (value * scale).to(out_ptr.dtype.element_ty)
+    factor = _row_factor(statistics_ptr, dnll, row, N, PER_SUM, out_ptr.dtype.element_ty)
+    value = tl.load(value_ptr + row * stride_value + offs_d, mask=in_d, other=0.0).to(factor.dtype)
+    out = (value * factor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * stride_out + offs_d, out, mask=in_d)
 
 
@@ -362,11 +374,11 @@ def _dhidden_kernel(
     in_d = offs_d < D
     target = tl.load(target_ptr + row)
     dnll = tl.load(dnll_ptr + row * stride_dnll)
-    scale = _row_factor(statistics_ptr, dnll, row, N, False, out_ptr.dtype.element_ty)
+    factor = _row_factor(statistics_ptr, dnll, row, N, False, out_ptr.dtype.element_ty)
     expected = tl.load(expected_ptr + row * stride_expected + offs_d, mask=in_d, other=0.0)
     head_row = weight_ptr + target * stride_weight + offs_d
     head = tl.load(head_row, mask=offs_d < tl.where(_is_class(target, V), D, 0), other=0.0).to(tl.float32)
-    out = scale * (expected - head)
+    out = factor * (expected.to(factor.dtype) - head.to(factor.dtype))
     tl.store(out_ptr + row * stride_out + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_d)
 
 
@@ -534,7 +546,7 @@ def probabilities(
     first_col: int,
     block: int,
 ) -> None:
-    """tile = exp(z - m) / s with -1 at the target. z [rows, cols] fp32, max_N and sum_N [rows] fp32."""
+    """tile = exp(z - m) / s; -1, in fp32 0, at the target. z [rows, cols], max_N and sum_N [rows] fp32."""
     _probabilities_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
         z,
         targets,
@@ -547,6 +559,22 @@ def probabilities(
         tile.stride(0),
         BLOCK_V=block,
         num_warps=_warps(block),
+        enable_fp_fusion=False,
+    )
+
+
+def set_targets(tile: Tensor, targets: Tensor, *, first_col: int) -> None:
+    """tile[n, targets[n] - first_col] = -1 for the targets among its columns. tile [rows, cols]."""
+    num_rows, num_cols = tile.shape
+    _set_targets_kernel[(triton.cdiv(num_rows, 128),)](
+        tile,
+        targets,
+        num_rows,
+        first_col,
+        num_cols,
+        tile.stride(0),
+        BLOCK_N=128,
+        num_warps=4,
         enable_fp_fusion=False,
     )
 
