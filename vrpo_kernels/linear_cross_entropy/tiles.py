@@ -1,7 +1,8 @@
-"""Tile shapes of the Triton backend, and the arithmetic they are argued from. No tensors, no Triton.
+"""Tile shapes of the Triton backend, and where they come from. No tensors, no Triton.
 
-NO GPU HAS SPOKEN YET: every row below is computed (H100: 132 SMs, 50 MB L2, 785 TF/s, 2.95 TB/s;
-D = 4096, V = 126464, bf16), none is measured. `make gpu` sweeps them and writes the evidence.
+Measured on an H100 (D = 4096, V = 126464, bf16): benchmarks/results/gpu/h100-2026-11-26-first/tiles.csv
+(revision 5e9a601) and h100-2026-11-26/kernels.csv (f5cbb90). The rows of Ampere are computed: no A100 has
+spoken yet. `make gpu` repeats the sweep.
 """
 
 import functools
@@ -137,8 +138,15 @@ def chunk_rows(total: int, most: int, num_cols: int, num_sms: int) -> int:
     return _GEMM_ROWS * min(sizes, key=lambda size: (waves(size), -size))
 
 
-# Logit tile 4096 x 32768: wide tiles fill the waves (32 x 128 blocks of 128 x 256 are 31.03 waves on 132
-# SMs), touch the fp32 accumulator five times in all and need few launches.
+# "fused" against "cublas" (kernels.csv, ms at N = 4096): no gradient 6.19 against 6.87 and 4 MiB against 512,
+# frozen head 12.45 against 13.10 and 332 MiB against 832, trained 18.19 against 18.78; at N = 1024 1.43
+# against 1.62, 2.82 against 3.02, 4.29 against 4.48; no size or mode but one (replay at N = 512) is slower.
+# 4096 x 32768 (tiles.csv, frozen head, cublas): 13.3; x 16384 13.5, x 8192 14.9, x 4096 14.8; of 1024 rows
+# 14.0 to 15.0, of 2048 13.9 to 14.9. fold_cols 4096: 13.3; 1024 to 16384 13.5 to 13.8.
+# Output block 128 x 256 x 64, 8 warps, 4 stages (tiles.csv, fused): 13.6, 3 stages 13.3 and slower at other
+# sizes; 256 x 128 13.8; 128 x 128 14.8 to 16.3; 64 x 256 14.7 to 14.9; block_hidden 32 14.2.
+# Sweep of 8192 x 8192, that is 4096 x 16384 at N = 4096 (tiles.csv, sweep): 19.6; x 8192 20.4, x 4096 20.7,
+# x 32768 19.9 with more memory; chunks of 2048 rows 22.3 to 25.4: dW wants all rows in one product.
 _HOPPER = Tiles("fused", 4096, 32768, 8192, 8192, 8192, 131072, 4096, 128, 256, 64, 8, 4, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
