@@ -162,8 +162,8 @@ def _torch_varlen_function() -> Callable[..., Tensor]:
 
 
 def _attend_torch_varlen(query_THd, key_THd, value_THd, segments: Segments, scale: float) -> Tensor:
-    # Its backward adds with atomics, in an order that changes, unless torch.use_deterministic_algorithms(True)
-    # (transformers: full_determinism): 0.5 % of a step at LLaDA-8B's shape on an H100 (step.csv, f5cbb90).
+    # Its backward adds with atomics, in an order that changes, unless use_deterministic_algorithms is on in
+    # torch (transformers: full_determinism): 0.5 % of a step at LLaDA-8B's shape on an H100 (docs/gpu.md).
     return _torch_varlen_function()(
         query_THd, key_THd, value_THd, segments.cu_seqlens_S1, segments.max_seqlen, scale
     )

@@ -140,7 +140,8 @@ def chunk_rows(total: int, most: int, num_cols: int, num_sms: int) -> int:
 
 # "fused" against "cublas" (kernels.csv, ms at N = 4096): no gradient 6.19 against 6.87 and 4 MiB against 512,
 # frozen head 12.45 against 13.10 and 332 MiB against 832, trained 18.19 against 18.78; at N = 1024 1.43
-# against 1.62, 2.82 against 3.02, 4.29 against 4.48; no size or mode but one (replay at N = 512) is slower.
+# against 1.62, 2.82 against 3.02, 4.29 against 4.48; slower in 4 of 31 rows, by 1 to 5% without gradients at
+# N = 4096 and 4100 and by 13% in the replay at N = 512.
 # 4096 x 32768 (tiles.csv, frozen head, cublas): 13.3; x 16384 13.5, x 8192 14.9, x 4096 14.8; of 1024 rows
 # 14.0 to 15.0, of 2048 13.9 to 14.9. fold_cols 4096: 13.3; 1024 to 16384 13.5 to 13.8.
 # Output block 128 x 256 x 64, 8 warps, 4 stages (tiles.csv, fused): 13.6, 3 stages 13.3 and slower at other
