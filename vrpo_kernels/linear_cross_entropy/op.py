@@ -133,7 +133,9 @@ def linear_cross_entropy(
         atomics: every output has one owner.
     Errors:
         ValueError naming the argument and both shapes, for a target out of range (CPU), or listing every
-        reason why a requested backend cannot run.
+        reason why a requested backend cannot run. On a GPU, where raising would mean waiting for it, a row
+        with a target out of range has nll NaN, and so have the gradients it enters; nothing out of bounds
+        is read or written.
     Source: per-term log-probability of the l-form ELBO, arXiv 2505.19223, Eq. (14)-(15).
     """
     hidden, weight = _autocast(hidden, weight)
