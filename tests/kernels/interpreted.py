@@ -59,6 +59,7 @@ def small_tiles(monkeypatch):
             block_rows=32,
             block_cols=32,
             block_hidden=16,
+            group_rows=3,
         )
 
     monkeypatch.setattr(kernel, "_tiles", tiles)
@@ -94,6 +95,7 @@ SIZES = [
     pytest.param("cublas", 130, 70, 8, torch.float32, id="cublas-N130-V70-D8-fp32"),
     pytest.param("fused", 17, 201, 24, torch.float16, id="fused-descriptors-N17-V201-D24-fp16"),
     pytest.param("fused", 33, 130, 21, torch.float16, id="fused-pointers-N33-V130-D21-fp16"),
+    pytest.param("fused", 150, 130, 24, torch.float16, id="fused-descriptors-N150-V130-D24-fp16"),
 ]
 
 

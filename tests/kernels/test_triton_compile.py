@@ -66,7 +66,12 @@ class Case:
 
 def _gemm_constants(arch: int, known: bool = False) -> dict:
     tiles = tiles_for((arch // 10, 0), 2, "fused")
-    blocks = {"BLOCK_N": tiles.block_rows, "BLOCK_V": tiles.block_cols, "BLOCK_D": tiles.block_hidden}
+    blocks = {
+        "BLOCK_N": tiles.block_rows,
+        "BLOCK_V": tiles.block_cols,
+        "BLOCK_D": tiles.block_hidden,
+        "GROUP_N": tiles.group_rows,
+    }
     return {**blocks, "KNOWN": known}
 
 

@@ -19,6 +19,15 @@ _LOWEST = tl.constexpr(LOWEST)
 
 
 @triton.jit
+def _place(index, row_blocks, col_blocks, GROUP_N: tl.constexpr):
+    """(row block, column block) of the index-th block: groups of GROUP_N row blocks, columns by columns."""
+    first = index // (GROUP_N * col_blocks) * GROUP_N
+    rows = tl.minimum(row_blocks - first, GROUP_N)
+    within = index % (GROUP_N * col_blocks)
+    return first + within % rows, within // rows
+
+
+@triton.jit
 def _fold_block(
     z,
     target_ptr,
@@ -104,20 +113,20 @@ def _logits_fold_descriptor_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
     KNOWN: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
     """Persistent grid (NUM_PROGRAMS,): program p owns blocks p, p + NUM_PROGRAMS, ... of the tile.
 
-    Row blocks vary fastest, so that the programs of a wave share few weight blocks through L2.
+    Row blocks vary fastest, so that the programs of a wave share few weight blocks through L2 (`_place`).
     KNOWN: the epilogue of the sweep; max_ptr and block_sum_ptr are then m and s of the rows.
     FLOP: 2 * rows * cols * D. Bytes: operands once, 8 per row and block, E if stored.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_N)
     num_blocks = row_blocks * tl.cdiv(num_cols, BLOCK_V)
     for index in range(tl.program_id(0), num_blocks, NUM_PROGRAMS):
-        row_block = index % row_blocks
-        block = index // row_blocks
+        row_block, block = _place(index, row_blocks, num_blocks // row_blocks, GROUP_N)
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         for start in range(0, D, BLOCK_D):
             hidden = hidden_desc.load([row_block * BLOCK_N, start])
@@ -182,6 +191,7 @@ def _logits_fold_pointer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
     KNOWN: tl.constexpr,
 ):
     """Grid (row blocks * column blocks,): one block per program, operands by cp.async.
@@ -189,9 +199,7 @@ def _logits_fold_pointer_kernel(
     FLOP and bytes as the descriptor kernel. fp32 operands are multiplied in fp32 ("ieee").
     """
     index = tl.program_id(0)
-    row_blocks = tl.cdiv(num_rows, BLOCK_N)
-    row_block = index % row_blocks
-    block = index // row_blocks
+    row_block, block = _place(index, tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_cols, BLOCK_V), GROUP_N)
     offs_n = (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
@@ -315,6 +323,7 @@ def _launch(
         "BLOCK_N": tiles.block_rows,
         "BLOCK_V": tiles.block_cols,
         "BLOCK_D": tiles.block_hidden,
+        "GROUP_N": tiles.group_rows,
         "KNOWN": known,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
