@@ -26,7 +26,8 @@ test: $(VENV)/.vrpo-installed
 lint: $(VENV)/.vrpo-installed
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
-# A bare CUDA machine is enough: system Python, no network, nothing installed (see benchmarks/gpu.py).
+# A bare CUDA machine is enough: system Python, no network, nothing installed (see benchmarks/gpu.py). Takes about
+# nine minutes.
 # GPU="--seconds 300 --stages tests,kernels --output DIR" passes options.
 GPU ?=
 gpu:

@@ -1,20 +1,24 @@
-"""python -m benchmarks gpu-table DIR: Markdown tables of the CSV files that `make gpu` wrote to a folder.
+"""python -m benchmarks gpu-table DIR [DIR ...]: Markdown tables of the CSV files that `make gpu` wrote.
 
-kernels: N x mode in the default GEMM form (the one measured first), the other form beside it. rivals: every
-package on one contract at the largest head measured first. step: K rows and the variants. memory: masks and
-cross_entropy against a device copy. A file that is not there has no table; "-" is what was not measured.
+kernels: N x mode in the default GEMM form (the one measured first), the other form beside it. tiles: the
+fastest shapes of each size and mode. memory: masks and cross_entropy against a device copy. step: K rows and
+the variants. rivals: every package on one contract, a table for each N. Each revision has tables of its own,
+in the order of the folders. A file that is not there has no table; "-" is what was not measured.
 """
 
 import argparse
 import csv
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 Rows = list[dict[str, str]]
 
 MODES = ("no gradient", "frozen head", "trained, tiles kept", "trained, recomputed", "replay, both passes")
 COLUMNS = ("no gradient", "frozen head", "trained head")
-TEXT = ("", "N, D x V", "mode", "size", "verdict", "note")
+TEXT = ("", "N, D x V", "mode", "size", "verdict", "note", "form", "shape")
+BEST = 5  # tile shapes shown per size and mode
+NO_TIME = "not run: no time left"  # bench_linear_cross_entropy.NO_TIME, whose module needs torch
 POLICY = "outside the tolerance policy"
 
 
@@ -126,17 +130,20 @@ def _verdict(row: dict[str, str]) -> str:
 
 
 def rivals(rows: Rows) -> Iterator[str]:
-    """Every provider at the first N; one that could not run shows why."""
-    if not rows:
-        return
-    rows_first = [row for row in rows if row["N"] == rows[0]["N"]]
+    """A table for each N; a provider that could not run shows why, one that was not reached is left out."""
+    for index, number in enumerate(dict.fromkeys(row["N"] for row in rows if row["ms_p50"])):
+        yield from [""] if index else []
+        yield from _rivals_of([row for row in rows if row["N"] == number and row["note"] != NO_TIME])
+
+
+def _rivals_of(rows: Rows) -> Iterator[str]:
     size = f"N = {rows[0]['N']}, D = {rows[0]['D']}, V = {rows[0]['V']}, {rows[0]['dtype']}"
-    yield caption(f"ms and units of the bare GEMM of the same run, {size}", rows_first)
+    yield caption(f"ms and units of the bare GEMM of the same run, {size}", rows)
     yield ""
     head = ["", *(f"{column}: {what}" for column in COLUMNS for what in ("ms (units)", "peak MiB"))]
     lines = []
-    for name in dict.fromkeys(row["provider"] for row in rows_first):
-        own = [row for row in rows_first if row["provider"] == name]
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        own = [row for row in rows if row["provider"] == name]
         if name.startswith("bare "):
             continue
         # The last row of a column is the run that counts, if a part was measured twice.
@@ -149,6 +156,38 @@ def rivals(rows: Rows) -> Iterator[str]:
         last = own[-1]
         lines.append([*line, last["nll_error"] or "-", _verdict(last)])
     yield from grid([*head, "nll error", "verdict"], lines)
+
+
+def tiles(rows: Rows) -> Iterator[str]:
+    """The fastest correct shapes of each size and mode."""
+    good = [row for row in rows if row["ms_p50"] and row["cols"] and row["verdict"] != "RED"]
+    if not good:
+        return
+
+    def key(row: dict[str, str]) -> tuple[int, str]:
+        return int(row["N"]), row["mode"]
+
+    yield caption(f"Tile shapes of `linear_cross_entropy`, the {BEST} fastest of each size and mode", rows)
+    yield ""
+    lines = []
+    for _, group in groupby(sorted(good, key=key), key=key):
+        for row in sorted(group, key=lambda row: float(row["ms_p50"]))[:BEST]:
+            line = [_title(_problem(row)), row["mode"], row["provider"].removeprefix("vrpo "), _shape(row)]
+            lines.append([*line, number(row["ms_p50"], 2), _spread(row), number(row["peak_MiB"], 0)])
+    yield from grid(["N, D x V", "mode", "form", "shape", "ms", "% of bare GEMM", "peak MiB"], lines)
+
+
+def _shape(row: dict[str, str]) -> str:
+    """`rows x cols` of the tiles, then the block of the fused product, warps and stages."""
+    shape = [f"{row['rows']} x {row['cols']}"]
+    if row.get("block_rows"):
+        shape.append(f"blocks {row['block_rows']} x {row['block_cols']} x {row['block_hidden']}")
+    shape += [f"`{name}` {row[name]}" for name in ("first_cols", "num_warps", "num_stages") if row.get(name)]
+    # Of earlier revisions: one unless it says otherwise.
+    more = ("programs_per_sm", "streams")
+    return ", ".join(
+        shape + [f"`{name}` {row[name]}" for name in more if row.get(name, "1") not in ("", "1")]
+    )
 
 
 def step(rows: Rows) -> Iterator[str]:
@@ -195,23 +234,39 @@ def memory(rows: Rows) -> Iterator[str]:
     yield from grid(["", "size", "ms", "GB/s", "% of a copy", "Gpositions/s"], lines)
 
 
-TABLES = {"kernels": kernels, "rivals": rivals, "step": step, "memory": memory}
+TABLES = {"kernels": kernels, "tiles": tiles, "memory": memory, "step": step, "rivals": rivals}
 
 
-def tables(folder: Path) -> Iterator[str]:
-    """The lines of all tables of a folder, a title above each."""
+def _runs(rows: Rows) -> list[Rows]:
+    """The rows of each revision on each device with each torch: only those stand in one table."""
+    found: dict[tuple[str | None, ...], Rows] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name) for name in ("git", "device", "torch")), []).append(row)
+    return list(found.values())
+
+
+def tables(*folders: Path) -> Iterator[str]:
+    """The lines of all tables of the folders, a title above those of each file."""
     for name, render in TABLES.items():
-        lines = list(render(read(folder / f"{name}.csv")))
-        if lines:
-            yield from (f"### {name}", "", *lines, "")
+        rendered = [
+            lines
+            for folder in folders
+            for rows in _runs(read(folder / f"{name}.csv"))
+            if (lines := list(render(rows)))
+        ]
+        if rendered:
+            yield from (f"### {name}", "")
+        for lines in rendered:
+            yield from (*lines, "")
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the tables; 1 if the folder has none."""
+    """Prints the tables; 1 if there are none."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks gpu-table", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("folder", type=Path, help="folder with kernels.csv, rivals.csv, step.csv, memory.csv")
-    lines = list(tables(parser.parse_args(arguments).folder))
+    files = ", ".join(f"{name}.csv" for name in TABLES)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help=f"folder with some of {files}")
+    lines = list(tables(*parser.parse_args(arguments).folders))
     print(*lines, sep="\n")
     return 0 if lines else 1
