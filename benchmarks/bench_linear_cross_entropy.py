@@ -16,13 +16,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.cases import COLUMNS, DTYPES, Case, Inputs, make_inputs
 from benchmarks.gate import Gate, full_pass
+from benchmarks.gpu_reached import print_done, print_plan
 from benchmarks.providers import PROVIDERS, Op, stages
 from benchmarks.record import RESULTS, append, provenance
 from benchmarks.timing import Timing, clock_name, describe, interleaved
@@ -56,11 +57,32 @@ def other_gemms(inputs: Inputs) -> dict[str, Callable[[], object]]:
     return {"torch.mm, fp32 result": lambda: torch.mm(inputs.hidden, inputs.weight.T, torch.float32)}
 
 
+@dataclass
+class Starts:
+    """Seconds until a provider is ready to be timed.
+
+    Attributes:
+        compiled: what every provider compiles is in the caches on disk.
+        taken: provider -> seconds it took last.
+    """
+
+    compiled: bool = False
+    taken: dict[str, float] = field(default_factory=dict)
+
+    def expected(self, name: str) -> float:
+        """As long as it took at another size; with full caches, as long as the slowest of the others."""
+        if name in self.taken:
+            return self.taken[name]
+        if self.compiled and self.taken:
+            return max(self.taken.values())
+        return PROVIDERS[name].start_seconds
+
+
 class Bench:
     """One case: its inputs, the rows found so far, and what is to be timed in one interleaved run."""
 
-    def __init__(self, case: Case, *, deadline: float = math.inf) -> None:
-        self.case, self.deadline = case, deadline
+    def __init__(self, case: Case, *, deadline: float = math.inf, starts: Starts | None = None) -> None:
+        self.case, self.deadline, self.starts = case, deadline, starts or Starts()
         self.on_gpu = case.device == "cuda"
         self.lost = ""
         self.inputs = make_inputs(case)
@@ -73,7 +95,7 @@ class Bench:
         provider = PROVIDERS[name]
         row = {"provider": name, "column": "", "nll_error": "", "policy_ratio": "", "note": ""}
         row["note"] = provider.missing(self.case) or self.lost
-        if not row["note"] and time.monotonic() + provider.start_seconds * self.on_gpu > self.deadline:
+        if not row["note"] and time.monotonic() + self.starts.expected(name) * self.on_gpu > self.deadline:
             row["note"] = NO_TIME
         if row["note"]:
             self.rows.append(row)
@@ -100,7 +122,8 @@ class Bench:
                 op, self.inputs, column, per_row=provider.per_row
             )
             self.rows.append(row | {"column": column})
-        print(f"  ready: {name}, {time.monotonic() - start:.1f} s", flush=True)
+        self.starts.taken[name] = time.monotonic() - start
+        print(f"  ready: {name}, {self.starts.taken[name]:.1f} s", flush=True)
 
     def _passes(self, name: str, op: Op, row: dict) -> bool:
         """Fills in what the gate says; whether the provider may have a figure."""
@@ -162,13 +185,19 @@ class Bench:
 
 
 def bench(
-    case: Case, *, threads: int, repeats: int, wanted: list[str], deadline: float = math.inf
+    case: Case,
+    *,
+    threads: int,
+    repeats: int,
+    wanted: list[str],
+    deadline: float = math.inf,
+    starts: Starts | None = None,
 ) -> list[dict]:
     """The wanted providers and all columns of one case, timed together: one CSV row each."""
     torch.compiler.reset()  # else many cases in one process end in torch.compile's limit, and in eager
     if case.device == "cpu":
         torch.set_num_threads(threads)
-    run = Bench(case, deadline=deadline)
+    run = Bench(case, deadline=deadline, starts=starts)
     for name in wanted:
         run.prepare(name)
     return run.measure(threads=threads, repeats=repeats)
@@ -218,13 +247,16 @@ def main(arguments: list[str]) -> int:
     """Parse, run every stage of every case, print and save one table each. 1 if the device was lost."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = _parse(arguments, device)
-    deadline = time.monotonic() + options.seconds
+    deadline = time.monotonic() + min(options.seconds, options.until - time.time())
+    starts = Starts(options.compiled)
     facts = provenance(device)
     if options.revision:
         facts |= {"git": options.revision, "dirty": ""}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
     base = Case(0, options.size, options.classes, torch.float32, device)
     groups = stages(options.providers, device)
+    cases = itertools.product(options.rows, options.dtypes, options.logits, options.threads, groups)
+    print_plan(_label(*case[:4], name) for case in cases for name in case[4])
     for num_rows, dtype, logits, threads, wanted in itertools.product(
         options.rows, options.dtypes, options.logits, options.threads, groups
     ):
@@ -232,11 +264,18 @@ def main(arguments: list[str]) -> int:
             print(f"out of time before {dtype} N={num_rows} {logits}: {', '.join(wanted)}")
             continue
         case = replace(base, num_rows=num_rows, dtype=DTYPES[dtype], logits=logits)
-        rows = _run_case(case, dtype, threads, options, facts, wanted, deadline)
+        rows = _run_case(case, dtype, threads, options, facts, wanted, deadline, starts)
+        late = {row["provider"] for row in rows if row.get("note") == NO_TIME}
+        for name in (name for name in wanted if name not in late):
+            print_done(_label(num_rows, dtype, logits, threads, name))
         if any(LOST in row.get("note", "") for row in rows):
             print(LOST)
             return 1
     return 0
+
+
+def _label(num_rows: int, dtype: str, logits: str, threads: int, name: str) -> str:
+    return f"N={num_rows} {dtype} {logits} {threads} threads {name}"
 
 
 def _parse(arguments: list[str], device: str) -> argparse.Namespace:
@@ -254,6 +293,8 @@ def _parse(arguments: list[str], device: str) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5 if laptop else 15)
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after these")
+    parser.add_argument("--until", type=float, default=math.inf, help="the same as epoch seconds")
+    parser.add_argument("--compiled", action="store_true", help="the caches on disk have what is compiled")
     parser.add_argument("--revision", default="", help="git revision to write, where there is no repository")
     parser.add_argument("--output", type=Path, default=FILE, help="CSV file to append to")
     return parser.parse_args(arguments)
@@ -267,6 +308,7 @@ def _run_case(
     facts: dict,
     wanted: list[str],
     deadline: float,
+    starts: Starts,
 ) -> list[dict]:
     meta = [torch.empty(n, case.size, dtype=case.dtype, device=case.device) for n in (case.num_rows, 1)]
     plan = plan_linear_cross_entropy(meta[0], meta[1])
@@ -277,7 +319,14 @@ def _run_case(
         f"ours: {plan.backend}/{plan.gemm}",
         flush=True,
     )
-    rows = bench(case, threads=threads, repeats=options.repeats, wanted=wanted, deadline=deadline)
+    rows = bench(
+        case,
+        threads=threads,
+        repeats=options.repeats,
+        wanted=wanted,
+        deadline=deadline,
+        starts=starts,
+    )
     print_table(rows)
     common = {
         **facts, "threads": threads, "clock": clock_name(case.device, threads), "load": load, "dtype": dtype,

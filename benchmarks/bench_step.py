@@ -37,8 +37,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.gpu_reached import print_plan
 from benchmarks.record import RESULTS
-from benchmarks.step_run import Run
+from benchmarks.step_run import Run, label
 from benchmarks.step_setup import (
     HEADS,
     LLADA_8B,
@@ -68,7 +69,7 @@ MASK_SEED = 1
 SWEEP = (8, 1, 2, 4, 16)  # the most important first
 FULL_SWEEP = (8, 2, 1)
 # Seconds that no item may use up before the profile: for the profile itself, and for the model it needs.
-PROFILE_SECONDS, MODEL_SECONDS = 8.0, 5.0
+PROFILE_SECONDS, MODEL_SECONDS = 12.0, 5.0
 
 
 def measure_rates(run: Run) -> None:
@@ -394,6 +395,15 @@ def train_all(run: Run) -> None:
         bench(run, training, "full", num_samples, seconds=6, at_most=2, note="no optimizer state")
 
 
+def planned() -> list[str]:
+    """Names of all rows, in order: what a run that is stopped has not reached."""
+    names = [f"gemm {name}" for name in ("roof", "q, k, v, o", "gate, up", "down", "head")]
+    names += ["draw and pack", "LoRA, first step", *(label("LoRA", number) for number in SWEEP)]
+    names += ["LoRA, AdamW", *(label("full", number) for number in FULL_SWEEP)]
+    changes = ("deterministic", "inputs widened", "no checkpointing", "packed", "padded", "sdpa", *HEADS[1:])
+    return [*names, *(f"LoRA, {change}" for change in (*changes, "profile"))]
+
+
 def main(arguments: list[str]) -> int:
     """Entry point of `python -m benchmarks step`."""
     parser = argparse.ArgumentParser(
@@ -403,6 +413,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--output", type=Path, help="CSV file, appended to; results/step.csv")
     parser.add_argument("--seconds", type=float, default=105, help="no item starts that would end later")
+    parser.add_argument("--until", type=float, default=math.inf, help="the same as epoch seconds")
     parser.add_argument("--tiny", action="store_true", help="every line on the CPU; needs --output")
     parser.add_argument("--revision", default="", help="what stands in the column git, where there is no git")
     options = parser.parse_args(arguments)
@@ -413,7 +424,9 @@ def main(arguments: list[str]) -> int:
     device, size, dtype = ("cpu", TINY, torch.float32) if options.tiny else ("cuda", LLADA_8B, torch.bfloat16)
     output = options.output or RESULTS / "step.csv"
     output.parent.mkdir(parents=True, exist_ok=True)
-    run = Run(device, size, dtype, output, options.seconds, options.revision)
+    seconds = options.seconds if math.isinf(options.until) else options.until - time.time()
+    run = Run(device, size, dtype, output, seconds, options.revision)
+    print_plan(planned())
     gc.freeze()  # what is imported is not looked through again for each of the collections between cases
     run.reserved = PROFILE_SECONDS + MODEL_SECONDS
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_reached import print_done, print_plan
 from benchmarks.record import RESULTS, append, now, output_of, provenance
 
 LOST = 70
@@ -95,9 +96,15 @@ class Bench:
         shown = (f"{key}={value}" for key, value in values.items() if value not in ("", None))
         print(f"  [{self.path.name}]", *shown, flush=True)
 
-    def run(self, tasks: Iterable[Task]) -> int:
-        """Runs the list; returns how many tasks raised."""
+    def run(self, tasks: Iterable[Task], planned: Iterable[Task] = ()) -> int:
+        """Runs the list; returns how many tasks raised.
+
+        planned: the same list once more, whose names are printed before anything runs. `tasks` may be a
+        generator that frees, between two tasks, what only the first of them needed.
+        """
         failed = 0
+        if names := [task.name for task in planned][self.skip :]:
+            print_plan(names)
         for index, task in enumerate(tasks):
             if index < self.skip or (self.warm and index % self.share[1] != self.share[0]):
                 continue
@@ -106,7 +113,9 @@ class Bench:
                 break
             print(f"task {index}: {task.name}", flush=True)
             failed += not self._run_one(task)
-            if self.warm:
+            if not self.warm:
+                print_done(task.name)
+            else:
                 self.clear()  # tests that run beside it need the memory
         return failed
 

@@ -49,6 +49,16 @@ class Findings:
         kernels = ", ".join(f"{count} in {name}" for name, count in sorted(self.aside.items()))
         return f"ok, no finding in our kernels; set aside inside cuBLAS: {kernels}", False
 
+    def cut(self, why: str, expected_parts: Iterable[str]) -> tuple[str, bool]:
+        """(words, True) of a run that `why` ended, whose findings are only those so far."""
+        aside = [f"{count} in {name}" for name, count in sorted(self.aside.items())]
+        own = f"{len(self.ours)} in our kernels" + (f" ({self.ours[0]})" if self.ours else "")
+        expected = list(expected_parts)
+        reached = ", ".join(part for part in expected if part in self.parts) or "none"
+        wrong = [f"WRONG: {part}" for part in expected if self.parts.get(part) is False]
+        counts = ", ".join((own, *aside))
+        return "; ".join((why, f"findings so far: {counts}", f"parts reached: {reached}", *wrong)), True
+
 
 def _blocks(lines: Iterable[str]) -> Iterator[list[str]]:
     """The tool's lines in the groups that it separates by empty ones."""

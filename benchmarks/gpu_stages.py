@@ -3,7 +3,6 @@
 import argparse
 import functools
 import importlib.util
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,12 +10,14 @@ from pathlib import Path
 
 from benchmarks.gpu_findings import read_findings
 from benchmarks.gpu_process import Outcome
+from benchmarks.gpu_reached import counts_of_tests, not_reached
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ("tests", "warm", "sanitizer", "kernels", "tiles", "memory", "step", "rivals")
 STAGES = (*DEFAULT, "compile")
 COMPILE_TESTS = ["tests/kernels/test_triton_compile.py"]
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+LEAST = {"memory": 25.0, "step": 60.0}
 WARMERS = 4
 TEST_SECONDS = 60
 INTERPRETED = {"TRITON_INTERPRET": "1"}
@@ -33,7 +34,7 @@ class Part:
         name: what its lines in the log begin with.
         arguments: what follows the interpreter, or a whole command if `program` is set.
         program: a program to start instead of the interpreter.
-        takes_seconds: it takes --seconds, after which it begins nothing new.
+        takes_until: it takes --until (epoch seconds), after which it begins nothing new.
         resumes: it announces tasks and takes --until and --skip: started again behind a task that killed it.
         silence: seconds without a line after which it counts as hanging.
         optional: it ends with the other parts at the latest, and its end is no failure.
@@ -45,7 +46,7 @@ class Part:
     name: str
     arguments: list[str]
     program: list[str] | None = None
-    takes_seconds: bool = False
+    takes_until: bool = False
     resumes: bool = False
     silence: float | None = None
     optional: bool = False
@@ -56,11 +57,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Stage:
-    """Parts that run side by side. weight: share of the time that is left, against the stages after it."""
+    """Parts that run side by side.
+
+    Attributes:
+        weight: share of the time that is left, against the stages after it; about the seconds it takes on an
+            H100 and 15 % more.
+        least: seconds below which it is not started, because they would go to imports and compilation.
+    """
 
     name: str
     weight: float
     parts: list[Part]
+    least: float = 0.0
 
 
 def _pytest(name: str, files: list[str], options: argparse.Namespace, workers: int, *more: str) -> Part:
@@ -74,14 +82,6 @@ def _pytest(name: str, files: list[str], options: argparse.Namespace, workers: i
             # A kernel that never ends cannot be interrupted: the worker makes way for a new one.
             arguments += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
     return Part(name, arguments, keep=counts_of_tests, variables={"OMP_NUM_THREADS": "2"})
-
-
-def counts_of_tests(lines: list[str]) -> list[str]:
-    """pytest's last line and the names of what failed, without messages, which hold paths."""
-    named = {match[1] for line in lines if (match := re.match(r"(?:FAILED|ERROR) (\S+)", line))}
-    last = re.compile(r"=+ .*\d+ (passed|failed|error|skipped).* in ")
-    counts = [line.strip("= ") for line in lines if last.match(line)]
-    return [*counts[-1:], *(f"failed: {name}" for name in sorted(named))]
 
 
 def _tests(options: argparse.Namespace) -> list[Part]:
@@ -127,9 +127,10 @@ def _sanitizers(options: argparse.Namespace) -> list[Part]:
 
 
 def _judge_sanitizer(outcome: Outcome, *, set_aside: bool) -> tuple[str, bool]:
+    found = read_findings(outcome.lines, set_aside=set_aside)
     if outcome.why:
-        return outcome.why, True
-    return read_findings(outcome.lines, set_aside=set_aside).verdict(outcome.code, SANITIZED)
+        return found.cut(outcome.why, SANITIZED)
+    return found.verdict(outcome.code, SANITIZED)
 
 
 def _timed(name: str, weight: float, options: argparse.Namespace) -> Stage:
@@ -137,14 +138,16 @@ def _timed(name: str, weight: float, options: argparse.Namespace) -> Stage:
     arguments = ["-m", f"benchmarks.gpu_{name}", "--output", str(options.output)]
     arguments += ["--tiny"] if options.tiny else []
     variables = INTERPRETED if options.tiny else {}
-    return Stage(name, weight, [Part(name, arguments, resumes=True, silence=45, variables=variables)])
+    part = Part(name, arguments, resumes=True, silence=45, keep=not_reached, variables=variables)
+    return Stage(name, weight, [part], LEAST.get(name, 0.0))
 
 
 def _command(name: str, weight: float, options: argparse.Namespace, file: str, *more: str) -> Stage:
-    """A command of `python3 -m benchmarks` that takes --seconds."""
+    """A command of `python3 -m benchmarks` that takes --until."""
     arguments = ["-m", "benchmarks", name, "--output", str(options.output / file), *more]
     stage = file.removesuffix(".csv")
-    return Stage(stage, weight, [Part(stage, arguments, takes_seconds=True)])
+    part = Part(stage, arguments, takes_until=True, keep=not_reached)
+    return Stage(stage, weight, [part], LEAST.get(stage, 0.0))
 
 
 def plan(options: argparse.Namespace) -> list[Stage]:
@@ -156,16 +159,16 @@ def plan(options: argparse.Namespace) -> list[Stage]:
         ("sanitizer", lambda: _sanitizers(options)),
     ):
         parts += make() if name in wanted else []
-    rivals = ["--rows", *map(str, WARM_RIVALS)]
+    rivals = ["--rows", *map(str, WARM_RIVALS), *(["--compiled"] if "warm" in wanted else [])]
     if options.tiny:
         rivals = [word for name, value in TINY_CASE.items() for word in (f"--{name}", value)]
     stages = [
-        Stage("checks", 68, parts),
-        _timed("kernels", 76, options),
-        _timed("tiles", 32, options),
-        _timed("memory", 14, options),
-        _command("step", 116, options, "step.csv", *(["--tiny"] if options.tiny else [])),
-        _command("kernels", 82, options, "rivals.csv", *rivals),
+        Stage("checks", 90, parts),
+        _timed("kernels", 80, options),
+        _timed("tiles", 35, options),
+        _timed("memory", 30, options),
+        _command("step", 140, options, "step.csv", *(["--tiny"] if options.tiny else [])),
+        _command("kernels", 110, options, "rivals.csv", *rivals),
         Stage("compile", 0, [_pytest("compile", COMPILE_TESTS, options, 8)]),
     ]
     return [stage for stage in stages if stage.parts and stage.name in (*wanted, "checks")]

@@ -160,7 +160,7 @@ def tasks(bench: Bench) -> Iterator[Task]:
 def main(arguments: list[str] | None = None) -> int:
     """0 unless a task failed for another reason than that its shape does not fit the device."""
     bench = parse(__doc__, "tiles.csv", FIELDS, arguments)
-    bench.run(tasks(bench))
+    bench.run(tasks(bench), tasks(bench))
     notes = [row["note"] for row in bench.rows if row.get("note")]
     wrong = [note for note in notes if not note.startswith("OutOfResources")]
     red = sum(row.get("verdict") == "RED" for row in bench.rows)

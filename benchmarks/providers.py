@@ -24,7 +24,7 @@ class Provider:
         stage: on a GPU the stages of a case are measured one after the other and written after each, so that
             what waits on locks in device memory (2), needs most memory (3) or is slow to compile (4) cannot
             take the others' figures along.
-        start_seconds: what compiling takes there; not started with less time left.
+        start_seconds: what compiling takes there, until a run knows better; not started with less time left.
     """
 
     make: Callable[[Case], Op]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu_reached import print_done
 from benchmarks.record import append, provenance
 from benchmarks.step_setup import Size
 from benchmarks.step_timing import free_memory
@@ -18,6 +19,11 @@ FIELDS = (
     *("ms", "ms_reference", "ms_forward", "ms_backward"),
     *("tokens_per_s", "tflops", "pct_of_gemm", "peak_GiB", "score", "loss", "note"),
 )
+
+
+def label(case: str, num_samples: object = None) -> str:
+    """Name of a row: the case, and K where a case has several."""
+    return f"{case}, K = {num_samples}" if case in ("LoRA", "full") and num_samples else case
 
 
 class Run:
@@ -52,6 +58,8 @@ class Run:
         spelled = {key: f"{v:.5g}" if isinstance(v, float) else v for key, v in values.items()}
         append([{**self.provenance, "case": case, **spelled}], self.output, FIELDS)
         print(f"[step] {case}:", *(f"{key}={value}" for key, value in spelled.items()), flush=True)
+        if not str(values.get("note", "")).startswith("skipped:"):
+            print_done(label(case, values.get("K")))
 
     def attempt(self, case: str, work: Callable[[], None], needs: float = 0.0, **columns: object) -> bool:
         """Does one item; whatever goes wrong is a row with a note. False if it was skipped or failed.

@@ -17,6 +17,7 @@ from benchmarks import gpu, gpu_stages
 from benchmarks.gpu_bench import BESIDE, TIMES, Bench, Task
 from benchmarks.gpu_process import Child, Log
 from benchmarks.gpu_profile import summary
+from benchmarks.gpu_reached import not_reached
 from benchmarks.gpu_stages import Part, Stage, plan
 from benchmarks.gpu_table import tables
 from benchmarks.gpu_truth import Head, Size
@@ -148,7 +149,35 @@ def test_run__no_stage_starts_without_time(tmp_path):
     found = session(tmp_path, seconds=0.0)
     stage = Stage("stage", 1, [Part("stage", ["-c", "print('ran')"])])
     found.run(stage, [stage])
-    assert found.lines[0].outcome == "skipped: no time left" and found.finish([]) == 0
+    assert found.lines[0].outcome == "skipped: no time left (0 s, it needs 0)" and found.finish([]) == 0
+
+
+def test_run__a_stage_is_not_started_below_the_time_it_needs(tmp_path):
+    found = session(tmp_path, seconds=30.0, tiny=False)
+    small = Stage("small", 10, [Part("small", ["-c", "print('ran')"])], least=25.0)
+    other = Stage("other", 20, [Part("other", ["-c", ""])])
+    found.run(small, [small, other])
+    assert found.lines[0].outcome == "skipped: no time left (10 s, it needs 25)"
+    found.run(small, [small])
+    assert found.lines[1].outcome == "ok"
+
+
+def test_run__tells_a_stage_the_time_at_which_it_has_to_end(tmp_path):
+    script = "import sys; print('until', sys.argv[sys.argv.index('--until') + 1])"
+    end = time.time() + 20.0
+    for margin, kind in ((gpu.TASK_MARGIN, {"resumes": True}), (gpu.ITEM_MARGIN, {"takes_until": True})):
+        _, log = run_script(tmp_path / str(margin), script, seconds=20.0, **kind)
+        told = float(log.split("[stage] until ")[1].split()[0])
+        assert end - margin - 1 < told < end - margin + 5
+
+
+def test_run__a_stopped_stage_shows_what_it_did_not_reach(tmp_path):
+    script = "import time; print('plan: a | b, c | d'); print('done: a', flush=True); time.sleep(60)"
+    found = session(tmp_path, seconds=3.0)
+    stage = Stage("stage", 1, [Part("stage", ["-c", script], keep=not_reached)])
+    found.run(stage, [stage])
+    found.finish([])
+    assert "not reached, 2 of 3: b, c; d\n" in (tmp_path / "summary.txt").read_text()
 
 
 def test_close__ends_what_runs_and_starts_nothing_again(tmp_path):
@@ -171,6 +200,9 @@ def test_plan__names_files_that_exist_and_the_revision_reaches_every_stage(tmp_p
             assert importlib.util.find_spec(module), module
             named = [word for word in part.arguments if word.startswith("tests/")]
             assert all((ROOT / word).exists() for word in named)
+    assert sum(stage.weight for stage in stages) <= gpu._options([]).seconds
+    assert {stage.name for stage in stages if stage.least} == {"memory", "step"}
+    assert all(stage.least < stage.weight for stage in stages if stage.least)
     limited = plan(session(tmp_path, stages=["memory"]).options)
     assert [stage.name for stage in limited] == ["memory"]
 
@@ -196,6 +228,21 @@ def test_bench__skips_tasks_and_begins_none_when_time_is_out(tmp_path):
     assert [row["a"] for row in rows_of(tmp_path / "rows.csv")] == ["2", "3"]
     tiny_bench(tmp_path, until=time.time() - 1).run(tasks)
     assert len(rows_of(tmp_path / "rows.csv")) == 2
+
+
+def test_bench__says_what_it_plans_and_what_is_done(tmp_path, capsys):
+    def last():
+        bench.until = 0.0
+        return {"b": 0}
+
+    tasks = [Task("a", {}, last), Task("b, c", {}, last), Task("d", {}, list)]
+    bench = tiny_bench(tmp_path, skip=1)
+    bench.run(tasks, iter(tasks))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "plan: b, c | d" and not_reached(lines) == ["not reached, 1 of 2: d"]
+    bench = tiny_bench(tmp_path)
+    bench.run(tasks[2:], tasks[2:])
+    assert not_reached(capsys.readouterr().out.splitlines()) == []
 
 
 def test_bench__rows_survive_a_kill(tmp_path):

@@ -2,12 +2,14 @@
 
 import argparse
 
-from benchmarks import gpu, gpu_kernels, gpu_memory
+from benchmarks import gpu, gpu_kernels, gpu_memory, gpu_table, gpu_tiles
 from benchmarks.bench_linear_cross_entropy import FIELDS as RIVAL_FIELDS
+from benchmarks.bench_linear_cross_entropy import NO_TIME
 from benchmarks.gpu_bench import PROVENANCE
 from benchmarks.gpu_digest import digest
 from benchmarks.gpu_findings import read_findings
-from benchmarks.gpu_stages import DEFAULT, counts_of_tests
+from benchmarks.gpu_reached import SHOWN, counts_of_tests, not_reached
+from benchmarks.gpu_stages import DEFAULT
 from benchmarks.gpu_table import main as print_tables
 from benchmarks.gpu_table import tables
 from benchmarks.record import append
@@ -66,6 +68,35 @@ def test_findings__a_wrong_or_missing_part_fails():
     for lines in ([RIGHT[0]], [RIGHT[0], "masks: WRONG; error over what is allowed: nll 2"]):
         found = read_findings([*lines, "========= ERROR SUMMARY: 0 errors"], set_aside=True)
         assert found.verdict(1, PARTS) == ("exit status 1; not right or not reached: masks", True)
+
+
+def test_findings__of_a_run_that_was_cut_are_those_so_far():
+    kernel, why = "nvjet_sm90_tss_64x8_h_bz_NNT", "stopped at its limit of 52 s"
+    found = read_findings(RACE.format(kernel=kernel).splitlines(), set_aside=True)
+    words = f"{why}; findings so far: 0 in our kernels, 2 in {kernel}; parts reached: fused"
+    assert found.cut(why, PARTS) == (words, True)
+    found = read_findings([*races("_fold_kernel", 2)[:-1], "masks: WRONG; nll 2"], set_aside=True)
+    words, failed = found.cut(why, PARTS)
+    assert failed and "2 in our kernels (Error: Race reported between" in words
+    assert words.endswith("parts reached: fused, masks; WRONG: masks")
+    assert read_findings([], set_aside=True).cut(why, PARTS)[0].endswith("parts reached: none")
+
+
+def test_not_reached__names_the_first_and_counts_the_others():
+    names = [f"row {number}" for number in range(SHOWN + 3)]
+    (line,) = not_reached(["plan: " + " | ".join(names), "something else", "done: row 0"])
+    assert line == f"not reached, {SHOWN + 2} of {SHOWN + 3}: {'; '.join(names[1 : SHOWN + 1])}; and 2 more"
+    assert not_reached(["nothing was planned"]) == []
+
+
+def test_summary__counts_the_tests_that_ended_before_a_stop():
+    ended = ["[gw0] [ 50%] PASSED tests/a.py::test_b[1 2] ", "[gw1] [ 75%] FAILED tests/a.py::test_c "]
+    lines = ["7 workers [4 items]", "tests/a.py::test_b[1 2] ", *ended, "tests/a.py::test_d "]
+    expected = ["1 failed, 1 passed; 2 of 4 not reached", "failed: tests/a.py::test_c"]
+    assert counts_of_tests(lines) == expected
+    alone = ["tests/a.py::test_b[1 2] PASSED      [ 50%]", "tests/a.py::test_c FAILED [ 75%]"]
+    assert counts_of_tests(["collected 9 items / 5 deselected / 4 selected", *alone]) == expected
+    assert counts_of_tests(["collected 4 items"]) == ["none ended; 4 of 4 not reached"]
 
 
 def test_summary__names_what_failed_without_messages_and_paths(tmp_path):
@@ -134,13 +165,57 @@ def test_tables__of_rivals_show_figures_or_the_reason(tmp_path):
     eager |= {"policy_ratio": "480", "note": "outside the tolerance policy: nll 480"}
     missing = {**IDENTITY, **SHAPE, "provider": "quack, sum only", "note": "package quack is not installed"}
     rows = [{**ours, "column": column} for column in ("no gradient", "frozen head", "trained head")]
-    append([*rows, eager, missing, {**ours, "N": 3}], tmp_path / "rivals.csv", RIVAL_FIELDS)
+    smaller = {**ours, "column": "no gradient", "N": 3, "ms_p50": "3.21"}
+    append([*rows, eager, missing, smaller], tmp_path / "rivals.csv", RIVAL_FIELDS)
     text = "\n".join(tables(tmp_path))
     assert "N = 7, D = 5, V = 11, bf16 (a GPU" in text
+    assert "| vrpo | 3.21 (1.18) |" in text.split("N = 3, D = 5, V = 11, bf16 (a GPU")[1]
     cell = "6.34 (1.18) | 512"
     assert f"| vrpo | {cell} | {cell} | {cell} | 1.8e-05 | within the policy |" in text
     assert f"| torch eager | - | - | {cell} | - | - | 1e-2 | outside the tolerance policy by 480x |" in text
     assert "| quack, sum only | - | - | - | - | - | - | - | package quack is not installed |" in text
+
+
+def test_tables__leave_out_what_was_not_reached(tmp_path):
+    row = {**IDENTITY, "dtype": "bf16", **SHAPE, "provider": "torch.compile", "note": NO_TIME}
+    assert gpu_table.NO_TIME == NO_TIME
+    append([row], tmp_path / "rivals.csv", RIVAL_FIELDS)
+    assert list(tables(tmp_path)) == []
+    timed = {**row, "provider": "vrpo", "column": "no gradient", "note": "", "policy_ratio": "0.5"}
+    append([{**timed, "ms_p50": "6.34", "units_p50": "1.18"}], tmp_path / "rivals.csv", RIVAL_FIELDS)
+    text = "\n".join(tables(tmp_path))
+    assert "| vrpo | 6.34 (1.18) |" in text and "torch.compile" not in text
+
+
+def test_tables__of_tiles_show_the_fastest_right_shapes(tmp_path):
+    row = {**IDENTITY, **SHAPE, "case": "random logits", "provider": "vrpo fused", "verdict": "ok"}
+    row |= {"mode": "sweep", "rows": 64, "peak_MiB": "4", "pct_of_gemm": "83"}
+    row |= {"block_rows": 16, "block_cols": 32, "block_hidden": 8, "num_stages": 3}
+    times = [7.0, 1.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+    rows = [{**row, "cols": 100 + n, "ms_p50": f"{time:.4f}"} for n, time in enumerate(times)]
+    rows[1]["verdict"] = "RED"
+    rows.append({**row, "cols": 200, "note": "OutOfResources"})
+    append(rows, tmp_path / "tiles.csv", (*PROVENANCE, *gpu_tiles.FIELDS))
+    lines = [line for line in tables(tmp_path) if line.startswith("| 7, 5 x 11 |")]
+    assert [line.split("64 x ")[1].split(",")[0] for line in lines] == ["106", "105", "104", "103", "102"]
+    shape = "64 x 106, blocks 16 x 32 x 8, `num_stages` 3"
+    assert lines[0] == f"| 7, 5 x 11 | sweep | fused | {shape} | 2.00 | 83 | 4 |"
+
+
+def test_tables__of_two_revisions_are_two_in_one_folder_or_in_several(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        kernel_rows(folder)
+    path = second / "kernels.csv"
+    path.write_text(path.read_text().replace("abc1234", "def5678").replace("1.5000", "1.2500"))
+    text = "\n".join(tables(first, second))
+    assert text.count("### kernels") == 1
+    assert text.index("git abc1234") < text.index("| frozen head | 1.50 |") < text.index("git def5678")
+    assert text.index("git def5678") < text.index("| frozen head | 1.25 |")
+    with (first / "kernels.csv").open("a") as stream:
+        stream.writelines(path.read_text().splitlines(keepends=True)[1:])
+    assert "\n".join(tables(first)) == text
 
 
 def test_tables__of_steps_compare_variants_with_as_many_tokens(tmp_path):

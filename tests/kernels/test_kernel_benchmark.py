@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,42 @@ def test_benchmark__after_a_lost_device_nothing_is_timed(monkeypatch):
 def test_benchmark__begins_nothing_after_its_time(tmp_path):
     output = tmp_path / "kernels.csv"
     options = ["--rows", "20", "--size", "16", "--classes", "300", "--dtypes", "fp32", "--threads", "1"]
-    options += ["--seconds", "0", "--revision", "abc1234", "--output", str(output)]
+    options += ["--revision", "abc1234", "--output", str(output)]
+    for limit in (["--seconds", "0"], ["--until", str(time.time() - 1)]):
+        assert bench_linear_cross_entropy.main([*options, *limit]) == 0
+        assert not output.exists()
+
+
+def test_starts__are_those_of_another_size_or_of_the_others():
+    starts = bench_linear_cross_entropy.Starts()
+    slow = PROVIDERS["torch.compile"].start_seconds
+    starts.taken |= {"vrpo": 0.5, "Liger": 3.0}
+    assert (starts.expected("vrpo"), starts.expected("torch.compile")) == (0.5, slow)
+    starts.compiled = True
+    assert (starts.expected("vrpo"), starts.expected("torch.compile")) == (0.5, 3.0)
+    assert bench_linear_cross_entropy.Starts(compiled=True).expected("torch.compile") == slow
+
+
+def test_benchmark__spends_what_is_left_on_the_first_size(monkeypatch, capsys, tmp_path):
+    prepared = []
+
+    def prepare(self, name):
+        expected = self.starts.expected(name)
+        prepared.append((self.case.num_rows, name, expected))
+        self.starts.taken[name] = 1.0
+
+    monkeypatch.setattr(bench_linear_cross_entropy.Bench, "prepare", prepare)
+    monkeypatch.setattr(bench_linear_cross_entropy, "stages", lambda wanted, _: stages(wanted, "cuda"))
+    options = ["--rows", "20", "10", "--size", "16", "--classes", "300", "--dtypes", "fp32"]
+    options += ["--threads", "1", "--repeats", "1", "--compiled", "--until", str(time.time() + 60)]
+    options += ["--providers", "torch.compile", "vrpo", "--output", str(tmp_path / "kernels.csv")]
     assert bench_linear_cross_entropy.main(options) == 0
-    assert not output.exists()
+    first = [(20, "vrpo", 5.0), (20, "torch.compile", 1.0)]
+    assert prepared == [*first, (10, "vrpo", 1.0), (10, "torch.compile", 1.0)]
+    lines = capsys.readouterr().out.splitlines()
+    names = [f"N={rows} fp32 random 1 threads {name}" for rows, name, _ in prepared]
+    assert [line for line in lines if line.startswith("plan: ")] == ["plan: " + " | ".join(names)]
+    assert [line[len("done: ") :] for line in lines if line.startswith("done: ")] == names
 
 
 def test_gate__judges_the_whole_problem_by_its_first_rows():

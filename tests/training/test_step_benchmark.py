@@ -2,12 +2,14 @@
 
 import csv
 import math
+import time
 
 import pytest
 import torch
 
 from benchmarks import bench_step
-from benchmarks.step_run import FIELDS, Run
+from benchmarks.gpu_reached import not_reached
+from benchmarks.step_run import FIELDS, Run, label
 from benchmarks.step_setup import TINY, Scorer, Size, build_model, make_batch, step_flops
 from benchmarks.step_timing import kernel_class
 from vrpo.step import Estimator
@@ -24,12 +26,16 @@ def read(path):
         return list(csv.DictReader(stream))
 
 
-def test_bench_step__every_item_is_a_row_with_figures(tmp_path):
+def test_bench_step__every_item_is_a_row_with_figures(tmp_path, capsys):
     output = tmp_path / "step.csv"
     assert bench_step.main(["--tiny", "--output", str(output), "--seconds", "120", "--revision", "abc"]) == 0
     rows = read(output)
     assert tuple(rows[0]) == FIELDS
     assert {row["git"] for row in rows} == {"abc"}
+    lines = capsys.readouterr().out.splitlines()
+    (planned,) = (line.removeprefix("plan: ").split(" | ") for line in lines if line.startswith("plan: "))
+    assert planned == [label(row["case"], row["K"]) for row in rows] == bench_step.planned()
+    assert not_reached(lines) == []
     wrong = [row for row in rows if any(word in row["note"] for word in ("Error", "skipped", "WRONG", "NOT"))]
     assert not wrong
     timed = [row for row in rows if row["ms_backward"]]
@@ -42,6 +48,17 @@ def test_bench_step__every_item_is_a_row_with_figures(tmp_path):
         assert float(row["score"]) == 0 and float(row["loss"]) == torch.tensor(math.log(2)).item()
         assert float(row["ms"]) >= float(row["ms_reference"]) > 0 and float(row["pct_of_gemm"]) > 0
     assert "elementwise" in (tmp_path / "profile_step.txt").read_text()
+
+
+def test_bench_step__ends_at_a_point_in_time_and_says_what_is_missing(tmp_path, capsys):
+    output = tmp_path / "step.csv"
+    late = str(time.time() - 1)
+    assert bench_step.main(["--tiny", "--output", str(output), "--until", late]) == 0
+    notes = {row["case"]: row["note"] for row in read(output)}
+    assert not any(row["ms"] for row in read(output)) and notes["full, model"].startswith("skipped: ")
+    (line,) = not_reached(capsys.readouterr().out.splitlines())
+    number = len(bench_step.planned())
+    assert line.startswith(f"not reached, {number} of {number}: gemm roof; ")
 
 
 def test_bench_step__runs_in_bf16_under_autocast(tmp_path):
