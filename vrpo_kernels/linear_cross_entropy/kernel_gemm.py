@@ -93,6 +93,65 @@ def _known_block(
     tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
 
 
+@triton.jit
+def _finish_block(
+    z,
+    target_ptr,
+    tile_ptr,
+    max_ptr,
+    block_max_ptr,
+    block_sum_ptr,
+    row_block,
+    block,
+    num_rows,
+    first_col,
+    num_cols,
+    stride_tile,
+    stride_block,
+    raise_by,
+    store_tile,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    KNOWN: tl.constexpr,
+):
+    """Epilogue of one block: of the sweep if KNOWN (m in max_ptr, s in block_sum_ptr), else of the fold."""
+    offs_n = (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    if KNOWN:
+        _known_block(
+            z,
+            target_ptr,
+            tile_ptr,
+            max_ptr,
+            block_sum_ptr,
+            offs_n,
+            block,
+            num_rows,
+            first_col,
+            num_cols,
+            stride_tile,
+            BLOCK_V,
+        )
+    else:
+        _fold_block(
+            z,
+            target_ptr,
+            tile_ptr,
+            max_ptr,
+            block_max_ptr,
+            block_sum_ptr,
+            offs_n,
+            block,
+            num_rows,
+            first_col,
+            num_cols,
+            stride_tile,
+            stride_block,
+            raise_by,
+            store_tile,
+            BLOCK_V,
+        )
+
+
 @triton.jit(do_not_specialize=["store_tile"])
 def _logits_fold_descriptor_kernel(
     hidden_desc,
@@ -132,41 +191,26 @@ def _logits_fold_descriptor_kernel(
             hidden = hidden_desc.load([row_block * BLOCK_N, start])
             weight = weight_desc.load([first_col + block * BLOCK_V, start])
             z = tl.dot(hidden, weight.T, z)
-        offs_n = (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        if KNOWN:
-            _known_block(
-                z,
-                target_ptr,
-                tile_ptr,
-                max_ptr,
-                block_sum_ptr,
-                offs_n,
-                block,
-                num_rows,
-                first_col,
-                num_cols,
-                stride_tile,
-                BLOCK_V,
-            )
-        else:
-            _fold_block(
-                z,
-                target_ptr,
-                tile_ptr,
-                max_ptr,
-                block_max_ptr,
-                block_sum_ptr,
-                offs_n,
-                block,
-                num_rows,
-                first_col,
-                num_cols,
-                stride_tile,
-                stride_block,
-                raise_by,
-                store_tile,
-                BLOCK_V,
-            )
+        _finish_block(
+            z,
+            target_ptr,
+            tile_ptr,
+            max_ptr,
+            block_max_ptr,
+            block_sum_ptr,
+            row_block,
+            block,
+            num_rows,
+            first_col,
+            num_cols,
+            stride_tile,
+            stride_block,
+            raise_by,
+            store_tile,
+            BLOCK_N,
+            BLOCK_V,
+            KNOWN,
+        )
 
 
 @triton.jit(do_not_specialize=["store_tile"])
@@ -214,40 +258,26 @@ def _logits_fold_pointer_kernel(
         hidden = tl.load(hidden_at + start, mask=in_d, other=0.0)
         weight = tl.load(weight_at + start, mask=in_d, other=0.0)
         z = tl.dot(hidden, weight.T, z, input_precision="ieee")
-    if KNOWN:
-        _known_block(
-            z,
-            target_ptr,
-            tile_ptr,
-            max_ptr,
-            block_sum_ptr,
-            offs_n,
-            block,
-            num_rows,
-            first_col,
-            num_cols,
-            stride_tile,
-            BLOCK_V,
-        )
-    else:
-        _fold_block(
-            z,
-            target_ptr,
-            tile_ptr,
-            max_ptr,
-            block_max_ptr,
-            block_sum_ptr,
-            offs_n,
-            block,
-            num_rows,
-            first_col,
-            num_cols,
-            stride_tile,
-            stride_block,
-            raise_by,
-            store_tile,
-            BLOCK_V,
-        )
+    _finish_block(
+        z,
+        target_ptr,
+        tile_ptr,
+        max_ptr,
+        block_max_ptr,
+        block_sum_ptr,
+        row_block,
+        block,
+        num_rows,
+        first_col,
+        num_cols,
+        stride_tile,
+        stride_block,
+        raise_by,
+        store_tile,
+        BLOCK_N,
+        BLOCK_V,
+        KNOWN,
+    )
 
 
 def _fits_descriptor(tensor: Tensor) -> bool:
