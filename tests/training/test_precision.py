@@ -240,6 +240,24 @@ def test_adapter_inputs__are_widened_where_the_numbers_would_change(rough_model,
     assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
 
 
+def test_adapter_inputs__are_widened_for_several_adapters_at_work(rough_model):
+    widening, _ = adapted(rough_model, torch.float16)
+    widening.add_adapter("second", LoraConfig(r=2, target_modules=LORA_LAYERS, init_lora_weights=False))
+    results = []
+    for active in (["default", "second"], ["second"]):
+        widening.base_model.set_adapter(active)
+        sparing = copy.deepcopy(widening)
+        leave_adapter_inputs_to_autocast(sparing)
+        seen = spy_on_adapter_inputs(sparing)
+        results.append(
+            [nll_and_gradients(model, torch.float16) for model in (copy.deepcopy(widening), sparing)]
+        )
+        assert (torch.float32 in seen) == (len(active) > 1)
+    for expected, found in results:
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_adapter_inputs__a_peft_without_the_switch_works_as_before(rough_model):
     widening, _ = adapted(rough_model)
     older = copy.deepcopy(widening)

@@ -53,7 +53,8 @@ def leave_adapter_inputs_to_autocast(model: nn.Module) -> None:
     the matmul: the same bits, for two more passes over every activation. Each call decides by the autocast it
     runs under, which gradient checkpointing restores when it computes a layer again; without autocast nothing
     changes, nor for a peft that knows no such switch, for layers that somebody switched off already, and for
-    those whose numbers would be others: with dropout, and variants such as DoRA.
+    those whose numbers would be others: with dropout, several adapters at work at once, and variants such as
+    DoRA.
     """
     from peft.tuners.lora import Linear
 
@@ -78,7 +79,11 @@ def _autocast_decides(x: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether all that happens to an input is a float32 matmul."""
+    """Whether all that happens to an input is one float32 matmul.
+
+    The gradients of several adapters' matmuls are added in float32 where they share a widened input.
+    """
     drops = any(dropout.training and getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values())
     is_wide = all(weight.dtype is torch.float32 for weight in layer.lora_A.parameters())
-    return is_wide and not drops and not getattr(layer, "lora_variant", None)
+    is_one = sum(name in layer.lora_A for name in layer.active_adapters) <= 1
+    return is_wide and is_one and not drops and not getattr(layer, "lora_variant", None)
