@@ -155,7 +155,7 @@ def on_device(launcher: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
 
     @functools.wraps(launcher)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        first = next(value for value in args if isinstance(value, torch.Tensor))
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         with torch.cuda.device_of(first):  # nothing for tensors on the CPU
             return launcher(*args, **kwargs)
 

@@ -82,7 +82,7 @@ assert "triton" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-KERNEL_MODULES = ("linear_cross_entropy", "cross_entropy", "mask_select", "pack_masked")
+KERNEL_MODULES = ("linear_cross_entropy", "cross_entropy", "mask_select", "pack_masked", "rotary")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no package `triton`")
@@ -104,11 +104,15 @@ def test_on_device__guards_every_function_that_launches(name, monkeypatch):
         for key, value in vars(module).items()
         if callable(value) and not key.startswith("_") and getattr(value, "__module__", "") == module.__name__
     ]
-    launchers = [function for function in public if function.__name__ not in ("resolve_gemm", "kept_shapes")]
+    pure = ("resolve_gemm", "kept_shapes", "block_heads")
+    launchers = [function for function in public if function.__name__ not in pure]
     assert launchers
     marker = torch.zeros(1)
     for function in launchers:
         entered.clear()
         with contextlib.suppress(Exception):  # the arguments are nonsense; the guard comes first
             function(marker)
+        with contextlib.suppress(Exception):
+            function(named=marker)
+        assert len(entered) == 2 and entered.pop() is marker, function.__name__
         assert len(entered) == 1 and entered[0] is marker, function.__name__

@@ -107,6 +107,16 @@ def test_rotary__refuses_what_does_not_fit(change, message):
         rotary(*change(*make_inputs()))
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_rotary__refuses_sharded_tensors_by_name(place):
+    # Each of them: beside plain tensors, torch would say only that two kinds of tensor met.
+    names = ("query_BHLd", "key_BHLd", "cos_BLh", "sin_BLh")
+    inputs = list(make_inputs())
+    inputs[place].placements = ()  # what tells a DTensor
+    with pytest.raises(ValueError, match=f"{names[place]} is a sharded DTensor"):
+        rotary(*inputs)
+
+
 def test_rotary__refuses_backends_that_do_not_exist():
     inputs = make_inputs()
     with pytest.raises(ValueError, match="does not exist"):

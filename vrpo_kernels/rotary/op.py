@@ -90,6 +90,7 @@ def rotary(
     checks.require_same("(B, L, d)", "query_BHLd", (batch, length, size), "key_BHLd", of_key)
     wide = torch.promote_types(query_BHLd.dtype, torch.float32)
     for name, part in (("cos_BLh", cos_BLh), ("sin_BLh", sin_BLh)):
+        checks.require_plain(name, part)
         if part.shape != (batch, length, size // 2) or part.dtype not in (torch.float32, wide):
             raise ValueError(
                 f"{name} must be (B, L, d / 2) = {(batch, length, size // 2)} float32, got "
