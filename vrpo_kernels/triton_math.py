@@ -67,3 +67,15 @@ def as_reference(maximum):
     Factors between two of them are powers of two, so that correcting a 16-bit E does not round it again.
     """
     return tl.where(maximum > _LOWEST, tl.ceil(maximum * _LOG2_E) * _LN2, _LOWEST)
+
+
+@triton.jit
+def is_class(target, V):
+    """False for op.ABSENT, and for a target out of range, which makes NaN of its row."""
+    return (target >= 0) & (target < V)
+
+
+@triton.jit
+def log_odds_of(target_logit, max_n, sum_n):
+    """d = log(sum over v != y of exp(z_v)) - z_y. The difference first: m and z_y may be large."""
+    return (max_n - target_logit) + tl.log(sum_n)

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vrpo_kernels.cross_entropy import kernel as cross_entropy
-from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
+from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm, kernel_rows
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 from vrpo_kernels.mask_select import kernel as mask_select
 from vrpo_kernels.pack_masked import kernel as pack_masked
@@ -90,10 +90,10 @@ CASES = [
         {"num_warps": 2},
         56,
     ),
-    Case(kernel_fold._target_logits_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 40, VECTORS[:1]),
+    Case(kernel_rows._target_logits_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 40, VECTORS[:1]),
     Case(kernel_fold._finish_rows_kernel, {"BLOCK_N": 128}, {"num_warps": 4}, 24),
     Case(
-        kernel_fold._finish_expected_kernel,
+        kernel_rows._finish_expected_kernel,
         {"BLOCK_D": 1024},
         {"num_warps": 4},
         32,
@@ -111,8 +111,8 @@ CASES = [
     Case(
         kernel_fold._set_targets_kernel, {"BLOCK_N": 128}, {"num_warps": 4}, 24, types={"tile_ptr": "*fp32"}
     ),
-    Case(kernel_fold._dhidden_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
-    Case(kernel_fold._scale_rows_kernel, {"PER_SUM": True, "BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
+    Case(kernel_rows._dhidden_kernel, {"BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
+    Case(kernel_rows._scale_rows_kernel, {"PER_SUM": True, "BLOCK_D": 1024}, {"num_warps": 4}, 32, VECTORS),
     *(
         Case(
             kernel_gemm._logits_fold_pointer_kernel,
@@ -238,7 +238,7 @@ def test_kernel__compiles_without_spills_within_stated_resources(case: Case, arc
 
 
 def test_cases__cover_every_kernel_that_is_launched():
-    modules = (kernel_fold, kernel_gemm, cross_entropy, mask_select, pack_masked, rotary)
+    modules = (kernel_fold, kernel_gemm, kernel_rows, cross_entropy, mask_select, pack_masked, rotary)
     kernels = {
         value.__name__
         for module in modules

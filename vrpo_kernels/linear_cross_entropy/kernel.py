@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vrpo_kernels.backend import on_device
-from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm
+from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm, kernel_rows
 from vrpo_kernels.linear_cross_entropy.tiles import GEMMS, LOWEST, RAISE_BY, Tiles, chunk_rows, tiles_for
 
 _LANES = 64  # kept tiles are padded to whole 128-byte lines per row
@@ -90,7 +90,7 @@ def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 for a negative target."""
     out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if out.numel():
-        kernel_fold.target_logits(_rows(hidden), _rows(weight), targets.contiguous(), out)
+        kernel_rows.target_logits(_rows(hidden), _rows(weight), targets.contiguous(), out)
     return out
 
 
@@ -121,13 +121,13 @@ def forward(
     (kept_shape, _), _ = kept_shapes(num_rows, num_classes, gemm, hidden.dtype)
     kept = hidden.new_empty(kept_shape if keep_tiles else (0, 0))
     if num_rows:
-        kernel_fold.target_logits(hidden, weight, targets, statistics[0])
+        kernel_rows.target_logits(hidden, weight, targets, statistics[0])
         statistics[1].fill_(LOWEST)
         statistics[2].zero_()
         _forward_tiles(hidden, weight, targets, statistics, expected, kept, tiles)
         kernel_fold.finish_rows(statistics, nll)
         if want_dhidden:
-            kernel_fold.finish_expected(expected, statistics[2])
+            kernel_rows.finish_expected(expected, statistics[2])
         if keep_tiles:
             kept[:, num_classes:].zero_()  # never read, but outputs of an op are to be deterministic
             kernel_fold.finish_kept(kept[:, :num_classes], targets, statistics[2])
@@ -270,7 +270,7 @@ def dhidden(dnll: Tensor, expected: Tensor, statistics: Tensor, weight: Tensor, 
     """(N, D) gradient of hidden from what the forward pass left; see `op._dhidden`."""
     out = weight.new_empty(expected.shape)
     if out.numel():
-        kernel_fold.dhidden(expected, _rows(weight), targets.contiguous(), dnll, statistics.contiguous(), out)
+        kernel_rows.dhidden(expected, _rows(weight), targets.contiguous(), dnll, statistics.contiguous(), out)
     return out
 
 
@@ -292,7 +292,7 @@ def dweight(
         return out.zero_()
     scaled = hidden.new_empty(hidden.shape)
     per_sum = kept.dtype is not torch.float16
-    kernel_fold.scale_rows(_rows(hidden), dnll, statistics.contiguous(), scaled, per_sum=per_sum)
+    kernel_rows.scale_rows(_rows(hidden), dnll, statistics.contiguous(), scaled, per_sum=per_sum)
     _rounded_product(kept[:, : out.shape[0]].t(), scaled, out)
     return out
 
@@ -345,12 +345,12 @@ def sweep(
     acc = statistics.new_empty(out_hidden.shape)
     scaled = hidden.new_empty(hidden.shape if want_dweight else (0, 0))
     if want_dweight:
-        kernel_fold.scale_rows(hidden, dnll, statistics, scaled, per_sum=False)
+        kernel_rows.scale_rows(hidden, dnll, statistics, scaled, per_sum=False)
     _sweep_tiles(hidden, weight, targets, statistics, acc, scaled, out_weight, tiles)
     if want_dhidden and hidden.dtype is torch.float32:
-        kernel_fold.dhidden(acc, weight, targets, dnll, statistics, out_hidden)
+        kernel_rows.dhidden(acc, weight, targets, dnll, statistics, out_hidden)
     elif want_dhidden:
-        kernel_fold.scale_rows(acc, dnll, statistics, out_hidden, per_sum=False)
+        kernel_rows.scale_rows(acc, dnll, statistics, out_hidden, per_sum=False)
     return out_hidden, out_weight
 
 
