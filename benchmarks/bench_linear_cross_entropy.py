@@ -256,7 +256,7 @@ def main(arguments: list[str]) -> int:
     base = Case(0, options.size, options.classes, torch.float32, device)
     groups = stages(options.providers, device)
     cases = itertools.product(options.rows, options.dtypes, options.logits, options.threads, groups)
-    print_plan(_label(*case[:4], name) for case in cases for name in case[4])
+    print_plan(_label(options, *case[:4], name) for case in cases for name in case[4])
     for num_rows, dtype, logits, threads, wanted in itertools.product(
         options.rows, options.dtypes, options.logits, options.threads, groups
     ):
@@ -267,15 +267,20 @@ def main(arguments: list[str]) -> int:
         rows = _run_case(case, dtype, threads, options, facts, wanted, deadline, starts)
         late = {row["provider"] for row in rows if row.get("note") == NO_TIME}
         for name in (name for name in wanted if name not in late):
-            print_done(_label(num_rows, dtype, logits, threads, name))
+            print_done(_label(options, num_rows, dtype, logits, threads, name))
         if any(LOST in row.get("note", "") for row in rows):
             print(LOST)
             return 1
     return 0
 
 
-def _label(num_rows: int, dtype: str, logits: str, threads: int, name: str) -> str:
-    return f"N={num_rows} {dtype} {logits} {threads} threads {name}"
+def _label(
+    options: argparse.Namespace, num_rows: int, dtype: str, logits: str, threads: int, name: str
+) -> str:
+    """Name of a provider in one case, with what differs between the cases of this run."""
+    more = ((options.dtypes, dtype), (options.logits, logits), (options.threads, f"{threads} threads"))
+    differing = [str(value) for choices, value in more if len(choices) > 1]
+    return ", ".join((name, f"N={num_rows}", *differing))
 
 
 def _parse(arguments: list[str], device: str) -> argparse.Namespace:

@@ -96,15 +96,15 @@ class Bench:
         shown = (f"{key}={value}" for key, value in values.items() if value not in ("", None))
         print(f"  [{self.path.name}]", *shown, flush=True)
 
-    def run(self, tasks: Iterable[Task], planned: Iterable[Task] = ()) -> int:
+    def run(self, tasks: Iterable[Task], planned: Iterable[Task] | None = None) -> int:
         """Runs the list; returns how many tasks raised.
 
         planned: the same list once more, whose names are printed before anything runs. `tasks` may be a
         generator that frees, between two tasks, what only the first of them needed.
         """
         failed = 0
-        if names := [task.name for task in planned][self.skip :]:
-            print_plan(names)
+        if planned is not None:
+            print_plan([task.name for task in planned][self.skip :])
         for index, task in enumerate(tasks):
             if index < self.skip or (self.warm and index % self.share[1] != self.share[0]):
                 continue

@@ -24,7 +24,10 @@ def print_done(name: str) -> None:
 def not_reached(lines: Iterable[str]) -> list[str]:
     """A line with the entries that were planned and not done; none if all were."""
     lines = list(lines)
-    planned = [name for line in lines if line.startswith(PLAN) for name in line[len(PLAN) :].split(BETWEEN)]
+    plans = [line[len(PLAN) :] for line in lines if line.startswith(PLAN)]
+    if not plans:
+        return ["nothing reached: it ended before it had a work list"]
+    planned = [name for plan in plans if plan for name in plan.split(BETWEEN)]
     done = {line[len(DONE) :] for line in lines if line.startswith(DONE)}
     missing = [name for name in planned if name not in done]
     if not missing:

@@ -86,7 +86,8 @@ def test_not_reached__names_the_first_and_counts_the_others():
     names = [f"row {number}" for number in range(SHOWN + 3)]
     (line,) = not_reached(["plan: " + " | ".join(names), "something else", "done: row 0"])
     assert line == f"not reached, {SHOWN + 2} of {SHOWN + 3}: {'; '.join(names[1 : SHOWN + 1])}; and 2 more"
-    assert not_reached(["nothing was planned"]) == []
+    assert not_reached(["plan: "]) == []
+    assert not_reached(["imports"]) == ["nothing reached: it ended before it had a work list"]
 
 
 def test_summary__counts_the_tests_that_ended_before_a_stop():

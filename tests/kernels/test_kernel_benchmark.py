@@ -116,13 +116,15 @@ def test_benchmark__spends_what_is_left_on_the_first_size(monkeypatch, capsys, t
     monkeypatch.setattr(bench_linear_cross_entropy.Bench, "prepare", prepare)
     monkeypatch.setattr(bench_linear_cross_entropy, "stages", lambda wanted, _: stages(wanted, "cuda"))
     options = ["--rows", "20", "10", "--size", "16", "--classes", "300", "--dtypes", "fp32"]
-    options += ["--threads", "1", "--repeats", "1", "--compiled", "--until", str(time.time() + 60)]
+    options += ["--threads", "1", "2", "--repeats", "1", "--compiled", "--until", str(time.time() + 60)]
     options += ["--providers", "torch.compile", "vrpo", "--output", str(tmp_path / "kernels.csv")]
     assert bench_linear_cross_entropy.main(options) == 0
     first = [(20, "vrpo", 5.0), (20, "torch.compile", 1.0)]
-    assert prepared == [*first, (10, "vrpo", 1.0), (10, "torch.compile", 1.0)]
+    again, second = [(20, name, 1.0) for _, name, _ in first], [(10, name, 1.0) for _, name, _ in first]
+    assert prepared == [*first, *again, *second, *second]
     lines = capsys.readouterr().out.splitlines()
-    names = [f"N={rows} fp32 random 1 threads {name}" for rows, name, _ in prepared]
+    threads = [1, 1, 2, 2, 1, 1, 2, 2]
+    names = [f"{row[1]}, N={row[0]}, {many} threads" for row, many in zip(prepared, threads, strict=True)]
     assert [line for line in lines if line.startswith("plan: ")] == ["plan: " + " | ".join(names)]
     assert [line[len("done: ") :] for line in lines if line.startswith("done: ")] == names
 
