@@ -78,3 +78,11 @@ def test_tiles__fp32_sweeps_with_the_shape_of_its_forward_pass():
         assert tiles.forward_cols(rows, 132) == tiles.sweep_tile_cols(rows, 132)
     assert (tiles.rows, tiles.cols) == (tiles.sweep_rows, tiles.sweep_cols)
     assert replace(HOPPER, gemm="fused") == tiles_for((9, 0), 2, "fused")
+
+
+def test_tiles_for__the_default_form_is_the_measured_one():
+    assert tiles_for((9, 0), 2).gemm == "fused"
+    assert tiles_for((8, 0), 2).gemm == "cublas"  # nothing is measured there
+    assert tiles_for((9, 0), 4).gemm == tiles_for((8, 0), 4).gemm == "cublas"  # no tensor cores in fp32
+    for gemm in ("fused", "cublas"):
+        assert tiles_for((9, 0), 2, gemm).gemm == gemm
