@@ -419,6 +419,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.tiny and options.output is None:
         parser.error("--tiny makes no figure: give it an --output of its own")
+    if options.output is not None and options.output.is_dir():
+        parser.error(f"--output is a CSV file, and {options.output} is a folder")
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --tiny runs on the CPU")
     device, size, dtype = ("cpu", TINY, torch.float32) if options.tiny else ("cuda", LLADA_8B, torch.bfloat16)

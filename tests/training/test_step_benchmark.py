@@ -50,6 +50,12 @@ def test_bench_step__every_item_is_a_row_with_figures(tmp_path, capsys):
     assert "elementwise" in (tmp_path / "profile_step.txt").read_text()
 
 
+def test_main__names_a_folder_given_as_output(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bench_step.main(["--tiny", "--output", str(tmp_path)])
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
+
+
 def test_bench_step__ends_at_a_point_in_time_and_says_what_is_missing(tmp_path, capsys):
     output = tmp_path / "step.csv"
     late = str(time.time() - 1)
