@@ -512,6 +512,26 @@ def test_linear_cross_entropy__rejects_targets_out_of_range(wrong):
         linear_cross_entropy(hidden, weight, targets, backend="cpu")
 
 
+@pytest.mark.parametrize("wrong", [-1, 9, op.ABSENT])
+@pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_statistics])
+def test_reference__rejects_targets_out_of_range_in_the_words_of_cpp(function, wrong):
+    hidden, weight, targets, _ = make_inputs(4, 9, 8, torch.float32)
+    targets[2] = wrong
+    with pytest.raises(ValueError, match=rf"targets must lie in \[0, 9\), got {wrong} in row 2"):
+        function(hidden, weight, targets, backend="reference")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch.compile itself
+def test_reference__compiles_without_graph_break():
+    hidden, weight, targets, _ = make_inputs(4, 9, 8, torch.bfloat16)
+
+    def loss(x):
+        return linear_cross_entropy(x, weight, targets, backend="reference")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)
+    testing.assert_bitwise_equal(compiled(hidden), loss(hidden))
+
+
 @needs_extension
 def test_linear_cross_entropy__rejects_unknown_gemm():
     hidden, weight, targets, _ = make_inputs(4, 9, 8, torch.float32)

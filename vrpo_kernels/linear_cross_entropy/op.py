@@ -133,9 +133,9 @@ def linear_cross_entropy(
         atomics: every output has one owner.
     Errors:
         ValueError naming the argument and both shapes, for a target out of range (CPU), or listing every
-        reason why a requested backend cannot run. On a GPU, where raising would mean waiting for it, a row
-        with a target out of range has nll NaN, and so have the gradients it enters; nothing out of bounds
-        is read or written.
+        reason why a requested backend cannot run. In the Triton backend, where raising would mean waiting
+        for the GPU, a row with a target out of range has nll NaN, and so have the gradients it enters;
+        nothing out of bounds is read or written. The reference on a GPU ends in torch's device-side assert.
     Source: per-term log-probability of the l-form ELBO, arXiv 2505.19223, Eq. (14)-(15).
     """
     hidden, weight = _autocast(hidden, weight)
@@ -144,8 +144,7 @@ def linear_cross_entropy(
         hidden, weight, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes
     )
     if plan.backend == "reference":
-        with _without_autocast(hidden):
-            return reference.linear_cross_entropy(_exact(hidden), _exact(weight), targets)
+        return reference.exactly(reference.linear_cross_entropy, hidden, weight, targets)
     outputs = _forward(hidden, weight, targets, plan.backend, plan.gemm, plan.want_dhidden, plan.keep_tiles)
     return outputs[0]
 
@@ -166,8 +165,7 @@ def linear_cross_entropy_statistics(
     checks.require_head(hidden, weight, targets)
     plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
     if plan.backend == "reference":
-        with _without_autocast(hidden):
-            return reference.statistics(_exact(hidden), _exact(weight), targets)
+        return reference.exactly(reference.statistics, hidden, weight, targets)
     nll, statistics, *_ = _forward(hidden, weight, targets, plan.backend, plan.gemm, False, False)
     return nll, statistics
 
@@ -209,11 +207,9 @@ def linear_cross_entropy_replay(
     checks.require_same("shape", "statistics", tuple(statistics.shape), "(3, N)", (3, num_rows))
     plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
     if plan.backend == "reference":
-        with _without_autocast(hidden):
-            hidden, weight = _exact(hidden), _exact(weight)
-            target_logit = reference.target_logits(hidden, weight, targets)
-            fresh = reference.linear_cross_entropy(hidden, weight, targets)
-            return fresh, _drift(target_logit.detach(), statistics)
+        fresh = reference.exactly(reference.linear_cross_entropy, hidden, weight, targets)
+        target_logit = reference.exactly(reference.target_logits, hidden, weight, targets)
+        return fresh, _drift(target_logit.detach(), statistics)
     return _replay(hidden, weight, targets, nll, statistics, plan.backend, plan.gemm)
 
 
@@ -226,16 +222,6 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
-
-
-def _without_autocast(tensor: Tensor) -> torch.autocast:
-    """The inputs are cast already; the formula itself runs in their dtype."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """The reference backend computes 16-bit inputs in fp32, so that its nll is exact like the others'."""
-    return tensor if tensor.dtype is torch.float64 else tensor.float()
 
 
 def _drift(target_logit: Tensor, statistics: Tensor) -> Tensor:

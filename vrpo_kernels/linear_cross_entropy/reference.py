@@ -1,5 +1,8 @@
 """The formula of `linear_cross_entropy`, in whatever dtype it is given. Nothing is fused, tiled or shared."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,3 +35,34 @@ def statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor,
         linear_cross_entropy(hidden, weight, targets),
         torch.stack([target_logits(hidden, weight, targets), shift, total]),
     )
+
+
+def exactly(formula: Callable[..., Any], hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    """One of the functions above, for 16-bit inputs in fp32, so that its nll is exact like the backends'.
+
+    Autocast does not enter: the inputs are cast already.
+
+    Errors: ValueError for a target out of range on the CPU, in the words of the C++ backend.
+    """
+    if hidden.dtype is not torch.float64:
+        hidden, weight = hidden.float(), weight.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        try:
+            return formula(hidden, weight, targets)
+        except RuntimeError as error:
+            _explain(error, targets, len(weight))
+            raise
+
+
+def _explain(error: RuntimeError, targets: Tensor, num_classes: int) -> None:
+    """Raise the ValueError behind it, if there is one.
+
+    Asked only after the fact: looking at the targets first would break torch.compile and torch.func.
+    """
+    if targets.device.type != "cpu":
+        return
+    wrong = ((targets < 0) | (targets >= num_classes)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"targets must lie in [0, {num_classes}), got {int(targets[wrong[0]])} in row {wrong[0]}"
+        ) from error
