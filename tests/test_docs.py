@@ -1,0 +1,87 @@
+"""README.md and docs/: links lead somewhere, and the GPU figures are those of the committed files."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_table
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = ROOT / "benchmarks/results/gpu"
+SECOND = RESULTS / "h100-2026-11-26"
+
+
+def rows_of(name):
+    with (SECOND / name).open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def cells_of(page):
+    """The cells of every line of a table, without bold marks."""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("| "):
+            yield [cell.strip().replace("*", "") for cell in line.split("|")[1:-1]]
+
+
+def assert_rounded(text, figure):
+    """text is figure to as many decimals as text has, a half rounded either way."""
+    decimals = len(text.partition(".")[2])
+    assert abs(float(text) - float(figure)) <= 0.5001 * 10**-decimals, (text, figure)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links__lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_gpu_results__are_what_gpu_table_makes(capsys):
+    assert gpu_table.main([str(SECOND), str(RESULTS / "h100-2026-11-26-first")]) == 0
+    page = (ROOT / "docs/gpu-results.md").read_text(encoding="utf-8")
+    assert page.rstrip().endswith(capsys.readouterr().out.strip())
+
+
+def test_readme__rivals_have_the_measured_figures():
+    names = {"vrpo": "vrpo", "TRL, chunk 32768": "TRL chunked, chunk 32768", "eager": "torch eager"}
+    names |= {name: name for name in ("vrpo, tiles recomputed", "Liger", "CCE, exact")}
+    rows = {(row["provider"], row["column"]): row for row in rows_of("rivals.csv") if row["N"] == "4096"}
+    found = [cells for cells in cells_of(PAGES[0]) if len(cells) == 5 and cells[0] in names]
+    assert len(found) == len(names)
+    for name, *columns, error in found:
+        for column, cell in zip(("no gradient", "frozen head", "trained head"), columns, strict=True):
+            row = rows[names[name], column]
+            milliseconds, units, peak = re.fullmatch(r"([\d.]+) \(([\d.]+)\), (\d+)", cell).groups()
+            assert_rounded(milliseconds, row["ms_p50"])
+            assert_rounded(units, row["units_p50"])
+            assert_rounded(peak, row["peak_MiB"])
+            assert f"{float(row['nll_error']):.1e}" == f"{float(error):.1e}"
+
+
+def test_readme__step_has_the_measured_figures():
+    names = {"LoRA r = 16": "LoRA", "all weights, no optimizer state": "full"}
+    rows = {(row["case"], row["K"]): row for row in rows_of("step.csv")}
+    found = [cells for cells in cells_of(PAGES[0]) if len(cells) == 6 and cells[0] in names]
+    assert len(found) == 4
+    for name, samples, *figures in found:
+        row = rows[names[name], samples]
+        for key, figure in zip(("ms", "tokens_per_s", "pct_of_gemm", "peak_GiB"), figures, strict=True):
+            assert_rounded(figure, row[key])
+
+
+def test_gpu_page__head_has_the_measured_figures():
+    rows = {
+        (row["N"], row["mode"]): row
+        for row in rows_of("kernels.csv")
+        if (row["provider"], row["gemm"], row["D"], row["case"]) == ("vrpo", "fused", "4096", "random logits")
+    }
+    found = [cells for cells in cells_of(ROOT / "docs/gpu.md") if len(cells) == 7 and cells[0].isdigit()]
+    assert len(found) == 5
+    for size, *cells in found:
+        for mode, cell in zip(("no gradient", "frozen head", "trained, tiles kept"), cells[::2], strict=True):
+            milliseconds, share = re.fullmatch(r"([\d.]+) \((\d+) %\)", cell).groups()
+            assert_rounded(milliseconds, rows[size, mode]["ms_p50"])
+            assert_rounded(share, rows[size, mode]["pct_of_gemm"])
