@@ -2,6 +2,8 @@
 
 import argparse
 
+import pytest
+
 from benchmarks import gpu, gpu_kernels, gpu_memory, gpu_table, gpu_tiles
 from benchmarks.bench_linear_cross_entropy import FIELDS as RIVAL_FIELDS
 from benchmarks.bench_linear_cross_entropy import NO_TIME
@@ -238,7 +240,9 @@ def test_tables__of_steps_compare_variants_with_as_many_tokens(tmp_path):
 
 
 def test_tables__of_memory_and_of_an_empty_folder(tmp_path, capsys):
-    assert print_tables([str(tmp_path)]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        print_tables([str(tmp_path)])
+    assert "kernels.csv" in capsys.readouterr().err
     row = {
         **IDENTITY,
         "op": "mask_select",
@@ -251,3 +255,8 @@ def test_tables__of_memory_and_of_an_empty_folder(tmp_path, capsys):
     assert print_tables([str(tmp_path)]) == 0
     expected = "| `mask_select`, by rank | 64 segments of 512 | 0.018 | 7 | 0.2 | 1.81 |"
     assert expected in capsys.readouterr().out
+
+
+def test_read__leaves_out_a_row_cut_in_the_middle(tmp_path):
+    (tmp_path / "memory.csv").write_text("a,b,c\n1,2,3\n4,5")
+    assert gpu_table.read(tmp_path / "memory.csv") == [{"a": "1", "b": "2", "c": "3"}]
