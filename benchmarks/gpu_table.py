@@ -23,7 +23,7 @@ POLICY = "outside the tolerance policy"
 
 
 def read(path: Path) -> Rows:
-    """The whole rows of a CSV file, none if it does not exist; a run that was killed may have cut the last."""
+    """The whole rows of a CSV file, none if it does not exist; a run that was killed can cut the last one."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as stream:
