@@ -183,22 +183,23 @@ def test_forward__corrections_are_powers_of_two_and_round_nothing_again(gemm):
     assert relative.max() <= 2 * 2.0**-11  # E and E / s are rounded once each
 
 
-@pytest.mark.parametrize("bad", [201, 2**40, -1])
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
-def test_linear_cross_entropy__a_target_out_of_range_makes_nan_of_its_row_only(gemm, bad):
+def test_linear_cross_entropy__a_target_out_of_range_makes_nan_of_its_row_only(gemm):
     # On a device nothing can be raised without waiting for it; what lies beyond the head is never touched.
     hidden, weight, targets, upstream = _inputs(17, 201, 24, torch.float16)
     expected = _op(gemm)(hidden, weight, targets)
-    targets[3] = bad
+    bad = torch.tensor([3, 7, 16])
+    targets[bad] = torch.tensor([201, 2**40, -1])
     for kept_tile_bytes in (KEEP, RECOMPUTE):
         leaf = hidden.clone().requires_grad_()
         head = weight.clone().requires_grad_()
         nll = _op(gemm, kept_tile_bytes)(leaf, head, targets)
         nll.backward(upstream)
-        assert nll[3].isnan()
-        assert leaf.grad[3].isnan().all()
-        assert head.grad.isnan().all()  # every class has a share of that row
-        others = torch.arange(17) != 3
+        assert nll[bad].isnan().all()
+        assert leaf.grad[bad].isnan().all()
+        assert head.grad.isnan().all()  # every class has a share of those rows
+        others = torch.ones(17, dtype=torch.bool)
+        others[bad] = False
         testing.assert_bitwise_equal(nll[others].detach(), expected[others], "nll")
         assert leaf.grad[others].isfinite().all()
 
