@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from shards import two_shards
 
 from vrpo_kernels import testing
 from vrpo_kernels.cross_entropy import cross_entropy
@@ -252,30 +253,8 @@ def test_operators__pass_opcheck():
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_backend__shards_of_the_head_add_up(gemm):
-    # What vocab_parallel_linear_cross_entropy asks of a backend, without a process group.
-    hidden, weight, targets, upstream = _inputs(9, 170, 24, torch.float16, scale=2.0)
-    absent = torch.iinfo(torch.int64).min
-    shards, local, expected = [], [], []
-    for first, last in ((0, 70), (70, 170)):
-        here = torch.where((targets >= first) & (targets < last), targets - first, absent)
-        shards.append((weight[first:last], here))
-        wanted = {"want_dhidden": True, "keep_tiles": False}
-        _, statistics, mean_row, _, _ = kernel.forward(hidden, weight[first:last], here, gemm=gemm, **wanted)
-        local.append(statistics)
-        expected.append(mean_row)
-    highest = torch.maximum(local[0][1], local[1][1])
-    totals = [part[2] * (part[1] - highest).exp() for part in local]
-    joined = torch.stack([local[0][0] + local[1][0], highest, totals[0] + totals[1]])
-    whole = sum((total / joined[2])[:, None] * row for total, row in zip(totals, expected, strict=True))
-    dhidden = kernel.dhidden(upstream, whole, joined, weight, targets)
-    wanted = {"want_dhidden": False, "want_dweight": True}
-    dweight = torch.cat(
-        [kernel.sweep(upstream, hidden, *shard, joined, gemm=gemm, **wanted)[1] for shard in shards]
-    )
-    nll = torch.nn.functional.softplus((joined[1] - joined[0]) + joined[2].log())
-    testing.assert_ratios(
-        testing.linear_cross_entropy_ratios(nll, dhidden, dweight, hidden, weight, targets, upstream)
-    )
+    inputs = _inputs(9, 170, 24, torch.float16, scale=2.0)
+    testing.assert_ratios(testing.linear_cross_entropy_ratios(*two_shards(gemm, 70, *inputs), *inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

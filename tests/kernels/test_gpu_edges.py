@@ -16,9 +16,9 @@ from gpu_support import (
     name_of,
     use_small_tiles,
 )
+from shards import two_shards
 
 from vrpo_kernels import elbo_from_hidden, elbo_from_logits, testing, vocab_parallel_linear_cross_entropy
-from vrpo_kernels.linear_cross_entropy.op import ABSENT
 
 pytestmark = MARKS
 OUTPUTS = ("nll", "dhidden", "dweight")
@@ -133,30 +133,8 @@ def test_vocab_parallel__alone_it_is_the_whole_head(gemm, group_of_one, record_p
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_backend__shards_of_the_head_add_up(gemm, record_property):
-    # What vocab_parallel_linear_cross_entropy asks of a backend, for a head in two parts on one device.
-    from vrpo_kernels.linear_cross_entropy import kernel
-
-    hidden, weight, targets, upstream = make_inputs(200, 9000, 128, torch.bfloat16, scale=2.0)
-    shards, local, expected = [], [], []
-    for first, last in ((0, 3000), (3000, 9000)):
-        here = torch.where((targets >= first) & (targets < last), targets - first, ABSENT)
-        shards.append((weight[first:last], here))
-        wanted = {"want_dhidden": True, "keep_tiles": False}
-        _, statistics, mean_row, _, _ = kernel.forward(hidden, weight[first:last], here, gemm=gemm, **wanted)
-        local.append(statistics)
-        expected.append(mean_row)
-    highest = torch.maximum(local[0][1], local[1][1])
-    totals = [part[2] * (part[1] - highest).exp() for part in local]
-    joined = torch.stack([local[0][0] + local[1][0], highest, totals[0] + totals[1]])
-    whole = sum((total / joined[2])[:, None] * row for total, row in zip(totals, expected, strict=True))
-    dhidden = kernel.dhidden(upstream, whole, joined, weight, targets)
-    wanted = {"want_dhidden": False, "want_dweight": True}
-    dweight = torch.cat(
-        [kernel.sweep(upstream, hidden, *shard, joined, gemm=gemm, **wanted)[1] for shard in shards]
-    )
-    nll = torch.nn.functional.softplus((joined[1] - joined[0]) + joined[2].log())
-    ratios = testing.linear_cross_entropy_ratios(nll, dhidden, dweight, hidden, weight, targets, upstream)
-    hold(ratios, record_property)
+    inputs = make_inputs(200, 9000, 128, torch.bfloat16, scale=2.0)
+    hold(testing.linear_cross_entropy_ratios(*two_shards(gemm, 3000, *inputs), *inputs), record_property)
 
 
 def _elbo_batch(B, L, V, D):

@@ -87,7 +87,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
 
 @on_device
 def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 for a negative target."""
+    """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 if absent, NaN out of range."""
     out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if out.numel():
         kernel_rows.target_logits(_rows(hidden), _rows(weight), targets.contiguous(), out)

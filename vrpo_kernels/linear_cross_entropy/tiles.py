@@ -9,8 +9,8 @@ import functools
 from dataclasses import dataclass, replace
 
 GEMMS = ("cublas", "fused")
-"""How the forward pass forms a logit tile: cuBLAS into an fp32 tile that a second kernel folds, or one
-Triton GEMM whose epilogue folds it on chip."""
+"""How a logit tile becomes exponentials: cuBLAS into an fp32 tile that a second kernel reads, or one Triton
+GEMM whose epilogue takes them on chip."""
 
 LOWEST = -3.4028234663852886e38
 """The least fp32 number: the maximum of no logits at all (finite, so that differences stay defined)."""
