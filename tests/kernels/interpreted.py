@@ -20,6 +20,7 @@ from vrpo_kernels.cross_entropy import kernel as cross_entropy_kernel
 from vrpo_kernels.cross_entropy import reference as cross_entropy_reference
 from vrpo_kernels.linear_cross_entropy import (
     kernel,
+    kernel_rows,
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
@@ -417,3 +418,19 @@ def test_rotary__bit_identical_to_the_reference(batch, heads, key_heads, length,
         expected = rotary_reference.rotary(plain, cos, -sin if inverse else sin)
         testing.assert_bitwise_equal(turned.contiguous(), expected, name)
         assert turned.transpose(1, 2).is_contiguous()
+
+
+def test_scale_rows__kept_tiles_are_divided_by_the_very_number_that_stands_at_the_target():
+    # Tiles hold -s rounded to their dtype; dividing by s itself would leave the target's share off from -1.
+    value = torch.randn(40, 128).half()
+    sums = 1.0 + torch.arange(1, 41) * 2.0**-11 * 0.97  # up to half a step of fp16 away from it
+    statistics = torch.stack([torch.zeros(40), torch.full((40,), 3.0), sums])
+    dnll = torch.linspace(-1, 1, 40)
+    out = torch.empty_like(value)
+    kernel_rows.scale_rows(value, dnll, statistics, out, per_sum=True)
+    q = torch.sigmoid(3.0 + sums.double().log())
+    scaled = (
+        value.double() * (dnll.double() * q / by)[:, None] for by in (sums.half().double(), sums.double())
+    )
+    rounded, exact = ((out != wanted.half()).double().mean() for wanted in scaled)
+    assert rounded < 0.02 < 0.1 < exact
