@@ -1,6 +1,7 @@
 """Fused ELBO operations for masked-diffusion language models."""
 
 from vrpo_kernels.backend import choose, describe
+from vrpo_kernels.checks import set_debug
 from vrpo_kernels.cross_entropy import cross_entropy
 from vrpo_kernels.elbo import elbo_from_hidden, elbo_from_logits
 from vrpo_kernels.linear_cross_entropy import (
@@ -36,6 +37,7 @@ __all__ = [
     "plan_linear_cross_entropy",
     "rotary",
     "segment_sum",
+    "set_debug",
     "token_weight_sums",
     "vocab_parallel_linear_cross_entropy",
 ]

@@ -1,7 +1,74 @@
-"""Argument checks of the public ops: one wording, no casts, no copies."""
+"""Argument checks of the public ops: one wording, no casts, no copies; and when values are looked at."""
 
 import torch
 from torch import Tensor
+
+_debug = False
+
+
+class set_debug:
+    """Have every op look at the values of its index arguments (targets, rows, offsets), on every device.
+
+    On the CPU that is always done, because it costs next to nothing: a bad value is a ValueError that names
+    the argument, the value and its row. On a GPU the host would have to wait for the device, so by default
+    nobody looks: a bad value makes NaN of the results it enters, and nothing out of bounds is read or
+    written. In debug mode the same ValueErrors are raised there too, at the price of one synchronisation per
+    op and call. Results do not change. The switch belongs to the process; values are never looked at while
+    `torch.compile` traces, under `torch.func.vmap`, or in a CUDA graph's capture, where there is none to see.
+
+        vrpo_kernels.set_debug(True)             # from here on
+        with vrpo_kernels.set_debug(True): ...   # inside the block
+
+    Args: mode: True switches the mode on, False off.
+    """
+
+    def __init__(self, mode: bool) -> None:
+        global _debug
+        self._before, _debug = _debug, bool(mode)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_error: object) -> None:
+        global _debug
+        _debug = self._before
+
+
+def values_are_checked(device: torch.device) -> bool:
+    """True where an op looks at the values of its index arguments: on the CPU, elsewhere in debug mode.
+
+    False wherever there are no values to look at: while torch.compile or make_fx trace, for fake tensors,
+    under `torch.func.vmap` and while a CUDA graph is captured.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if device.type == "meta" or (device.type != "cpu" and not _debug):
+        return False
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False
+    return not _traced()
+
+
+def _traced() -> bool:
+    """Whether tensors stand for values that are not known here."""
+    keys = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)):
+        return True
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Vmap for level in stack)
+
+
+def require_targets(targets: Tensor, num_classes: int) -> None:
+    """Require every target to lie in [0, V), naming the first row that breaks it. Reads values."""
+    wrong = (targets < 0) | (targets >= num_classes)
+    if bool(wrong.any()):
+        flat = wrong.reshape(-1)
+        row = int(flat.to(torch.uint8).argmax())
+        raise ValueError(
+            f"targets must lie in [0, {num_classes}), got {int(targets.reshape(-1)[row])} in row {row}; "
+            "leave rows without a target out"
+        )
 
 
 def _describe(tensor: Tensor) -> str:
