@@ -4,6 +4,7 @@ from vrpo_kernels.backend import choose, describe
 from vrpo_kernels.checks import set_debug
 from vrpo_kernels.cross_entropy import cross_entropy
 from vrpo_kernels.elbo import elbo_from_hidden, elbo_from_logits
+from vrpo_kernels.last_hidden import last_hidden
 from vrpo_kernels.linear_cross_entropy import (
     Plan,
     linear_cross_entropy,
@@ -28,6 +29,7 @@ __all__ = [
     "elbo_from_hidden",
     "elbo_from_logits",
     "gather_rows",
+    "last_hidden",
     "linear_cross_entropy",
     "linear_cross_entropy_replay",
     "linear_cross_entropy_statistics",
