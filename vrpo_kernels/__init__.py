@@ -19,6 +19,7 @@ from vrpo_kernels.philox import philox4x32
 from vrpo_kernels.rotary import rotary
 from vrpo_kernels.rows import gather_rows
 from vrpo_kernels.segments import segment_sum
+from vrpo_kernels.token_logps import token_logps
 
 __all__ = [
     "PackedTokens",
@@ -40,6 +41,7 @@ __all__ = [
     "rotary",
     "segment_sum",
     "set_debug",
+    "token_logps",
     "token_weight_sums",
     "vocab_parallel_linear_cross_entropy",
 ]

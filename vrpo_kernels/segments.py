@@ -1,7 +1,9 @@
-"""segment_sum: per-segment sums of sorted per-row scalars, in one fixed order."""
+"""segment_sum: per-segment sums of sorted per-row scalars, in one fixed order; and offsets made sound."""
 
 import torch
 from torch import Tensor
+
+from vrpo_kernels import checks
 
 
 @torch.library.custom_op("vrpo_kernels::segment_sum", mutates_args=())
@@ -32,6 +34,47 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dtotal_S: Tensor) -> tup
 torch.library.register_autograd("vrpo_kernels::segment_sum", _backward, setup_context=_setup_context)
 
 
+def sound_offsets(name: str, offsets_S1: Tensor, end: int) -> tuple[Tensor, Tensor | None]:
+    """Offsets that surely cut [0, end) into segments, and what every result of theirs is to be multiplied by.
+
+    Where values are checked: the offsets themselves, and None. Elsewhere looking at them would mean waiting
+    for the device: a 0-dim factor says whether they start at 0, never descend and stop at `end`. If so it
+    is 1; if not it is NaN, and the offsets are others that are safe to read by.
+
+    Args:
+        name: of the argument, for messages.
+        offsets_S1: (S + 1,) int32 or int64.
+        end: what the last offset has to be.
+    Errors: ValueError for bad offsets where values are checked, and anywhere if there is no segment to hold
+        `end` > 0 rows.
+    """
+    if offsets_S1.shape[0] == 0 or (offsets_S1.shape[0] == 1 and end):
+        raise ValueError(
+            f"{name} must have one element more than there are segments, from 0 to {end}, got "
+            f"{offsets_S1.shape[0]} elements"
+        )
+    is_bad = (offsets_S1[0] != 0) | (offsets_S1[-1] != end) | (offsets_S1[1:] < offsets_S1[:-1]).any()
+    if checks.values_are_checked(offsets_S1.device):
+        if bool(is_bad):
+            raise ValueError(
+                f"{name} must start at 0, never descend and end at {end}, got {_shortened(offsets_S1)}"
+            )
+        return offsets_S1, None
+    is_last = torch.arange(offsets_S1.shape[0], device=offsets_S1.device) == offsets_S1.shape[0] - 1
+    return torch.where(is_bad, is_last * end, offsets_S1), torch.where(is_bad, torch.nan, 1.0)
+
+
+def _shortened(offsets_S1: Tensor) -> str:
+    """The offsets around the first fault, as a list."""
+    values = offsets_S1.tolist()
+    falls = [i for i in range(1, len(values)) if values[i] < values[i - 1]]
+    if len(values) <= 12:
+        return str(values)
+    if values[0] == 0 and falls:
+        return f"{values[falls[0] - 1]}, {values[falls[0]]} at {falls[0] - 1}, {falls[0]}"
+    return f"{values[0]} ... {values[-1]}"
+
+
 def segment_sum(value_N: Tensor, offsets_S1: Tensor) -> Tensor:
     """Sum of each segment's rows.
 
@@ -39,13 +82,14 @@ def segment_sum(value_N: Tensor, offsets_S1: Tensor) -> Tensor:
 
     Args:
         value_N: (N,) fp32 or fp64, rows of a segment contiguous.
-        offsets_S1: (S + 1,) int64, non-decreasing, offsets_S1[0] = 0, offsets_S1[S] = N. The
-            values are the caller's promise; checking them would synchronise with the device.
+        offsets_S1: (S + 1,) int64, non-decreasing, offsets_S1[0] = 0, offsets_S1[S] = N.
     Returns:
         (S,) of value_N's dtype; an empty segment gives exactly 0. Differentiable in value_N.
     Numerics: each segment is accumulated in fp64 in row order on its own and rounded once, so a
         total depends on its own rows only: bitwise equal from run to run and in any batch.
-    Errors: ValueError naming the offending shape or dtype.
+    Errors: ValueError naming the offending shape or dtype; for offsets that do not cut [0, N) into segments,
+        ValueError on the CPU and NaN in every total on CUDA and inside torch.compile, where looking would
+        mean waiting.
     """
     if value_N.dim() != 1 or value_N.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -58,4 +102,6 @@ def segment_sum(value_N: Tensor, offsets_S1: Tensor) -> Tensor:
         )
     if offsets_S1.device != value_N.device:
         raise ValueError(f"offsets_S1 is on {offsets_S1.device}, value_N on {value_N.device}")
-    return _segment_sum(value_N, offsets_S1)
+    offsets_S1, factor = sound_offsets("offsets_S1", offsets_S1, value_N.shape[0])
+    total_S = _segment_sum(value_N, offsets_S1)
+    return total_S if factor is None else total_S * factor

@@ -1,0 +1,173 @@
+"""token_logps against a full log-softmax in fp64: values, gradients, determinism, torch.compile."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vrpo_kernels import elbo_from_hidden, testing, token_logps
+from vrpo_kernels.backend import availability
+from vrpo_kernels.testing import assert_bitwise_equal, poisoned_empty
+
+needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+both_backends = pytest.mark.parametrize("backend", BACKENDS)
+B, L, V, D = 3, 8, 41, 16
+
+
+class Case:
+    """A padded batch; row 1 wants nothing."""
+
+    def __init__(self, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(5)
+        self.hidden = torch.randn(B, L, D, generator=generator, dtype=torch.float64).to(dtype)
+        self.weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype)
+        self.tokens = torch.randint(0, V, (B, L), generator=generator)
+        self.wanted = torch.rand(B, L, generator=generator) < 0.6
+        self.wanted[1] = False
+        self.advantage = torch.randn(B, L, generator=generator, dtype=torch.float64)
+
+    def leaves(self):
+        return self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
+
+
+def dense(hidden, weight, tokens, wanted):
+    """The formula with all logits."""
+    log_p = F.log_softmax(hidden @ weight.T, dim=-1)
+    picked = log_p.gather(-1, tokens[..., None])[..., 0]
+    return torch.where(wanted, picked, torch.zeros_like(picked))
+
+
+def clipped(logp, advantage):
+    """A PPO-like objective: ratios to other log-probabilities, clipped, with signed advantages."""
+    ratio = (logp - 0.9 * logp.detach()).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.7, 1.3) * advantage).sum()
+
+
+@both_backends
+def test_token_logps__equals_a_full_log_softmax(backend):
+    case = Case()
+    with poisoned_empty():
+        got = token_logps(case.hidden, case.weight, case.tokens, case.wanted, backend=backend)
+    want = dense(case.hidden.double(), case.weight.double(), case.tokens, case.wanted)
+    assert got.dtype is torch.float32 and got.shape == (B, L)
+    assert (got[~case.wanted] == 0).all()
+    torch.testing.assert_close(got.double(), want, rtol=5e-6, atol=0)
+
+
+@both_backends
+def test_token_logps__gradients_of_a_clipped_objective_equal_those_of_all_logits(backend):
+    case = Case()
+    leaves = [t.double().requires_grad_() for t in (case.hidden, case.weight)]
+    truth = clipped(dense(*leaves, case.tokens, case.wanted), case.advantage)
+    want = torch.autograd.grad(truth, leaves)
+    hidden, weight = case.leaves()
+    logp = token_logps(hidden, weight, case.tokens, case.wanted, backend=backend)
+    got = torch.autograd.grad(clipped(logp, case.advantage.float()), (hidden, weight))
+    for candidate, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(candidate.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max())
+    assert (got[0][~case.wanted] == 0).all()
+
+
+def test_token_logps__float64_is_the_formula():
+    case = Case(torch.float64)
+    got = token_logps(case.hidden, case.weight, case.tokens, case.wanted)
+    assert got.dtype is torch.float64
+    torch.testing.assert_close(got, dense(case.hidden, case.weight, case.tokens, case.wanted))
+    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, case.tokens, case.wanted), case.leaves())
+
+
+@both_backends
+def test_token_logps__weighted_sums_are_the_elbo(backend):
+    case = Case()
+    weights = case.advantage.float()
+    logp = token_logps(case.hidden, case.weight, case.tokens, case.wanted, backend=backend)
+    elbo = elbo_from_hidden(case.hidden, case.weight, case.tokens, case.wanted, weights, backend=backend)
+    torch.testing.assert_close((weights * logp).double().sum(1), elbo.double(), rtol=1e-6, atol=1e-6)
+
+
+@both_backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_token_logps__is_fp32_for_16_bit_inputs(backend, dtype):
+    case = Case(dtype)
+    got = token_logps(case.hidden, case.weight, case.tokens, case.wanted, backend=backend)
+    truth = dense(case.hidden.double(), case.weight.double(), case.tokens, case.wanted)
+    base = dense(case.hidden.float(), case.weight.float(), case.tokens, case.wanted)
+    assert testing.fp32_error_ratio(got, truth, base) <= 1
+
+
+@both_backends
+def test_token_logps__packed_equals_padded(backend):
+    case = Case()
+    want = token_logps(case.hidden, case.weight, case.tokens, case.wanted, backend=backend)
+    packed = [t.flatten(0, 1) for t in (case.hidden, case.tokens, case.wanted)]
+    for cu_seqlens in (None, torch.tensor([0, 5, 5, B * L], dtype=torch.int32)):
+        hidden, tokens, wanted = packed
+        got = token_logps(hidden, case.weight, tokens, wanted, cu_seqlens=cu_seqlens, backend=backend)
+        assert_bitwise_equal(got, want.flatten())
+
+
+@both_backends
+def test_token_logps__nothing_wanted_gives_zeros_with_zero_gradients(backend):
+    case = Case()
+    hidden, weight = case.leaves()
+    logp = token_logps(hidden, weight, case.tokens, torch.zeros_like(case.wanted), backend=backend)
+    logp.sum().backward()
+    assert (logp == 0).all() and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, L), (B, 0)], ids=["B0", "L0"])
+def test_token_logps__an_empty_batch_stays_empty(shape):
+    none = torch.zeros(shape, dtype=torch.int64)
+    for shift in (False, True):
+        logp = token_logps(torch.zeros(*shape, D), torch.ones(V, D), none, none.bool(), shift=shift)
+        assert logp.shape == shape
+
+
+@both_backends
+def test_token_logps__compiles_without_a_graph_break(backend):
+    case = Case()
+    known = int(case.wanted.sum())
+
+    def loss(hidden, weight, tokens, wanted):
+        logp = token_logps(hidden, weight, tokens, wanted, num_wanted=known, backend=backend)
+        return clipped(logp, case.advantage.float())
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = case.leaves()
+        value = function(*leaves, case.tokens, case.wanted)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    for got, want in zip(*results, strict=True):
+        assert_bitwise_equal(got, want)
+
+
+@both_backends
+def test_token_logps__twice_gives_the_same_bits(backend):
+    case = Case()
+    results = []
+    for _ in range(2):
+        leaves = case.leaves()
+        logp = token_logps(*leaves, case.tokens, case.wanted, backend=backend)
+        results.append((logp.detach(), *torch.autograd.grad(clipped(logp, case.advantage.float()), leaves)))
+    for got, want in zip(*results, strict=True):
+        assert_bitwise_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wanted": torch.ones(B, L).long()}, "wanted must be a boolean tensor"),
+        ({"wanted": torch.ones(B, L - 1).bool()}, "wanted"),
+        ({"tokens": torch.zeros(B, L)}, "tokens must be int64"),
+        ({"weight": torch.zeros(V, D + 1)}, "size D"),
+        ({"num_wanted": 1}, "num_wanted"),
+        ({"cu_seqlens": torch.tensor([0, L])}, "packed"),
+        ({"tokens": torch.full((B, L), V)}, "targets"),
+    ],
+    ids=["ids", "shape", "float-tokens", "weight", "count", "padded-with-cu", "token-out-of-range"],
+)
+def test_token_logps__says_what_is_wrong(change, message):
+    case = Case()
+    arguments = {"hidden": case.hidden, "weight": case.weight, "tokens": case.tokens, "wanted": case.wanted}
+    with pytest.raises(ValueError, match=message):
+        token_logps(**(arguments | change))

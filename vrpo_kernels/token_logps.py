@@ -1,0 +1,69 @@
+"""token_logps: log-probabilities of chosen tokens, as a dense tensor, from hidden states without logits."""
+
+import torch
+from torch import Tensor
+
+from vrpo_kernels import checks, layout
+from vrpo_kernels.linear_cross_entropy import linear_cross_entropy
+from vrpo_kernels.rows import gather_rows
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    wanted: Tensor,
+    *,
+    shift: bool = False,
+    cu_seqlens: Tensor | None = None,
+    num_wanted: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of every wanted token, 0 elsewhere: what policy-gradient code keeps per token.
+
+        logp_bi = log softmax(head(hidden_bi))[tokens_bi]   where wanted_bi,  0 elsewhere
+
+    The head meets the wanted rows only and no (rows x V) tensor exists, forward or backward. The result may
+    enter any loss: ratios, clipping, signed advantages; each token's gradient is its own.
+
+    Args:
+        hidden: (B, L, D) padded, or (T, D) packed, after the final norm; float32, bfloat16 or float16
+            (float64: reference).
+        weight: (V, D), the head, same dtype and device (see `linear_cross_entropy`).
+        tokens: (B, L) or (T,) int64. Read at wanted positions only.
+        wanted: bool, like tokens: whose log-probability is asked for.
+        shift: True for a model that predicts token i at position i - 1 (Dream): row i - 1 is read, nothing is
+            copied. No first token of a sequence may then be wanted; nothing predicts it.
+        cu_seqlens: (S + 1,) int32 or int64, from 0 to T: the sequences of packed input. Needed with shift
+            only.
+        num_wanted: number of True in wanted, if known. It spares the one synchronisation with a device and
+            the one data-dependent shape of this function, so that torch.compile(fullgraph=True) and CUDA
+            graphs can take it. It must be right; outside of a compiled function it is checked on the CPU.
+        backend: "auto", "triton", "cpu" or "reference".
+    Returns:
+        logp like tokens, float32 (float64 for float64), nats, <= 0. Differentiable in hidden and weight.
+    Numerics: as in `linear_cross_entropy`; each element is written once, so runs are bitwise equal.
+    Errors: ValueError naming the argument, what it got and what it needs. On CUDA and inside torch.compile,
+        where looking at values would mean waiting, NaN instead: of everything if cu_seqlens are no
+        boundaries, of its own element for a wanted first token under shift (see `set_debug`).
+    Source: arXiv 2505.19223, Eq. (14)-(15), one term.
+    """
+    checks.require_plain("hidden", hidden)
+    leading = tuple(hidden.shape[:-1])
+    layout.check_tokens(leading, tokens, "wanted", wanted)
+    boundary_S1 = factor = None
+    if cu_seqlens is not None or len(leading) != 1:
+        boundary_S1, factor = layout.find_sequences(leading, tokens, cu_seqlens)
+    elif shift:
+        raise ValueError("shift=True needs cu_seqlens for packed input: which tokens are the first, got None")
+    rows = layout.find_rows(tokens, "wanted", wanted, num_wanted, boundary_S1, shift)
+    hidden_ND = gather_rows(hidden.reshape(-1, hidden.shape[-1]), rows.row_N)
+    nll_N = linear_cross_entropy(hidden_ND, weight, rows.target_N, backend=backend)
+    dense_BL = _scatter(layout.times(-nll_N, rows.factor_N), rows.token_N, leading)
+    return layout.times(dense_BL, factor)
+
+
+def _scatter(value_N: Tensor, token_N: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """The values at their positions, zeros elsewhere. Positions are unique: copies, no additions."""
+    dense_T = torch.zeros(leading, dtype=value_N.dtype, device=value_N.device).flatten()
+    return dense_T.index_copy(0, token_N, value_N).view(leading)
