@@ -55,16 +55,16 @@ def _head(gemm: str, *, sweep: bool) -> dict[str, float]:
     hidden, weight, targets, upstream = (tensor.to(DEVICE) for tensor in inputs)
     tiles = _tiles(gemm)
     keep = not sweep
-    nll, statistics, expected, kept, shift = kernel.forward(
+    nll, statistics, expected, kept, shift, _ = kernel.forward(
         hidden, weight, targets, gemm=gemm, want_dhidden=keep, keep_tiles=keep, tiles=tiles
     )
     if sweep:
         wanted = {"want_dhidden": True, "want_dweight": True}
         known = (upstream, hidden, weight, targets, statistics)
-        dhidden, dweight = kernel.sweep(*known, gemm=gemm, tiles=tiles, **wanted)
+        dhidden, dweight, _ = kernel.sweep(*known, gemm=gemm, tiles=tiles, **wanted)
     else:
         dhidden = kernel.dhidden(upstream, expected, statistics, weight, targets)
-        dweight = kernel.dweight(upstream, hidden, weight, targets, statistics, kept, shift, gemm=gemm)
+        dweight, _ = kernel.dweight(upstream, hidden, weight, targets, statistics, kept, shift, gemm=gemm)
     found = (tensor.cpu() for tensor in (nll, dhidden, dweight))
     return testing.linear_cross_entropy_ratios(*found, *inputs)  # on the CPU: few kernels of others to watch
 

@@ -7,6 +7,7 @@ from vrpo_kernels.elbo import elbo_from_hidden, elbo_from_logits
 from vrpo_kernels.last_hidden import last_hidden
 from vrpo_kernels.linear_cross_entropy import (
     Plan,
+    RowMetrics,
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
@@ -24,6 +25,7 @@ from vrpo_kernels.token_logps import token_logps
 __all__ = [
     "PackedTokens",
     "Plan",
+    "RowMetrics",
     "choose",
     "cross_entropy",
     "describe",

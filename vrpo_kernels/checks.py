@@ -1,5 +1,7 @@
 """Argument checks of the public ops: one wording, no casts, no copies; and when values are looked at."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,9 +111,9 @@ def require_same(what: str, name_a: str, a: object, name_b: str, b: object) -> N
         raise ValueError(f"{name_a} and {name_b} must have the same {what}, got {a} and {b}")
 
 
-def require_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """The contract of a linear head: hidden (N, D), weight (V, D), targets (N,) int64, one dtype, one
-    device.
+def require_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> None:
+    """The contract of a linear head: hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None, one
+    dtype, one device.
     """
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         require_plain(name, tensor)
@@ -127,3 +129,20 @@ def require_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     require_same("device", "hidden", hidden.device, "targets", targets.device)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have at least one row (V >= 1), got {_describe(weight)}")
+    if bias is not None:
+        require_plain("bias", bias)
+        require_dim("bias", bias, "V")
+        require_same("dtype", "bias", bias.dtype, "weight", weight.dtype)
+        require_same("size V", "bias", bias.shape[0], "weight", weight.shape[0])
+        require_same("device", "bias", bias.device, "weight", weight.device)
+
+
+def logit_settings(softcap: float | None, scale: float) -> tuple[float, float]:
+    """(softcap, 0 for None; scale), both checked: what turns hidden . weight + bias into logits."""
+    for name, value in (("softcap", softcap), ("scale", scale)):
+        if name == "softcap" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            allowed = " or None" if name == "softcap" else ""
+            raise ValueError(f"{name} must be a finite number > 0{allowed}, got {value!r}")
+    return 0.0 if softcap is None else float(softcap), float(scale)

@@ -134,33 +134,51 @@ def linear_cross_entropy_ratios(
     weight: Tensor,
     targets: Tensor,
     upstream: Tensor,
+    *,
+    dbias: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> dict[str, float]:
     """The policy applied to one call of `linear_cross_entropy` and its gradients.
 
     Args:
-        nll, dhidden, dweight: the candidate's results; None where a gradient was not wanted.
-        hidden, weight, targets: its inputs.
+        nll, dhidden, dweight, dbias: the candidate's results; None where a gradient was not wanted.
+        hidden, weight, targets, bias, softcap, scale: its inputs.
         upstream: (N,) float32 gradient of nll; should be signed, non-uniform and wide in range.
     Returns:
-        {"nll": ratio, "dhidden": ratio, "dweight": ratio} of the results that were given; > 1 fails.
+        {"nll": ratio, "dhidden": ratio, "dweight": ratio, "dbias": ratio} of the results that were given; > 1
+        fails. dbias counts as a matrix of one column.
     """
-    truth = _differentiate(hidden.double(), weight.double(), targets, upstream.double())
-    baseline32 = reference.linear_cross_entropy(hidden.float(), weight.float(), targets)
-    baseline = _differentiate(hidden, weight, targets, upstream)
+    settings = (softcap or 0.0, scale)
+    exact_bias, bias32 = (None, None) if bias is None else (bias.double(), bias.float())
+    truth = _differentiate(hidden.double(), weight.double(), exact_bias, targets, upstream.double(), settings)
+    baseline32 = reference.linear_cross_entropy(hidden.float(), weight.float(), targets, bias32, *settings)
+    baseline = _differentiate(hidden, weight, bias, targets, upstream, settings)
     floor = fp32_floor(hidden.dtype, hidden.shape[1])
     ratios = {"nll": fp32_error_ratio(nll, truth[0], baseline32, floor)}
     if dhidden is not None:
         ratios["dhidden"] = matrix_error_ratio(dhidden, truth[1], baseline[1])
     if dweight is not None:
         ratios["dweight"] = matrix_error_ratio(dweight, truth[2], baseline[2])
+    if dbias is not None:
+        columns = (part.reshape(-1, 1) for part in (dbias, truth[3], baseline[3]))
+        ratios["dbias"] = matrix_error_ratio(*columns)
     return ratios
 
 
-def _differentiate(hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor):
-    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    nll = reference.linear_cross_entropy(hidden, weight, targets)
+def _differentiate(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    upstream: Tensor,
+    settings: tuple[float, float],
+) -> tuple[Tensor | None, ...]:
+    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
+    nll = reference.linear_cross_entropy(leaves[0], leaves[1], targets, leaves[2], *settings)
     nll.backward(upstream.to(nll.dtype))
-    return nll.detach(), hidden.grad, weight.grad
+    return nll.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)
 
 
 def assert_ratios(ratios: dict[str, float]) -> None:
@@ -222,7 +240,7 @@ def wide_range_upstream(num_rows: int, generator: torch.Generator, decades: floa
 
 
 def assert_linear_cross_entropy(
-    op: Callable[[Tensor, Tensor, Tensor], Tensor],
+    op: Callable[..., Tensor],
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -230,15 +248,26 @@ def assert_linear_cross_entropy(
     *,
     head_frozen: bool = False,
     hidden_frozen: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> None:
-    """Run `op(hidden, weight, targets) -> nll` with the wanted gradients and hold it to the policy."""
+    """Run `op(hidden, weight, targets) -> nll` with the wanted gradients and hold it to the policy.
+
+    With a bias, soft-cap or scale the op is given them by name; a bias is frozen where the head is.
+    """
     hidden_leaf = hidden.detach().requires_grad_(not hidden_frozen)
     weight_leaf = weight.detach().requires_grad_(not head_frozen)
-    nll = op(hidden_leaf, weight_leaf, targets)
+    bias_leaf = None if bias is None else bias.detach().requires_grad_(not head_frozen)
+    plain = bias is None and softcap is None and scale == 1.0
+    settings = {} if plain else {"bias": bias_leaf, "softcap": softcap, "scale": scale}
+    nll = op(hidden_leaf, weight_leaf, targets, **settings)
     if not (head_frozen and hidden_frozen):
         nll.backward(upstream)
-    assert_ratios(
-        linear_cross_entropy_ratios(
-            nll.detach(), hidden_leaf.grad, weight_leaf.grad, hidden, weight, targets, upstream
-        )
-    )
+    inputs = (hidden, weight, targets, upstream)
+    dbias = None if bias_leaf is None else bias_leaf.grad
+    ratios = linear_cross_entropy_ratios(
+        nll.detach(), hidden_leaf.grad, weight_leaf.grad, *inputs,
+        dbias=dbias, bias=bias, softcap=softcap, scale=scale,
+    )  # fmt: skip
+    assert_ratios(ratios)

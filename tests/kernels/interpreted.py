@@ -172,7 +172,7 @@ def test_forward__corrections_are_powers_of_two_and_round_nothing_again(gemm):
     weight[:, 0] = (torch.arange(256) // 64) * 4.0 + (torch.arange(256) // 32 % 2) * 1.0
     hidden[:, 0] = 3.0
     wanted = {"want_dhidden": False, "keep_tiles": True}
-    _, statistics, _, kept, _ = kernel.forward(hidden, weight, targets, gemm=gemm, **wanted)
+    _, statistics, _, kept, *_ = kernel.forward(hidden, weight, targets, gemm=gemm, **wanted)
     references = statistics[1].double() / math.log(2)
     assert (references - references.round()).abs().max() < 1e-5
     # fp16 keeps E / s; the target's column holds -1.
@@ -235,15 +235,15 @@ def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm):
 def _operator_calls(hidden, weight, targets, dnll):
     """(operator, arguments) of everything `linear_cross_entropy` and its replay dispatch to."""
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    settings = ("triton", "cublas")
-    out = op._forward(hidden, weight, targets, *settings, True, True)
-    nll, statistics, expected, kept, shift = out
-    yield op._forward, (*leaves, targets, *settings, True, True)
-    yield op._forward, (*leaves, targets, *settings, False, False)
-    yield op._dhidden, (dnll, expected, statistics, weight, targets, "triton")
-    yield op._dweight, (dnll, hidden, weight, targets, statistics, kept, shift, *settings)
-    yield op._sweep, (dnll, hidden, weight, targets, statistics, *settings, True, True)
-    yield op._replay, (*leaves, targets, nll, statistics, *settings)
+    head, settings = (0.0, 1.0), ("triton", "cublas")
+    out = op._forward(hidden, weight, None, targets, *head, *settings, True, True, False)
+    nll, statistics, expected, kept, shift, _ = out
+    yield op._forward, (*leaves, None, targets, *head, *settings, True, True, False)
+    yield op._forward, (*leaves, None, targets, *head, *settings, False, False, False)
+    yield op._dhidden, (dnll, expected, statistics, weight, targets, *head, "triton")
+    yield op._dweight, (dnll, hidden, weight, targets, statistics, kept, shift, *head, *settings, True, False)
+    yield op._sweep, (dnll, hidden, weight, None, targets, statistics, *head, *settings, True, True, False)
+    yield op._replay, (*leaves, None, targets, nll, statistics, *head, *settings)
 
 
 def test_operators__pass_opcheck():

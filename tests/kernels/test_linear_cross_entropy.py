@@ -407,6 +407,9 @@ def test_linear_cross_entropy__compiles_without_graph_break(head_frozen):
             testing.assert_bitwise_equal(a, b)
 
 
+PLAIN = (0.0, 1.0)  # no soft-cap, scale 1
+
+
 @needs_extension
 @FUSED
 @pytest.mark.parametrize(("want_dhidden", "keep_tiles"), [(0, 0), (1, 0), (0, 1), (1, 1)])
@@ -414,7 +417,7 @@ def test_linear_cross_entropy__passes_opcheck(want_dhidden, keep_tiles, gemm, dt
     hidden, weight, targets, _ = make_inputs(5, 530, 8, dtype)
     arguments = (
         hidden.requires_grad_(bool(want_dhidden)), weight.requires_grad_(bool(keep_tiles)),
-        targets, "cpu", gemm, bool(want_dhidden), bool(keep_tiles),
+        None, targets, *PLAIN, "cpu", gemm, bool(want_dhidden), bool(keep_tiles), False,
     )  # fmt: skip
     torch.library.opcheck(op._forward, arguments)
 
@@ -423,15 +426,19 @@ def test_linear_cross_entropy__passes_opcheck(want_dhidden, keep_tiles, gemm, dt
 @FUSED
 def test_linear_cross_entropy_helpers__pass_opcheck(gemm, dtype):
     hidden, weight, targets, upstream = make_inputs(5, 530, 8, dtype)
-    nll, statistics, expected, kept, shift = op._forward(hidden, weight, targets, "cpu", gemm, True, True)
-    torch.library.opcheck(op._dhidden, (upstream, expected, statistics, weight, targets, "cpu"))
-    torch.library.opcheck(
-        op._dweight, (upstream, hidden, weight, targets, statistics, kept, shift, "cpu", gemm)
+    settings = (*PLAIN, "cpu", gemm)
+    nll, statistics, expected, kept, shift, _ = op._forward(
+        hidden, weight, None, targets, *settings, True, True, False
     )
-    for flags in [(True, True), (True, False), (False, True)]:
-        torch.library.opcheck(op._sweep, (upstream, hidden, weight, targets, statistics, "cpu", gemm, *flags))
+    torch.library.opcheck(op._dhidden, (upstream, expected, statistics, weight, targets, *settings[:3]))
+    known = (upstream, hidden, weight, targets, statistics, kept, shift, *settings)
+    torch.library.opcheck(op._dweight, (*known, True, False))
+    for flags in [(True, True, False), (True, False, False), (False, True, False)]:
+        torch.library.opcheck(
+            op._sweep, (upstream, hidden, weight, None, targets, statistics, *settings, *flags)
+        )
     hidden.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(op._replay, (hidden, weight, targets, nll, statistics, "cpu", gemm))
+    torch.library.opcheck(op._replay, (hidden, weight, None, targets, nll, statistics, *settings))
 
 
 # ---- replay ----------------------------------------------------------------------------------------------

@@ -92,22 +92,49 @@ def kept_shapes(num_rows: int, num_classes: int, gemm: str, input_dtype: torch.d
     return ((num_classes, padded), dtype), ((num_tiles, padded), torch.float32)
 
 
+def _plain_only(bias, softcap, scale, want_metrics=False) -> None:
+    if bias is not None or softcap or scale != 1.0 or want_metrics:
+        raise ValueError("this backend does not compute bias, softcap, scale or metrics yet; use 'reference'")
+
+
 def forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, gemm: str, want_dhidden: bool, keep_tiles: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(nll, statistics, expected, kept, kept_shift); see `op._forward`."""
-    return torch.ops.vrpo.linear_cross_entropy_forward(
-        hidden, weight, targets, gemm, want_dhidden, keep_tiles
-    )
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    gemm: str,
+    want_dhidden: bool,
+    keep_tiles: bool,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    want_metrics: bool = False,
+) -> tuple[Tensor, ...]:
+    """(nll, statistics, expected, kept, kept_shift, metrics); see `op._forward`."""
+    _plain_only(bias, softcap, scale, want_metrics)
+    out = torch.ops.vrpo.linear_cross_entropy_forward(hidden, weight, targets, gemm, want_dhidden, keep_tiles)
+    return *out, hidden.new_empty((0, 0), dtype=torch.float32)
 
 
-def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def target_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
     """(N,) fp32 logit of each row's target, the same bits as in `forward`."""
+    _plain_only(bias, 0.0, scale)
     return torch.ops.vrpo.linear_cross_entropy_target_logits(hidden, weight, targets)
 
 
-def dhidden(dnll: Tensor, expected: Tensor, statistics: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def dhidden(
+    dnll: Tensor,
+    expected: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
     """(N, D) gradient of hidden from what the forward pass left; see `op._dhidden`."""
+    _plain_only(None, softcap, scale)
     return torch.ops.vrpo.linear_cross_entropy_dhidden(dnll, expected, statistics, weight, targets)
 
 
@@ -121,11 +148,19 @@ def dweight(
     kept_shift: Tensor,
     *,
     gemm: str,
-) -> Tensor:
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    want_dweight: bool = True,
+    want_dbias: bool = False,
+) -> tuple[Tensor, Tensor]:
     """(V, D) gradient of weight from kept tiles; see `op._dweight`."""
-    return torch.ops.vrpo.linear_cross_entropy_dweight(
+    _plain_only(None, softcap, scale, want_dbias)
+    if not want_dweight:
+        return weight.new_empty((0, 0)), weight.new_empty(0)
+    out = torch.ops.vrpo.linear_cross_entropy_dweight(
         dnll, hidden, weight, targets, statistics, kept, kept_shift, gemm
     )
+    return out, weight.new_empty(0)
 
 
 def sweep(
@@ -138,8 +173,14 @@ def sweep(
     gemm: str,
     want_dhidden: bool,
     want_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Both gradients in one sweep over the vocabulary, from known statistics; see `op._sweep`."""
-    return torch.ops.vrpo.linear_cross_entropy_sweep(
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    want_dbias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in one sweep over the vocabulary, from known statistics; see `op._sweep`."""
+    _plain_only(bias, softcap, scale, want_dbias)
+    out = torch.ops.vrpo.linear_cross_entropy_sweep(
         dnll, hidden, weight, targets, statistics, gemm, want_dhidden, want_dweight
     )
+    return *out, weight.new_empty(0)

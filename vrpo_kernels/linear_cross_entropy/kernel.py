@@ -85,9 +85,17 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
         _product(a.float(), b.float(), out, accumulate=accumulate)
 
 
+def _plain_only(bias, softcap, scale, want_metrics=False) -> None:
+    if bias is not None or softcap or scale != 1.0 or want_metrics:
+        raise ValueError("this backend does not compute bias, softcap, scale or metrics yet; use 'reference'")
+
+
 @on_device
-def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def target_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
     """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 if absent, NaN out of range."""
+    _plain_only(bias, 0.0, scale)
     out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if out.numel():
         kernel_rows.target_logits(_rows(hidden), _rows(weight), targets.contiguous(), out)
@@ -108,9 +116,14 @@ def forward(
     gemm: str,
     want_dhidden: bool,
     keep_tiles: bool,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    want_metrics: bool = False,
     tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(nll, statistics, expected, kept, no shifts); see `op._forward`. tiles: for the tile sweep only."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(nll, statistics, expected, kept, no shifts, metrics); see `op._forward`. tiles: for the tile sweep."""
+    _plain_only(bias, softcap, scale, want_metrics)
     tiles = _tiles(hidden, gemm) if tiles is None else tiles
     hidden, weight, targets = _rows(hidden), _rows(weight), targets.contiguous()
     (num_rows, num_hidden), num_classes = hidden.shape, weight.shape[0]
@@ -131,7 +144,8 @@ def forward(
         if keep_tiles:
             kept[:, num_classes:].zero_()  # never read, but outputs of an op are to be deterministic
             kernel_fold.finish_kept(kept[:, :num_classes], targets, statistics[2])
-    return nll, statistics, expected, kept, hidden.new_empty((0, 0), dtype=torch.float32)
+    nothing = (hidden.new_empty((0, 0), dtype=torch.float32) for _ in range(2))
+    return nll, statistics, expected, kept, *nothing
 
 
 def _forward_tiles(
@@ -266,8 +280,17 @@ def _forward_tile(
 
 
 @on_device
-def dhidden(dnll: Tensor, expected: Tensor, statistics: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def dhidden(
+    dnll: Tensor,
+    expected: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
     """(N, D) gradient of hidden from what the forward pass left; see `op._dhidden`."""
+    _plain_only(None, softcap, scale)
     out = weight.new_empty(expected.shape)
     if out.numel():
         kernel_rows.dhidden(expected, _rows(weight), targets.contiguous(), dnll, statistics.contiguous(), out)
@@ -285,16 +308,22 @@ def dweight(
     kept_shift: Tensor,
     *,
     gemm: str,
-) -> Tensor:
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    want_dweight: bool = True,
+    want_dbias: bool = False,
+) -> tuple[Tensor, Tensor]:
     """(V, D) gradient of weight from kept tiles; see `op._dweight`. gemm makes no difference here."""
-    out = weight.new_empty(weight.shape)
-    if not dnll.numel():
-        return out.zero_()
+    _plain_only(None, softcap, scale, want_dbias)
+    out = weight.new_empty(weight.shape if want_dweight else (0, 0))
+    nothing = weight.new_empty(0)
+    if not dnll.numel() or not want_dweight:
+        return out.zero_(), nothing
     scaled = hidden.new_empty(hidden.shape)
     per_sum = kept.dtype is not torch.float16
     kernel_rows.scale_rows(_rows(hidden), dnll, statistics.contiguous(), scaled, per_sum=per_sum)
     _rounded_product(kept[:, : out.shape[0]].t(), scaled, out)
-    return out
+    return out, nothing
 
 
 @contextlib.contextmanager
@@ -332,16 +361,21 @@ def sweep(
     gemm: str,
     want_dhidden: bool,
     want_dweight: bool,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    want_dbias: bool = False,
     tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Both gradients in one pass over the vocabulary; see `op._sweep`. tiles: for the tile sweep only."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in one pass over the vocabulary; see `op._sweep`. tiles: for the tile sweep only."""
+    _plain_only(bias, softcap, scale, want_dbias)
     tiles = _tiles(hidden, gemm) if tiles is None else tiles
     hidden, weight, targets = _rows(hidden), _rows(weight), targets.contiguous()
     statistics = statistics.contiguous()
     out_hidden = hidden.new_empty(hidden.shape if want_dhidden else (0, 0))
     out_weight = weight.new_empty(weight.shape if want_dweight else (0, 0))
     if not dnll.numel():
-        return out_hidden, out_weight.zero_()
+        return out_hidden, out_weight.zero_(), weight.new_empty(0)
     acc = statistics.new_empty(out_hidden.shape)
     scaled = hidden.new_empty(hidden.shape if want_dweight else (0, 0))
     if want_dweight:
@@ -351,7 +385,7 @@ def sweep(
         kernel_rows.dhidden(acc, weight, targets, dnll, statistics, out_hidden)
     elif want_dhidden:
         kernel_rows.scale_rows(acc, dnll, statistics, out_hidden, per_sum=False)
-    return out_hidden, out_weight
+    return out_hidden, out_weight, weight.new_empty(0)
 
 
 def _sweep_tiles(

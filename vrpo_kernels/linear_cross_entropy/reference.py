@@ -7,37 +7,89 @@ import torch
 from torch import Tensor
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """nll_n = logsumexp_v(hidden_n . weight_v) - hidden_n . weight_{targets_n}.
+def logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0
+) -> Tensor:
+    """z = softcap * tanh(u / softcap) with u = scale * (hidden @ weight^T + bias); softcap 0: z = u.
 
     Args:
-        hidden: (N, D) floating; weight: (V, D) same dtype; targets: (N,) int64 in [0, V).
+        hidden: (N, D) floating; weight: (V, D) same dtype; bias: (V,) same dtype or None.
     Returns:
-        nll (N,), nats: float64 for float64 inputs, else float32. The logits are rounded to the input dtype,
-        as `F.linear` rounds them; upcast the inputs for an exact result.
+        (N, V), float64 for float64 inputs, else float32. hidden @ weight^T + bias is rounded to the input
+        dtype, as `F.linear` rounds it; upcast the inputs for an exact result.
     """
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.logsumexp(dim=1) - logits.gather(1, targets[:, None])[:, 0]
+    raw = torch.nn.functional.linear(hidden, weight, bias)
+    z = raw.to(torch.promote_types(raw.dtype, torch.float32)) * scale
+    return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """(N,) logit of each row's target, hidden_n . weight_{targets_n}."""
-    return (hidden * weight[targets]).sum(dim=1)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """nll_n = logsumexp_v z_nv - z_n,target_n with the logits of `logits`.
+
+    Args:
+        targets: (N,) int64 in [0, V); the others as in `logits`.
+    Returns:
+        nll (N,), nats.
+    """
+    z = logits(hidden, weight, bias, softcap, scale)
+    return z.logsumexp(dim=1) - z.gather(1, targets[:, None])[:, 0]
 
 
-def statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(nll (N,), (target logit, shift m, s = sum over v != target of exp(z_v - m)) as (3, N))."""
-    others = (hidden @ weight.T).scatter(1, targets[:, None], float("-inf"))
+def with_metrics(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(nll, entropy, log-sum-exp, whether no logit is larger than the target's), (N,) each."""
+    z = logits(hidden, weight, bias, softcap, scale)
+    target_logit = z.gather(1, targets[:, None])[:, 0]
+    log_sum_exp = z.logsumexp(dim=1)
+    entropy = torch.special.entr(z.softmax(dim=1)).sum(dim=1)
+    return log_sum_exp - target_logit, entropy, log_sum_exp, target_logit >= z.amax(dim=1)
+
+
+def target_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """(N,) logit of each row's target before the soft-cap: scale * (hidden_n . weight_y + bias_y)."""
+    raw = (hidden * weight[targets]).sum(dim=1)
+    return (raw if bias is None else raw + bias[targets]) * scale
+
+
+def statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(nll (N,), (target logit before the soft-cap, shift m, s = sum over v != target of exp(z_v - m)) as
+    (3, N)).
+    """
+    z = logits(hidden, weight, bias, softcap, scale)
+    others = z.scatter(1, targets[:, None], float("-inf"))
     shift = others.amax(dim=1).clamp(min=torch.finfo(others.dtype).min)  # V = 1: no other class
     total = (others - shift[:, None]).exp().sum(dim=1)
     return (
-        linear_cross_entropy(hidden, weight, targets),
-        torch.stack([target_logits(hidden, weight, targets), shift, total]),
+        linear_cross_entropy(hidden, weight, targets, bias, softcap, scale),
+        torch.stack([target_logits(hidden, weight, targets, bias, scale), shift, total]),
     )
 
 
-def exactly(formula: Callable[..., Any], hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+def exactly(
+    formula: Callable[..., Any],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *settings: float,
+) -> Any:
     """One of the functions above, for 16-bit inputs in fp32, so that its nll is exact like the backends'.
 
     Autocast does not enter: the inputs are cast already.
@@ -46,9 +98,10 @@ def exactly(formula: Callable[..., Any], hidden: Tensor, weight: Tensor, targets
     """
     if hidden.dtype is not torch.float64:
         hidden, weight = hidden.float(), weight.float()
+        bias = None if bias is None else bias.float()
     with torch.autocast(hidden.device.type, enabled=False):
         try:
-            return formula(hidden, weight, targets)
+            return formula(hidden, weight, targets, bias, *settings)
         except RuntimeError as error:
             _explain(error, targets, len(weight))
             raise

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from vrpo_kernels import checks
 from vrpo_kernels.linear_cross_entropy import op
+from vrpo_kernels.linear_cross_entropy.api import _autocast
+from vrpo_kernels.linear_cross_entropy.metrics import cap_slope, capped
+from vrpo_kernels.linear_cross_entropy.plan import KEPT_TILE_BYTES, Plan, plan_linear_cross_entropy
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -21,13 +24,16 @@ def vocab_parallel_linear_cross_entropy(
     *,
     group: "dist.ProcessGroup",
     first_class: int,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
     backend: str = "auto",
     gemm: str = "auto",
-    kept_tile_bytes: int = op.KEPT_TILE_BYTES,
+    kept_tile_bytes: int = KEPT_TILE_BYTES,
 ) -> Tensor:
     """Negative log-likelihood under a linear head of which every rank of `group` holds some rows.
 
-        nll_n = logsumexp_v(hidden_n . head_v) - hidden_n . head_{targets_n},   head = shards of all ranks
+        nll_n = logsumexp_v z_nv - z_n,target_n,   z as in `linear_cross_entropy`, head = shards of all ranks
 
     Args:
         hidden: (N, D), the same on every rank.
@@ -35,21 +41,24 @@ def vocab_parallel_linear_cross_entropy(
         targets: (N,) int64, the same on every rank, indices into the whole head.
         group: the process group over which the head is spread.
         first_class: index in the whole head of this rank's first row. Every target must lie in one shard.
+        bias: (V_rank,), this rank's part of the bias, or None, the same on every rank.
+        softcap, scale: as `linear_cross_entropy`, the same on every rank.
         backend, gemm, kept_tile_bytes: as `linear_cross_entropy`; backends "triton" and "cpu". Beyond the
             budget, and always with "triton": 2 units forward, 2 backward.
     Returns:
         nll (N,) float32, the same bits on every rank.
     Numerics:
         As `linear_cross_entropy`. The gradient of `hidden` is complete on every rank (summed over the group
-        in fp32, rounded once); that of `weight` is this shard's. nll is bitwise the same with and without
-        gradients. Every rank must run backward, because it communicates.
+        in fp32, rounded once); those of `weight` and `bias` are this shard's. nll is bitwise the same with
+        and without gradients. Every rank must run backward, because it communicates.
     Errors:
         ValueError as `linear_cross_entropy`, and for backend "reference" (which has no shards).
     """
-    hidden, weight = op._autocast(hidden, weight)
-    checks.require_head(hidden, weight, targets)
-    plan = op.plan_linear_cross_entropy(
-        hidden, weight, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    checks.require_head(hidden, weight, targets, bias)
+    settings = checks.logit_settings(softcap, scale)
+    plan = plan_linear_cross_entropy(
+        hidden, weight, bias=bias, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes
     )
     if plan.backend == "reference":
         raise ValueError(
@@ -63,7 +72,8 @@ def vocab_parallel_linear_cross_entropy(
         want_dhidden=torch.is_grad_enabled() and hidden.requires_grad,
         keep_tiles=plan.keep_tiles and plan.backend != "triton",
     )
-    return _VocabParallel.apply(hidden, weight, _local(targets, first_class, weight.shape[0]), group, plan)
+    local = _local(targets, first_class, weight.shape[0])
+    return _VocabParallel.apply(hidden, weight, bias, local, settings, group, plan)
 
 
 def _local(targets: Tensor, first_class: int, num_classes: int) -> Tensor:
@@ -89,47 +99,80 @@ class _VocabParallel(torch.autograd.Function):
     """The collectives around `op._forward`, `_dhidden`, `_dweight` and `_sweep`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, group, plan):
-        _, local, expected, kept, kept_shift = op._forward(
-            hidden, weight, targets, plan.backend, plan.gemm, plan.want_dhidden, plan.keep_tiles
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        settings: tuple[float, float],
+        group: "dist.ProcessGroup",
+        plan: Plan,
+    ) -> Tensor:
+        _, local, expected, kept, kept_shift, _ = op._forward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            *settings,
+            plan.backend,
+            plan.gemm,
+            plan.want_dhidden,
+            plan.keep_tiles,
+            False,
         )
         statistics = _join(local, group)
-        ctx.group, ctx.plan = group, plan
-        ctx.save_for_backward(hidden, weight, targets, statistics, local, expected, kept, kept_shift)
-        target_logit, shift, total = statistics.double()
-        return torch.nn.functional.softplus((shift - target_logit) + total.log(), threshold=1e9).float()
+        ctx.settings, ctx.group, ctx.plan = settings, group, plan
+        ctx.save_for_backward(hidden, weight, bias, targets, statistics, local, expected, kept, kept_shift)
+        return torch.nn.functional.softplus(_log_odds(statistics, settings[0]), threshold=1e9).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dnll):
-        hidden, weight, targets, statistics, local, expected, kept, kept_shift = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        hidden, weight, bias, targets, statistics, local, expected, kept, kept_shift = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         plan = ctx.plan
-        dhidden = dweight = None
+        settings = (*ctx.settings, plan.backend)
+        dhidden = dweight = dbias = None
         if need_hidden:
             # What this shard adds to the mean head row among all other classes.
             share = local[2] / statistics[2] * (local[1] - statistics[1]).exp()
             share = torch.where(local[2] == 0, 0.0, share)
-            dhidden = _shard_dhidden(dnll, share[:, None] * expected, statistics, weight, targets)
+            mean = share[:, None] * expected
+            dhidden = _shard_dhidden(dnll, mean, statistics, weight, targets, *ctx.settings)
             dist.all_reduce(dhidden, dist.ReduceOp.SUM, ctx.group)
             dhidden = dhidden.to(hidden.dtype)
-        if need_weight and plan.keep_tiles:
-            dweight = op._dweight(
-                dnll, hidden, weight, targets, statistics, kept, kept_shift, plan.backend, plan.gemm
-            )
-        elif need_weight:
-            _, dweight = op._sweep(
-                dnll, hidden, weight, targets, statistics, plan.backend, plan.gemm, False, True
-            )
-        return dhidden, dweight, None, None, None
+        if plan.keep_tiles:
+            dweight, dbias = op._dweight(
+                dnll, hidden, weight, targets, statistics, kept, kept_shift, *settings, plan.gemm,
+                need_weight, need_bias,
+            )  # fmt: skip
+        elif need_weight or need_bias:
+            _, dweight, dbias = op._sweep(
+                dnll, hidden, weight, bias, targets, statistics, *settings, plan.gemm, False, need_weight,
+                need_bias,
+            )  # fmt: skip
+        return dhidden, dweight if need_weight else None, dbias if need_bias else None, *(None,) * 4
+
+
+def _log_odds(statistics: Tensor, softcap: float) -> Tensor:
+    """(N,) float64: log of the odds against the target."""
+    target_logit, shift, total = statistics.double()
+    return (shift - capped(target_logit, softcap)) + total.log()
 
 
 def _shard_dhidden(
-    dnll: Tensor, expected: Tensor, statistics: Tensor, weight: Tensor, targets: Tensor
+    dnll: Tensor,
+    expected: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    softcap: float,
+    scale: float,
 ) -> Tensor:
-    """This shard's part of dhidden in fp32: dnll q (expected - weight[target] if the target lives here)."""
-    target_logit, shift, total = statistics.double()
-    factor = dnll * torch.sigmoid((shift - target_logit) + total.log()).float()
+    """This shard's part of dhidden in fp32: dnll q scale (expected - D_y weight_y if y lives here)."""
+    factor = dnll * (torch.sigmoid(_log_odds(statistics, softcap)) * scale).float()
     owned = (targets != op.ABSENT)[:, None]
     head_row = torch.where(owned, weight[targets.clamp(min=0)].float(), 0.0)
-    return factor[:, None] * (expected - head_row)
+    slope = cap_slope(statistics[0].double(), softcap).float()
+    return factor[:, None] * (expected - slope[:, None] * head_row)
