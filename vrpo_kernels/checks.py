@@ -73,18 +73,40 @@ def require_targets(targets: Tensor, num_classes: int) -> None:
         )
 
 
+def require_rows(name: str, row_N: Tensor, num_rows: int) -> None:
+    """Require all different indices in [0, num_rows), naming the first that is not. Reads values."""
+    wrong = ((row_N < 0) | (row_N >= num_rows)).nonzero()[:, 0]
+    if len(wrong):
+        place = int(wrong[0])
+        raise ValueError(f"{name} must lie in [0, {num_rows}), got {int(row_N[place])} at index {place}")
+    count = torch.bincount(row_N, minlength=1)
+    if int(count.max()) > 1:
+        raise ValueError(f"{name} must be all different, got {int(count.argmax())} more than once")
+
+
+def in_range(index: Tensor, size: int, otherwise: int = -1) -> Tensor:
+    """A copy of the indices with `otherwise` in place of those outside of [0, size)."""
+    return torch.where((index >= 0) & (index < size), index, otherwise)
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
 def require_plain(name: str, tensor: Tensor) -> None:
-    """Reject DTensors: their local shard has another shape than the tensor says."""
+    """Reject tensors that are not one array of strided memory: DTensors (their local shard has another shape
+    than the tensor says), nested and sparse ones.
+    """
     if hasattr(tensor, "placements"):  # DTensor, without importing torch.distributed.tensor
         raise ValueError(
             f"{name} is a sharded DTensor; pass the gathered tensor (`.full_tensor()`, or call the "
             "module that owns it so that FSDP gathers it), or use vocab_parallel_linear_cross_entropy for a "
             "sharded head"
         )
+
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise ValueError(f"{name} must be a dense, strided tensor, got a {kind} one")
 
 
 def require_dim(name: str, tensor: Tensor, *axes: str) -> None:

@@ -247,7 +247,7 @@ def test_cross_entropy__one_class_and_no_rows(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.tensor([0, 5, 1, 2])}, r"targets must lie in \[0, V\)"),
+        ({"targets": torch.tensor([0, 5, 1, 2])}, r"targets must lie in \[0, 5\), got 5 in row 1"),
         ({"targets": torch.tensor([0, -100, 1, 2])}, "leave rows without a target out"),
         ({"targets": torch.tensor([0, 1])}, "targets"),
         ({"rows": torch.tensor([0, 1, 2, 2])}, "all different"),

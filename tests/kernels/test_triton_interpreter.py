@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-def _reason_to_skip() -> str:
+def reason_to_skip() -> str:
     if importlib.util.find_spec("triton") is None:
         return "the package `triton` is not installed"
     versions = [importlib.metadata.version(name).split(".") for name in ("triton", "numpy")]
@@ -20,17 +20,22 @@ def _reason_to_skip() -> str:
     return ""
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(bool(_reason_to_skip()), reason=_reason_to_skip() or "it runs")
-def test_triton_kernels__have_the_right_values_in_the_interpreter():
+def run_interpreted(name: str) -> None:
+    """The tests of one file in a child process."""
     here = Path(__file__).parent
     # Triton 3.6 converts arrays to scalars in a way that NumPy deprecates.
     options = ["-q", "-p", "no:cacheprovider", "--noconftest", "-W", "ignore::DeprecationWarning"]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(here / "interpreted.py")],
+        [sys.executable, "-m", "pytest", *options, str(here / name)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=here.parents[1],
         capture_output=True,
         text=True,
     )
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "it runs")
+def test_triton_kernels__have_the_right_values_in_the_interpreter():
+    run_interpreted("interpreted.py")

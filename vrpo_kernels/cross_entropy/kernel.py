@@ -30,6 +30,7 @@ def _forward_kernel(
     nll_ptr,
     statistics_ptr,
     N,
+    M,
     V,
     stride_logits,
     HAS_ROWS: tl.constexpr,
@@ -44,6 +45,10 @@ def _forward_kernel(
     if HAS_ROWS:
         row = tl.load(row_ptr + n)
     target = tl.load(target_ptr + n)
+    # A row or a target out of range makes NaN of its nll, never a wrong number; no such row is read.
+    is_row = (row >= 0) & (row < M)
+    is_class = is_row & (target >= 0) & (target < V)
+    last = tl.where(is_row, V, 0)
     logits_row = logits_ptr + row * stride_logits
     # One running maximum per lane of the block: no reduction across threads until the end.
     lane_max = tl.full((BLOCK_V,), _LOWEST, dtype=tl.float32)
@@ -51,16 +56,14 @@ def _forward_kernel(
     EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     for start in range(0, V, 2 * BLOCK_V):
         # Two logits a lane and step: three exponentials for both, not four.
-        z0 = _other_logits(logits_row, start + tl.arange(0, BLOCK_V), V, target)
-        z1 = _other_logits(logits_row, start + BLOCK_V + tl.arange(0, BLOCK_V), V, target)
+        z0 = _other_logits(logits_row, start + tl.arange(0, BLOCK_V), last, target)
+        z1 = _other_logits(logits_row, start + BLOCK_V + tl.arange(0, BLOCK_V), last, target)
         new_max = tl.maximum(lane_max, tl.maximum(z0, z1))
         lane_sum = lane_sum * exp(lane_max - new_max, EXACT)
         lane_sum += exp(z0 - new_max, EXACT) + exp(z1 - new_max, EXACT)
         lane_max = new_max
     max_n = tl.max(lane_max, axis=0)
     sum_n = sum_lanes(lane_sum * exp(lane_max - max_n, EXACT), EXACT)
-    # A target out of range makes NaN of its row, never a wrong number.
-    is_class = (target >= 0) & (target < V)
     target_logit = tl.load(logits_row + target, mask=is_class, other=float("nan")).to(tl.float32)
     log_odds = (max_n - target_logit) + tl.log(sum_n)
     # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is right to
@@ -163,6 +166,7 @@ def forward(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> tuple[
             nll_N,
             statistics,
             num_rows,
+            logits_MV.shape[0],
             num_classes,
             logits_MV.stride(0),
             HAS_ROWS=row_N is not None,

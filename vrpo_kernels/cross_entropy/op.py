@@ -3,18 +3,15 @@
 A fused backend is a module (`cpu.py`, `kernel.py`) with the functions `forward` and `backward` of `cpu.py`.
 """
 
+import itertools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from vrpo_kernels import checks
+from vrpo_kernels import autograd, checks
 from vrpo_kernels.backend import choose
 from vrpo_kernels.cross_entropy import reference
-
-
-def _choose(logits: Tensor, requested: str) -> str:
-    return choose("cross_entropy", device=logits.device.type, dtype=logits.dtype, requested=requested)
 
 
 def _module(name: str) -> ModuleType:
@@ -25,30 +22,41 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-def _nll_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
+def _check_values(target_N: Tensor, row_N: Tensor | None, num_rows: int, num_classes: int) -> None:
+    if checks.values_are_checked(target_N.device):
+        checks.require_targets(target_N, num_classes)
+        if row_N is not None:
+            checks.require_rows("rows", row_N, num_rows)
 
 
-def _selected(logits_MV: Tensor, row_N: Tensor | None) -> Tensor:
-    """The rows to score, for the reference backend: at least fp32, so that its nll is exact too."""
-    rows = logits_MV if row_N is None else logits_MV.index_select(0, row_N)
-    return rows.to(_nll_dtype(logits_MV))
+@torch.library.custom_op("vrpo_kernels::cross_entropy_checked", mutates_args=())
+def _checked(
+    target_N: Tensor, row_N: Tensor | None, num_rows: int, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """(targets, rows) with -1 where they are out of range, unless values are checked: then ValueError."""
+    _check_values(target_N, row_N, num_rows, num_classes)
+    row_N = torch.arange(num_rows, device=target_N.device) if row_N is None else row_N
+    return checks.in_range(target_N, num_classes), checks.in_range(row_N, num_rows)
 
 
-def _check_values(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> None:
-    num_rows, num_classes = logits_MV.shape
-    if target_N.numel() and not 0 <= int(target_N.min()) <= int(target_N.max()) < num_classes:
-        raise ValueError(
-            f"targets must lie in [0, V) = [0, {num_classes}), got {int(target_N.min())} to "
-            f"{int(target_N.max())}; leave rows without a target out with `rows`"
-        )
-    if row_N is not None and row_N.numel():
-        if not 0 <= int(row_N.min()) <= int(row_N.max()) < num_rows:
-            raise ValueError(
-                f"rows must lie in [0, {num_rows}), got {int(row_N.min())} to {int(row_N.max())}"
-            )
-        if row_N.unique().numel() != row_N.numel():
-            raise ValueError("rows must be all different")
+@_checked.register_fake
+def _(target_N, row_N, num_rows, num_classes):
+    return torch.empty_like(target_N), torch.empty_like(target_N)
+
+
+autograd.register_loop(_checked)
+
+
+def _by_formula(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> Tensor:
+    """nll_N in plain PyTorch, differentiable as often and in whatever mode is wanted."""
+    target_N, known_N = _checked(target_N, row_N, *logits_MV.shape)
+    rows = logits_MV if row_N is None else logits_MV.index_select(0, known_N.clamp(min=0))
+    # At least fp32, so that its nll is exact too.
+    rows = rows.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    nll_N = reference.cross_entropy(rows, target_N.clamp(min=0))
+    # On a GPU a bad value makes NaN of its row, forward and backward.
+    good_N = (target_N >= 0) & (known_N >= 0)
+    return nll_N * torch.where(good_N, 1.0, float("nan")).to(nll_N.dtype)
 
 
 @torch.library.custom_op("vrpo_kernels::cross_entropy_forward", mutates_args=())
@@ -56,19 +64,29 @@ def _forward(
     logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None, in_place: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(nll_N, statistics (2, N)); see `cpu.forward`. in_place is what backward may do with the logits."""
-    name = _choose(logits_MV, backend)
-    if logits_MV.device.type == "cpu":
-        _check_values(logits_MV, target_N, row_N)
-    if name == "reference":
-        nll_N = reference.cross_entropy(_selected(logits_MV, row_N), target_N)
-        return nll_N, nll_N.new_zeros(2, nll_N.shape[0])  # recomputed in backward
-    return _module(name).forward(logits_MV, target_N, row_N)
+    _check_values(target_N, row_N, *logits_MV.shape)
+    return _module(backend).forward(logits_MV, target_N, row_N)
 
 
 @_forward.register_fake
 def _(logits_MV, target_N, row_N, in_place, backend):
-    num_rows, dtype = target_N.shape[0], _nll_dtype(logits_MV)
+    num_rows, dtype = target_N.shape[0], torch.float32
     return logits_MV.new_empty(num_rows, dtype=dtype), logits_MV.new_empty(2, num_rows, dtype=dtype)
+
+
+def _owners(row_N: Tensor, dnll_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """owner_M, the index n that scores row m or -1, and dnll_N with NaN where two n score the same row.
+
+    Rows out of range are nobody's. Neither happens where values are checked.
+    """
+    # One place more than rows: that is where rows out of range go.
+    place_N = checks.in_range(row_N, num_rows, otherwise=num_rows)
+    owner_M = row_N.new_full((num_rows + 1,), -1)
+    owner_M[place_N] = torch.arange(row_N.shape[0], device=row_N.device)
+    if not checks.values_are_checked(row_N.device):
+        count_M = torch.zeros_like(owner_M).index_add_(0, place_N, torch.ones_like(place_N))
+        dnll_N = torch.where(count_M[place_N] > 1, float("nan"), dnll_N)
+    return owner_M[:num_rows], dnll_N
 
 
 def _write_gradient(
@@ -80,19 +98,10 @@ def _write_gradient(
     out_MV: Tensor,
     backend: str,
 ) -> None:
-    name = _choose(logits_MV, backend)
-    if name == "reference":
-        dlogits = reference.gradient(dnll_N, _selected(logits_MV, row_N), target_N).to(logits_MV.dtype)
-        if row_N is None:
-            out_MV.copy_(dlogits)
-        else:
-            out_MV.zero_().index_copy_(0, row_N, dlogits)
-        return
     owner_M = None
     if row_N is not None:
-        owner_M = row_N.new_full((logits_MV.shape[0],), -1)
-        owner_M[row_N] = torch.arange(row_N.shape[0], device=row_N.device)
-    _module(name).backward(dnll_N, logits_MV, target_N, owner_M, statistics, out_MV)
+        owner_M, dnll_N = _owners(row_N, dnll_N, logits_MV.shape[0])
+    _module(backend).backward(dnll_N, logits_MV, target_N, owner_M, statistics, out_MV)
 
 
 @torch.library.custom_op("vrpo_kernels::cross_entropy_backward", mutates_args=())
@@ -136,11 +145,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(logits_MV, target_N, row_N, statistics)
 
 
-def _autograd_backward(ctx, dnll_N, _dstatistics):
+def _autograd_backward(ctx, saved, dnll_N, _dstatistics):
     if dnll_N is None or not ctx.needs_input_grad[0]:
         return (None,) * 5
-    # Reading a saved tensor checks its version: after an in-place backward a second one raises.
-    logits_MV, target_N, row_N, statistics = ctx.saved_tensors
+    # Reading a saved tensor checked its version: after an in-place backward a second one raises.
+    logits_MV, target_N, row_N, statistics = saved
     if not ctx.in_place:
         dlogits_MV = _backward(dnll_N, logits_MV, target_N, row_N, statistics, ctx.backend)
         return dlogits_MV, None, None, None, None
@@ -149,17 +158,65 @@ def _autograd_backward(ctx, dnll_N, _dstatistics):
     return dlogits_MV, None, None, None, None
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+_fused = autograd.register(
+    _forward,
+    "cross_entropy",
+    autograd.once_differentiable("cross_entropy", _autograd_backward),
+    _setup_context,
+)
+autograd.register_loop(_backward)
+
+
+@_backward_.register_vmap
+def _(info, in_dims, *args):
+    raise RuntimeError(
+        "cross_entropy(in_place=True) has memory for one gradient, and vmap asks for several; leave it out"
+    )
+
+
+class _IntoLogits(torch.autograd.Function):
+    """A copy of the logits, whose gradient is written over them: what in_place is to the reference."""
+
+    @staticmethod
+    def forward(ctx, logits_MV):
+        ctx.save_for_backward(logits_MV)
+        return logits_MV.clone()
+
+    @staticmethod
+    def backward(ctx, dlogits_MV):
+        return _overwrite(ctx, dlogits_MV)
+
+
+def _overwrite_logits(ctx, saved, dlogits_MV):
+    return (saved[0].detach().copy_(dlogits_MV),)
+
+
+_overwrite = autograd.once_differentiable("cross_entropy(in_place=True)", _overwrite_logits)
+
+
+def _require_own_memory(logits: Tensor, logits_MV: Tensor) -> None:
+    """What in_place needs: rows that share no memory, and memory that is no parameter's."""
+    num_rows, num_classes = logits_MV.shape
+    if num_rows > 1 and logits_MV.stride(0) < num_classes:
+        raise ValueError(
+            "in_place needs logits whose rows share no memory, got shape "
+            f"{tuple(logits.shape)} with strides {logits.stride()}; leave in_place out, or pass a copy"
+        )
+    base = logits if logits._base is None else logits._base
+    if logits.requires_grad and base.is_leaf:
+        raise ValueError(
+            "in_place would overwrite a leaf tensor with its own gradient; logits must be computed, and not "
+            "be a view of a leaf"
+        )
 
 
 def _as_matrix(logits: Tensor) -> Tensor:
     """logits [..., V] as a view (M, V). A copy would cost what this op exists to save, so it is refused."""
     shape, stride = logits.shape, logits.stride()
     viewable = stride[-1] == 1 or shape[-1] == 1
-    for axis in range(logits.dim() - 2):
-        viewable = viewable and (
-            shape[axis] == 1 or shape[axis + 1] == 1 or stride[axis] == stride[axis + 1] * shape[axis + 1]
-        )
+    leading = [axis for axis in range(logits.dim() - 1) if shape[axis] != 1]
+    for outer, inner in itertools.pairwise(leading):
+        viewable = viewable and stride[outer] == stride[inner] * shape[inner]
     if logits.numel() and not viewable:
         raise ValueError(
             "logits must be viewable as (M, V) rows of contiguous classes, got shape "
@@ -193,7 +250,8 @@ def cross_entropy(
             leading axes. None scores all of them.
         in_place: if True, backward writes the gradient over the logits themselves, which saves their
             size in memory. The logits' values are lost then; a second backward, or another op that saved
-            them, raises. Ignored under torch.compile, which plans its own memory.
+            them, raises. Rows must not share memory with each other, nor logits with a leaf. Ignored under
+            torch.compile and torch.func transforms, which plan memory themselves.
         backend: "auto", "triton", "cpu" or "reference".
     Returns:
         nll, float32 (float64 for float64), nats, >= 0, of the shape of targets. Each row may receive any
@@ -202,12 +260,19 @@ def cross_entropy(
         Sums in fp32 also for 16-bit logits; softplus of the log-odds, so that rows with p close to 1 keep
         their relative accuracy. Bitwise the same with and without gradients and from run to run. The
         gradient is rounded to the logits' dtype once; rows that are not selected get exact zeros.
+    Differentiation:
+        Once, in reverse mode, `torch.func` and vmap included; backend "reference" (not in place) as often as
+        wanted and in forward mode. What a backend cannot differentiate raises a RuntimeError.
     Errors:
         ValueError naming the argument, what it got and what it needs, or every reason against a requested
-        backend. Values of targets and rows are checked for CPU tensors only.
+        backend. A target or row out of range, or a row given twice, is a ValueError on the CPU, and on a GPU
+        after `vrpo_kernels.set_debug(True)`; without it a GPU gives NaN: nll of what is out of range, and
+        the gradient of a row given twice.
     Source: per-term log-probability of the l-form ELBO, arXiv 2505.19223, Eq. (14)-(15).
     """
-    checks.require_plain("logits", logits)
+    for name, tensor in (("logits", logits), ("targets", targets), ("rows", rows)):
+        if tensor is not None:
+            checks.require_plain(name, tensor)
     checks.require_floating("logits", logits)
     checks.require_int64("targets", targets)
     checks.require_same("device", "logits", logits.device, "targets", targets.device)
@@ -221,10 +286,13 @@ def cross_entropy(
         checks.require_int64("rows", rows)
         checks.require_same("device", "rows", rows.device, "logits", logits.device)
         checks.require_same("shape", "targets", tuple(targets.shape), "rows", tuple(rows.shape))
-    if in_place and logits.is_leaf and logits.requires_grad:
-        raise ValueError(
-            "in_place would overwrite a leaf tensor with its own gradient; logits must be computed"
-        )
-    overwrite = in_place and not torch.compiler.is_compiling()
-    nll, _statistics = _forward(_as_matrix(logits), targets.reshape(-1), rows, overwrite, backend)
+    chosen = choose("cross_entropy", device=logits.device.type, dtype=logits.dtype, requested=backend)
+    logits_MV, target_N = _as_matrix(logits), targets.reshape(-1)
+    overwrite = in_place and not autograd.is_managed()
+    if overwrite:
+        _require_own_memory(logits, logits_MV)
+    if chosen == "reference":
+        logits_MV = _IntoLogits.apply(logits_MV) if overwrite else logits_MV
+        return _by_formula(logits_MV, target_N, rows).view(targets.shape)
+    nll, _statistics = _fused(logits_MV, target_N, rows, overwrite, chosen)
     return nll.view(targets.shape)

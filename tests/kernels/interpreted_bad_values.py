@@ -1,0 +1,80 @@
+"""Bad values where nobody looks at them, in Triton's CPU interpreter; run by `test_triton_bad_values.py`.
+
+The interpreter's tensors are on the CPU, where values are checked: here that is switched off, as it is on a
+GPU, and then switched on by `set_debug`. Reading far out of bounds would end the process.
+"""
+
+import pytest
+import torch
+
+from vrpo_kernels import checks, cross_entropy
+from vrpo_kernels.testing import assert_bitwise_equal
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+]
+BAD_TARGETS = [-(2**63), -100, -1, 9, 2**40, 2**63 - 1]
+BAD_ROWS = [-(2**63), -1, 6, 2**40, 2**63 - 1]
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def like_a_gpu(monkeypatch):
+    """CPU tensors are looked at in debug mode only."""
+    looked_at = checks.values_are_checked
+    monkeypatch.setattr(checks, "values_are_checked", lambda device: checks._debug and looked_at(device))
+
+
+def differentiate(logits, targets, rows=None, **options):
+    leaf = logits.clone().requires_grad_()
+    computed = leaf * 1
+    nll = cross_entropy(computed, targets, rows, **options)
+    nll.sum().backward()
+    return nll.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in_place"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("wrong", BAD_TARGETS)
+def test_cross_entropy__a_bad_target_is_nan_in_its_row_alone(wrong, backend, in_place):
+    logits, targets = torch.randn(4, 9), torch.tensor([0, 8, wrong, 3])
+    nll, dlogits = differentiate(logits, targets, backend=backend, in_place=in_place)
+    want, dwant = differentiate(logits, targets.clamp(0, 8), backend=backend)
+    others = torch.tensor([0, 1, 3])
+    assert nll[2].isnan() and dlogits[2].isnan().all()
+    assert_bitwise_equal(nll[others], want[others])
+    assert_bitwise_equal(dlogits[others], dwant[others])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("wrong", BAD_ROWS)
+def test_cross_entropy__a_bad_row_is_nan_and_reads_nothing(wrong, backend):
+    logits, targets = torch.randn(6, 9), torch.tensor([0, 8, 3])
+    nll, dlogits = differentiate(logits, targets, torch.tensor([5, wrong, 2]), backend=backend)
+    want, dwant = differentiate(logits, targets[[0, 2]], torch.tensor([5, 2]), backend=backend)
+    assert nll[1].isnan()
+    assert_bitwise_equal(nll[[0, 2]], want)
+    if backend == "triton":  # the reference's NaN reaches the row it read instead
+        assert_bitwise_equal(dlogits, dwant)
+
+
+def test_cross_entropy__a_row_given_twice_has_no_gradient_but_nan():
+    logits, targets = torch.randn(6, 9), torch.tensor([0, 8, 3])
+    nll, dlogits = differentiate(logits, targets, torch.tensor([5, 1, 5]), backend="triton")
+    _, dwant = differentiate(logits, targets[1:2], torch.tensor([1]), backend="triton")
+    assert nll.isfinite().all() and dlogits[5].isnan().all()
+    assert_bitwise_equal(dlogits[:5], dwant[:5])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_set_debug__names_the_bad_value(backend):
+    logits, targets = torch.randn(6, 9), torch.tensor([0, -100, 3])
+    rows = torch.tensor([0, 1, 2])
+    with checks.set_debug(True):
+        with pytest.raises(ValueError, match=r"targets must lie in \[0, 9\), got -100 in row 1"):
+            cross_entropy(logits, targets, rows, backend=backend)
+        with pytest.raises(ValueError, match=r"rows must lie in \[0, 6\), got 6 at index 2"):
+            cross_entropy(logits, targets.abs() % 9, torch.tensor([0, 1, 6]), backend=backend)
+        with pytest.raises(ValueError, match="all different, got 4 more than once"):
+            cross_entropy(logits, targets.abs() % 9, torch.tensor([4, 1, 4]), backend=backend)
