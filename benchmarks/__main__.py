@@ -9,6 +9,7 @@ BENCHMARKS = {
         "benchmarks.bench_cross_entropy",
         "cross_entropy of logits against every rival",
     ),
+    "compare": ("benchmarks.bench_compare", "every op against another revision, in turns"),
     "designs": ("benchmarks.bench_designs", "draw and step time of every mask design"),
     "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),
     "elbo": ("benchmarks.bench_elbo", "variance of ELBOs by themselves under every mask design"),
