@@ -122,6 +122,9 @@ def elbo_from_hidden(
     masked: Tensor,
     row_weights: Tensor,
     *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     num_masked: int | None = None,
     shift: bool = False,
@@ -133,16 +136,19 @@ def elbo_from_hidden(
 
     Args:
         hidden: (B, L, D) padded, or (T, D) packed, after the final norm; float32, bfloat16 or float16.
-        weight: (V, D), the head, same dtype and device (see `linear_cross_entropy`).
+        weight: (V, D), the head, same dtype and device.
+        bias, softcap, scale: the rest of the head, as in `linear_cross_entropy`: (V,) or None, a bound on the
+            logits or None (Gemma), a factor of the logits (1 / temperature).
         tokens, masked, row_weights, cu_seqlens, num_masked, shift, backend: as in
             `elbo_from_logits`.
     Returns:
-        elbo (B,) or (S,), float32, nats. Differentiable in hidden and weight.
+        elbo (B,) or (S,), float32, nats. Differentiable in hidden, weight and bias.
     Numerics, Errors, Source: as in `linear_cross_entropy` and `elbo_from_logits`.
     """
     checks.require_plain("hidden", hidden)
     leading = tuple(hidden.shape[:-1])
     terms = _find_terms(leading, tokens, masked, row_weights, cu_seqlens, num_masked, shift)
     hidden_ND = gather_rows(hidden.reshape(-1, hidden.shape[-1]), terms.rows.row_N)
-    nll_N = linear_cross_entropy(hidden_ND, weight, terms.rows.target_N, backend=backend)
+    head = {"bias": bias, "softcap": softcap, "scale": scale}
+    nll_N = linear_cross_entropy(hidden_ND, weight, terms.rows.target_N, **head, backend=backend)
     return _weighted_sum(nll_N, terms)

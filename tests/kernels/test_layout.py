@@ -166,6 +166,16 @@ def test_shift__a_masked_first_token_is_nan_where_nobody_looks(op, place, nobody
     assert torch.autograd.grad(got[bad], data["hidden"])[0].isnan().any()
 
 
+def test_shift__metrics_of_a_masked_first_token_are_nan_where_nobody_looks(nobody_looks):
+    case = Case()
+    case.masked[1, 0] = True
+    data = case.padded()
+    options = {"shift": True, "return_metrics": True, "backend": "reference"}
+    logp, metrics = token_logps(data["hidden"], case.weight, data["tokens"], data["masked"], **options)
+    for values in (logp, metrics.entropy, metrics.log_sum_exp):
+        assert values[1, 0].isnan() and values.isnan().sum() == 1
+
+
 def test_shift__packed_tokens_need_boundaries():
     case = Case()
     data = case.packed() | {"cu_seqlens": None}

@@ -171,3 +171,77 @@ def test_token_logps__says_what_is_wrong(change, message):
     arguments = {"hidden": case.hidden, "weight": case.weight, "tokens": case.tokens, "wanted": case.wanted}
     with pytest.raises(ValueError, match=message):
         token_logps(**(arguments | change))
+
+
+HEADS = {
+    "bias": {"bias": 0.7},
+    "softcap": {"softcap": 2.0},
+    "temperature": {"scale": 1 / 0.6},
+    "all": {"bias": -0.4, "softcap": 3.0, "scale": 0.8},
+}
+
+
+def head_of(spec, dtype):
+    """The options of a spec, with a (V,) bias of the given size."""
+    options = dict(spec)
+    if "bias" in spec:
+        generator = torch.Generator().manual_seed(2)
+        options["bias"] = (spec["bias"] * torch.randn(V, generator=generator, dtype=torch.float64)).to(dtype)
+    return options
+
+
+def all_logits(hidden, weight, bias=None, softcap=None, scale=1.0):
+    logits = hidden @ weight.T
+    logits = scale * (logits if bias is None else logits + bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shift"])
+@pytest.mark.parametrize("spec", HEADS.values(), ids=HEADS.keys())
+def test_token_logps_and_elbo__take_every_head(spec, shift):
+    """Values and gradients of hidden, weight and bias against all logits, in fp64."""
+    case = Case(torch.float64)
+    case.wanted[:, 0] = False
+    options = head_of(spec, torch.float64)
+    leaves = list(case.leaves())
+    if "bias" in options:
+        options["bias"].requires_grad_()
+        leaves.append(options["bias"])
+    logits = all_logits(*leaves[:2], **options)
+    logits = logits.roll(1, dims=1) if shift else logits
+    picked = F.log_softmax(logits, dim=-1).gather(-1, case.tokens[..., None])[..., 0]
+    want = torch.where(case.wanted, picked, 0)
+    logp = token_logps(*leaves[:2], case.tokens, case.wanted, shift=shift, **options)
+    torch.testing.assert_close(logp, want)
+    elbo = elbo_from_hidden(*leaves[:2], case.tokens, case.wanted, case.advantage, shift=shift, **options)
+    torch.testing.assert_close(elbo, (case.advantage * want).sum(1))
+    wanted = torch.autograd.grad(clipped(want, case.advantage), leaves, retain_graph=True)
+    got = torch.autograd.grad(clipped(logp, case.advantage), leaves)
+    torch.testing.assert_close(got, wanted)
+    got = torch.autograd.grad(elbo.square().sum(), leaves)
+    torch.testing.assert_close(
+        got, torch.autograd.grad((case.advantage * want).sum(1).square().sum(), leaves)
+    )
+
+
+def test_token_logps__metrics_stand_where_the_log_probabilities_do():
+    case = Case()
+    options = {"softcap": 4.0, "scale": 1.5, "backend": "reference"}
+    case.tokens[0] = (case.hidden[0] @ case.weight.T).argmax(-1)  # hits; the other sequences have misses
+    leaves = case.leaves()
+    logp, metrics = token_logps(*leaves, case.tokens, case.wanted, return_metrics=True, **options)
+    assert_bitwise_equal(logp, token_logps(*leaves, case.tokens, case.wanted, **options))
+    logits = all_logits(case.hidden.double(), case.weight.double(), softcap=4.0, scale=1.5)
+    log_p = F.log_softmax(logits, dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    top1 = logits.argmax(-1) == case.tokens
+    for got, want in (
+        (metrics.entropy, entropy),
+        (metrics.log_sum_exp, logits.logsumexp(-1)),
+        (metrics.top1, top1),
+    ):
+        assert got.shape == (B, L) and not got.requires_grad
+        want = torch.where(case.wanted, want, torch.zeros_like(want))
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-5, atol=1e-5)
+    assert metrics.top1.dtype is torch.bool and logp.requires_grad
+    assert metrics.top1.any() and not metrics.top1[case.wanted].all()
