@@ -49,7 +49,7 @@ def token_logps(
         return_metrics: also return entropy, log-sum-exp and top-1 hit, from the same pass.
         backend: "auto", "triton", "cpu" or "reference".
     Returns:
-        logp like tokens, float32 (float64 for float64), nats, <= 0, differentiable in hidden, weight and bias.
+        logp like tokens, float32 (float64 for float64), nats, <= 0; differentiable in hidden, weight, bias.
         With return_metrics a pair (logp, RowMetrics), each field like tokens, 0 or False where not wanted,
         not differentiable.
     Numerics: as in `linear_cross_entropy`; each element is written once, so runs are bitwise equal.
