@@ -15,6 +15,7 @@ BENCHMARKS = {
     "elbo": ("benchmarks.bench_elbo", "variance of ELBOs by themselves under every mask design"),
     "step": ("benchmarks.bench_step", "the whole VRPO step at LLaDA-8B's shape on one GPU"),
     "gpu-table": ("benchmarks.gpu_table", "Markdown tables of what `make gpu` measured"),
+    "liger-view": ("benchmarks.liger_view", "a kernels CSV in Liger's columns, and back"),
     "model": ("benchmarks.bench_model", "expected GPU times of linear_cross_entropy, beside measured ones"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
 }
