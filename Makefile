@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PY = $(VENV)/bin/python
 
-.PHONY: quickstart test lint gpu gpu-rehearsal clean
+.PHONY: quickstart test lint gpu gpu-rivals gpu-rehearsal clean
 
 $(VENV)/.vrpo-installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -33,7 +33,12 @@ GPU ?=
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU)
 
-# The same on a CPU, in Triton's interpreter: every line runs, the figures mean nothing.
+# Other packages from a folder of wheels (see benchmarks/gpu_rivals.py), for a machine without network.
+gpu-rivals:
+	@test -n "$(WHEELS)" || { echo "make gpu-rivals WHEELS=DIR, a folder with *.whl files"; exit 2; }
+	$(PYTHON) -m benchmarks.gpu_rivals --wheels "$(WHEELS)" $(GPU)
+
+# All stages on a CPU, in Triton's interpreter: every line runs, the figures mean nothing.
 gpu-rehearsal: $(VENV)/.vrpo-installed
 	$(PY) -m benchmarks.gpu --tiny --output runs/gpu-rehearsal
 

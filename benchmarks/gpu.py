@@ -214,8 +214,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Path(__file__).parent / "results" / "gpu"
-    parser.add_argument("--output", type=Path, default=default, help="folder of all files (results/gpu)")
+    default = Path(os.environ.get("OUT") or Path(__file__).parent / "results" / "gpu")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=default,
+        help="folder of all files (the environment's OUT, else results/gpu)",
+    )
     parser.add_argument("--seconds", type=float, default=490, help="time for all of it (490)")
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(DEFAULT))
     parser.add_argument("--revision", default="", help="git revision, where there is no repository")

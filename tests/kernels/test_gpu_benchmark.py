@@ -85,6 +85,30 @@ def test_run__a_failed_stage_is_reported_with_its_last_lines(tmp_path):
     assert "[stage, last lines] before" in log
 
 
+def test_run__whatever_a_stage_does_the_next_one_runs(tmp_path):
+    found = session(tmp_path, seconds=40.0)
+    scripts = {
+        "raises": "raise RuntimeError('no such kernel')",
+        "dies": "import os; os.kill(os.getpid(), 11)",
+        "good": "print('ran')",
+    }
+    stages = [Stage(name, 1, [Part(name, ["-c", script])]) for name, script in scripts.items()]
+    missing = Stage("missing", 1, [Part("missing", ["x"], program=[str(tmp_path / "no-such-program")])])
+    stages.insert(2, missing)
+    for index, stage in enumerate(stages):
+        found.run(stage, stages[index:])
+    assert [(line.name, line.failed) for line in found.lines] == [
+        ("raises", True), ("dies", True), ("missing", True), ("good", False)
+    ]  # fmt: skip
+    assert found.lines[1].outcome == "exit status -11"
+    assert found.lines[2].outcome.startswith("not run: FileNotFoundError")
+    assert found.finish([]) == 1
+    summary = (tmp_path / "summary.txt").read_text()
+    assert all(f"\n{name} " in summary for name in (*scripts, "missing"))
+    log = (tmp_path / "log.txt").read_text()
+    assert "[raises, last lines] RuntimeError: no such kernel" in log and "[good] ran" in log
+
+
 def test_run__a_stage_that_hangs_is_ended_with_its_children(tmp_path):
     start = time.monotonic()
     line, log = run_script(tmp_path, HANGS, seconds=2.0)
