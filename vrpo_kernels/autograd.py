@@ -17,10 +17,12 @@ SavedBackward = Callable[..., tuple]
 """(ctx, saved, *gradients of the outputs) -> one gradient or None per input; saved is ctx.saved_tensors."""
 
 
-def _refusal(name: str, what: str) -> str:
+_REFERENCE = "Call it with backend='reference', which is plain PyTorch, or leave the derivative out"
+
+
+def _refusal(name: str, what: str, advice: str = _REFERENCE) -> str:
     return (
-        f"{name} has no {what}: its fused backward pass can be differentiated once, in reverse mode. "
-        "Call it with backend='reference', which is plain PyTorch, or leave the derivative out"
+        f"{name} has no {what}: its fused backward pass can be differentiated once, in reverse mode. {advice}"
     )
 
 
@@ -30,28 +32,31 @@ class _RefuseSecond(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.name = inputs[0]
+        ctx.message = inputs[0]
 
     @staticmethod
     def backward(ctx, *_gradients):
-        raise RuntimeError(_refusal(ctx.name, "second derivative"))
+        raise RuntimeError(ctx.message)
 
     @staticmethod
     def jvp(ctx, *_tangents):
-        raise RuntimeError(_refusal(ctx.name, "second derivative"))
+        raise RuntimeError(ctx.message)
 
 
-def once_differentiable(name: str, backward: SavedBackward) -> Callable[..., tuple]:
+def once_differentiable(name: str, backward: SavedBackward, advice: str = _REFERENCE) -> Callable[..., tuple]:
     """A backward pass (ctx, *gradients) whose results raise when they are differentiated once more.
 
     Unlike torch's decorator of that name it also raises where the upstream gradient is a constant: the
     results are tied to every saved tensor that requires a gradient. `create_graph=True` alone stays allowed.
+
+    Args: name of the public function and advice, for the message.
     """
+    message = _refusal(name, "second derivative", advice)
 
     def wrapped(ctx: Any, *gradients: Tensor | None) -> tuple:
         saved = ctx.saved_tensors  # once: checkpointing recomputes them, and they may be overwritten below
@@ -63,10 +68,17 @@ def once_differentiable(name: str, backward: SavedBackward) -> Callable[..., tup
         formed = [result for result in results if result is not None]
         if not ties or not formed:
             return results
-        tied = iter(_RefuseSecond.apply(name, len(formed), *formed, *ties))
+        tied = iter(_RefuseSecond.apply(message, len(formed), *formed, *ties))
         return tuple(None if result is None else next(tied) for result in results)
 
     return wrapped
+
+
+def require_constant(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse an argument that something is to be differentiated by, where an op has no derivative."""
+    has_tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    if has_tangent or (torch.is_grad_enabled() and tensor.requires_grad):
+        raise ValueError(f"{name} is a constant to {op}, which has no derivative in it; pass {name}.detach()")
 
 
 def register_loop(op: Any) -> None:
@@ -87,10 +99,13 @@ def _element(args: tuple, in_dims: tuple, index: int) -> list:
 
 def is_managed() -> bool:
     """Whether torch.compile, a torch.func transform or forward-mode AD decides what memory holds."""
-    return torch.compiler.is_compiling() or _is_transformed()
+    return torch.compiler.is_compiling() or is_transformed()
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is under way, and torch.compile is not."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -131,8 +146,6 @@ def register(
     Transformed.backward = staticmethod(backward)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not _is_transformed():
-            return op(*args)
-        return Transformed.apply(*args)
+        return Transformed.apply(*args) if is_transformed() else op(*args)
 
     return call

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from vrpo_kernels.autograd import register_loop
+
 _debug = False
 
 
@@ -63,14 +65,33 @@ def _traced() -> bool:
 
 def require_targets(targets: Tensor, num_classes: int) -> None:
     """Require every target to lie in [0, V), naming the first row that breaks it. Reads values."""
-    wrong = (targets < 0) | (targets >= num_classes)
-    if bool(wrong.any()):
-        flat = wrong.reshape(-1)
-        row = int(flat.to(torch.uint8).argmax())
+    if not targets.numel():
+        return
+    lowest, highest = torch.aminmax(targets)
+    if int(lowest) < 0 or int(highest) >= num_classes:
+        row = int(((targets < 0) | (targets >= num_classes)).nonzero()[0, 0])
         raise ValueError(
-            f"targets must lie in [0, {num_classes}), got {int(targets.reshape(-1)[row])} in row {row}; "
-            "leave rows without a target out"
+            f"targets must lie in [0, {num_classes}), got {int(targets[row])} in row {row}; leave rows "
+            "without a target out"
         )
+
+
+@torch.library.custom_op("vrpo_kernels::known_targets", mutates_args=())
+def known_targets(targets: Tensor, num_classes: int) -> Tensor:
+    """targets (N,) for code that cannot take bad ones: -1 in their place, or ValueError where values are
+    checked. An op, so that it looks at run time also in what torch.compile has traced.
+    """
+    if values_are_checked(targets.device):
+        require_targets(targets, num_classes)
+    return in_range(targets, num_classes)
+
+
+@known_targets.register_fake
+def _(targets, num_classes):
+    return torch.empty_like(targets)
+
+
+register_loop(known_targets)
 
 
 def require_rows(name: str, row_N: Tensor, num_rows: int) -> None:
@@ -103,14 +124,14 @@ def require_plain(name: str, tensor: Tensor) -> None:
             "module that owns it so that FSDP gathers it), or use vocab_parallel_linear_cross_entropy for a "
             "sharded head"
         )
-
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else str(tensor.layout)
         raise ValueError(f"{name} must be a dense, strided tensor, got a {kind} one")
 
 
 def require_dim(name: str, tensor: Tensor, *axes: str) -> None:
-    """Require as many dimensions as there are axis names, such as "N", "D"."""
+    """Require a plain tensor with as many dimensions as there are axis names, such as "N", "D"."""
+    require_plain(name, tensor)
     if tensor.dim() != len(axes):
         raise ValueError(f"{name} must have shape ({', '.join(axes)}), got {_describe(tensor)}")
 
@@ -137,8 +158,6 @@ def require_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
     """The contract of a linear head: hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None, one
     dtype, one device.
     """
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
-        require_plain(name, tensor)
     require_dim("hidden", hidden, "N", "D")
     require_dim("weight", weight, "V", "D")
     require_dim("targets", targets, "N")
@@ -152,7 +171,6 @@ def require_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have at least one row (V >= 1), got {_describe(weight)}")
     if bias is not None:
-        require_plain("bias", bias)
         require_dim("bias", bias, "V")
         require_same("dtype", "bias", bias.dtype, "weight", weight.dtype)
         require_same("size V", "bias", bias.shape[0], "weight", weight.shape[0])

@@ -7,7 +7,13 @@ GPU, and then switched on by `set_debug`. Reading far out of bounds would end th
 import pytest
 import torch
 
-from vrpo_kernels import checks, cross_entropy
+from vrpo_kernels import (
+    checks,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_replay,
+    linear_cross_entropy_statistics,
+)
 from vrpo_kernels.testing import assert_bitwise_equal
 
 pytestmark = [
@@ -78,3 +84,53 @@ def test_set_debug__names_the_bad_value(backend):
             cross_entropy(logits, targets.abs() % 9, torch.tensor([0, 1, 6]), backend=backend)
         with pytest.raises(ValueError, match="all different, got 4 more than once"):
             cross_entropy(logits, targets.abs() % 9, torch.tensor([4, 1, 4]), backend=backend)
+
+
+HIDDEN, WEIGHT = torch.randn(4, 16), torch.randn(9, 16)
+OTHERS = torch.tensor([0, 1, 3])
+
+
+def head_gradients(targets, hidden=HIDDEN, **options):
+    leaves = hidden.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    nll = linear_cross_entropy(*leaves, targets, **options)
+    nll.sum().backward()
+    return nll.detach(), leaves[0].grad, leaves[1].grad
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("kept_tile_bytes", [2**30, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("wrong", BAD_TARGETS)
+def test_linear_cross_entropy__a_bad_target_is_nan_in_its_row_and_the_head(wrong, backend, kept_tile_bytes):
+    options = {"backend": backend, "kept_tile_bytes": kept_tile_bytes}
+    nll, dhidden, dweight = head_gradients(torch.tensor([0, 8, wrong, 3]), **options)
+    want, dwant, _ = head_gradients(torch.tensor([0, 8, 1, 3]), **options)
+    assert nll[2].isnan() and dhidden[2].isnan().all() and dweight.isnan().all()
+    assert_bitwise_equal(nll[OTHERS], want[OTHERS])
+    assert_bitwise_equal(dhidden[OTHERS], dwant[OTHERS])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("wrong", BAD_TARGETS)
+def test_replay__a_bad_target_is_nan_in_every_number_of_its_row(wrong, backend):
+    targets = torch.tensor([0, 8, wrong, 3])
+    nll, statistics = linear_cross_entropy_statistics(HIDDEN, WEIGHT, targets, backend=backend)
+    assert nll[2].isnan() and statistics[0, 2].isnan() and nll[OTHERS].isfinite().all()
+    leaf = HIDDEN.clone().requires_grad_()
+    again, drift = linear_cross_entropy_replay(leaf, WEIGHT, targets, nll, statistics, backend=backend)
+    again.sum().backward()
+    assert again[2].isnan() and drift.isnan() and leaf.grad[2].isnan().all()
+    assert leaf.grad[OTHERS].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_set_debug__names_the_bad_target_of_a_head(backend):
+    targets = torch.tensor([0, 1, 9, 3])
+    known = linear_cross_entropy_statistics(HIDDEN, WEIGHT, targets % 9, backend=backend)
+    with checks.set_debug(True):
+        for call in (
+            lambda: linear_cross_entropy(HIDDEN, WEIGHT, targets, backend=backend),
+            lambda: linear_cross_entropy_statistics(HIDDEN, WEIGHT, targets, backend=backend),
+            lambda: linear_cross_entropy_replay(HIDDEN, WEIGHT, targets, *known, backend=backend),
+        ):
+            with pytest.raises(ValueError, match=r"targets must lie in \[0, 9\), got 9 in row 2"):
+                call()

@@ -58,11 +58,14 @@ def linear_cross_entropy(
         metrics are wanted, and from run to run. Gradients are summed in fp32 and rounded once. Where the
         matmuls take 16-bit factors (Triton; gemm "bf16" on CPUs), probabilities enter them rounded to the
         input dtype. No atomics: every output has one owner.
+    Differentiation:
+        Once, in reverse mode, `torch.func` (grad, vjp, jacrev, vmap) included; backend "reference" as often
+        as wanted and in forward mode. What a backend cannot differentiate raises a RuntimeError.
     Errors:
-        ValueError naming the argument and both shapes, for a target out of range (CPU), or listing every
-        reason why a requested backend cannot run. In the Triton backend, where raising would mean waiting
-        for the GPU, a row with a target out of range has nll NaN, and so have the gradients it enters;
-        nothing out of bounds is read or written. The reference on a GPU ends in torch's device-side assert.
+        ValueError naming the argument and both shapes, for a target out of range, or listing every reason
+        why a requested backend cannot run. On a GPU, where looking at targets would mean waiting for it
+        (`vrpo_kernels.set_debug(True)` does), a row with a target out of range has nll NaN, and so have the
+        gradients it enters; nothing out of bounds is read or written.
     Source: per-term log-probability of the l-form ELBO, arXiv 2505.19223, Eq. (14)-(15). Soft-cap: Gemma 2,
         arXiv 2408.00118, section 2.
     """
@@ -76,7 +79,7 @@ def linear_cross_entropy(
         formula = reference.with_metrics if return_metrics else reference.linear_cross_entropy
         result = reference.exactly(formula, hidden, weight, targets, bias, *settings)
         return (result[0], RowMetrics(*(part.detach() for part in result[1:]))) if return_metrics else result
-    nll, statistics, *_, metrics = op._forward(
+    nll, statistics, *_, metrics = op.forward(
         hidden,
         weight,
         bias,
@@ -87,6 +90,7 @@ def linear_cross_entropy(
         plan.want_dhidden,
         plan.keep_tiles,
         return_metrics,
+        False,
     )
     return (nll, row_metrics(statistics, metrics, settings[0])) if return_metrics else nll
 
@@ -117,8 +121,8 @@ def linear_cross_entropy_statistics(
     plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
     if plan.backend == "reference":
         return reference.exactly(reference.statistics, hidden, weight, targets, bias, *settings)
-    nll, statistics, *_ = op._forward(
-        hidden, weight, bias, targets, *settings, plan.backend, plan.gemm, False, False, False
+    nll, statistics, *_ = op.forward(
+        hidden, weight, bias, targets, *settings, plan.backend, plan.gemm, False, False, False, False
     )
     return nll, statistics
 
@@ -162,13 +166,18 @@ def linear_cross_entropy_replay(
     num_rows = hidden.shape[0]
     checks.require_same("shape", "nll", tuple(nll.shape), "(N,)", (num_rows,))
     checks.require_same("shape", "statistics", tuple(statistics.shape), "(3, N)", (3, num_rows))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    for name, known in (("nll", nll), ("statistics", statistics)):
+        checks.require_plain(name, known)
+        checks.require_same("dtype", name, known.dtype, "the first pass's results", wide)
+        checks.require_same("device", name, known.device, "hidden", hidden.device)
     plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
     if plan.backend == "reference":
         head = (hidden, weight, targets, bias)
         fresh = reference.exactly(reference.linear_cross_entropy, *head, softcap, scale)
         target_logit = reference.exactly(reference.target_logits, *head, scale)
         return fresh, op.drift(target_logit.detach(), statistics)
-    return op._replay(hidden, weight, bias, targets, nll, statistics, softcap, scale, plan.backend, plan.gemm)
+    return op.replay(hidden, weight, bias, targets, nll, statistics, softcap, scale, plan.backend, plan.gemm)
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

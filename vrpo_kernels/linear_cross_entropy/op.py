@@ -13,6 +13,7 @@ and z = u, D = 1 for softcap 0.
 import torch
 from torch import Tensor
 
+from vrpo_kernels import autograd, checks
 from vrpo_kernels.linear_cross_entropy.plan import backend_module
 
 ABSENT = torch.iinfo(torch.int64).min
@@ -23,6 +24,14 @@ def drift(target_logit: Tensor, statistics: Tensor) -> Tensor:
     """() float32: the largest difference between a row's target logit now and in the first pass."""
     difference = (target_logit - statistics[0]).abs().float()
     return torch.cat([difference, difference.new_zeros(1)]).amax()  # N = 0 has drift 0
+
+
+def _present(targets: Tensor, num_classes: int) -> Tensor:
+    """Targets of a whole head: ABSENT is out of range there, like any other number that is no class."""
+    if checks.values_are_checked(targets.device):
+        checks.require_targets(targets, num_classes)
+        return targets
+    return targets.clamp(min=-1)
 
 
 @torch.library.custom_op("vrpo_kernels::linear_cross_entropy_forward", mutates_args=())
@@ -38,18 +47,22 @@ def _forward(
     want_dhidden: bool,
     keep_tiles: bool,
     want_metrics: bool,
+    sharded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(nll (N,), statistics (3, N), then each as wanted or empty: expected (N, D) fp32, kept tiles, their
     shifts, metrics (2, N) fp32).
 
-    statistics: u of the target, shift m, s = sum over v != target of exp(z_v - m). A target may be ABSENT (in
-    vocab-parallel shards): its u is then 0, s runs over all classes, and nll is meaningless.
+    statistics: u of the target, shift m, s = sum over v != target of exp(z_v - m). In a
+    shard of a head (sharded) a target may be ABSENT: its u is then 0, s runs over all classes, and nll is
+    meaningless.
     expected: sum over v != target of exp(z_v - m) D_v / s * weight_v, the mean head row among the other
     classes, so that with q = 1 - p(target) the unscaled gradient of hidden is
     q * scale * (expected - D_target * weight[target]).
     kept: exp(z_v - m) D_v under the shift of its time, in the layout of the backend.
     metrics: the largest z of the other classes; sum over them of exp(z_v - m) (z_v - m).
     """
+    if not sharded:
+        targets = _present(targets, weight.shape[0])
     return backend_module(backend).forward(
         hidden,
         weight,
@@ -77,6 +90,7 @@ def _(
     want_dhidden,
     keep_tiles,
     want_metrics,
+    sharded=False,
 ):
     num_rows, num_hidden = hidden.shape
     nll = hidden.new_empty(num_rows, dtype=torch.float32)
@@ -93,18 +107,18 @@ def _(
 
 def _forward_context(ctx, inputs, output):
     hidden, weight, bias, targets, ctx.softcap, ctx.scale, ctx.backend, ctx.gemm = inputs[:8]
-    ctx.want_dhidden, ctx.keep_tiles, _want_metrics = inputs[8:]
+    ctx.want_dhidden, ctx.keep_tiles = inputs[8:10]
     _nll, statistics, expected, kept, kept_shift, metrics = output
     ctx.mark_non_differentiable(statistics, expected, kept, kept_shift, metrics)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, targets, statistics, expected, kept, kept_shift)
 
 
-def _forward_backward(ctx, dnll, *_unused):
-    nothing = (None,) * 8
+def _forward_backward(ctx, saved, dnll, *_unused):
+    nothing = (None,) * 9
     if dnll is None:
         return None, None, None, *nothing
-    hidden, weight, bias, targets, statistics, expected, kept, kept_shift = ctx.saved_tensors
+    hidden, weight, bias, targets, statistics, expected, kept, kept_shift = saved
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
     settings = (ctx.softcap, ctx.scale, ctx.backend)
     dhidden = dweight = dbias = None
@@ -127,7 +141,13 @@ def _forward_backward(ctx, dnll, *_unused):
     return dhidden, dweight if need_weight else None, dbias if need_bias else None, *nothing
 
 
-_forward.register_autograd(_forward_backward, setup_context=_forward_context)
+forward = autograd.register(
+    _forward,
+    "linear_cross_entropy",
+    autograd.once_differentiable("linear_cross_entropy", _forward_backward),
+    _forward_context,
+)
+"""`_forward` for code that may be under torch.func transforms."""
 
 
 @torch.library.custom_op("vrpo_kernels::linear_cross_entropy_dhidden", mutates_args=())
@@ -285,6 +305,7 @@ def _replay(
     gemm: str,
 ) -> tuple[Tensor, Tensor]:
     """(a copy of nll, drift ())."""
+    targets = _present(targets, weight.shape[0])
     target_logit = backend_module(backend).target_logits(hidden, weight, targets, bias, scale)
     return nll.clone(), drift(target_logit, statistics)
 
@@ -301,14 +322,23 @@ def _replay_context(ctx, inputs, output):
     ctx.save_for_backward(hidden, weight, bias, targets, statistics)
 
 
-def _replay_backward(ctx, dnll, _ddrift):
+def _replay_backward(ctx, saved, dnll, _ddrift):
     needed = ctx.needs_input_grad[:3]
     if dnll is None or not any(needed):
         return (None,) * 10
-    hidden, weight, bias, targets, statistics = ctx.saved_tensors
+    hidden, weight, bias, targets, statistics = saved
     settings = (ctx.softcap, ctx.scale, ctx.backend, ctx.gemm)
     swept = _sweep(dnll, hidden, weight, bias, targets, statistics, *settings, *needed)
     return *(part if need else None for part, need in zip(swept, needed, strict=True)), *(None,) * 7
 
 
-_replay.register_autograd(_replay_backward, setup_context=_replay_context)
+replay = autograd.register(
+    _replay,
+    "linear_cross_entropy_replay",
+    autograd.once_differentiable("linear_cross_entropy_replay", _replay_backward),
+    _replay_context,
+)
+"""`_replay` for code that may be under torch.func transforms."""
+
+for _gradient in (_dhidden, _dweight, _sweep):
+    autograd.register_loop(_gradient)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vrpo_kernels import checks
+
 
 def logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float = 0.0, scale: float = 1.0
@@ -94,28 +96,13 @@ def exactly(
 
     Autocast does not enter: the inputs are cast already.
 
-    Errors: ValueError for a target out of range on the CPU, in the words of the C++ backend.
+    Errors: ValueError for a target out of range where values are checked, in the words of every backend;
+        elsewhere everything of its row is NaN.
     """
+    known = checks.known_targets(targets, weight.shape[0])
     if hidden.dtype is not torch.float64:
         hidden, weight = hidden.float(), weight.float()
         bias = None if bias is None else bias.float()
+    hidden = hidden * torch.where(known < 0, torch.nan, 1.0).to(hidden.dtype)[:, None]
     with torch.autocast(hidden.device.type, enabled=False):
-        try:
-            return formula(hidden, weight, targets, bias, *settings)
-        except RuntimeError as error:
-            _explain(error, targets, len(weight))
-            raise
-
-
-def _explain(error: RuntimeError, targets: Tensor, num_classes: int) -> None:
-    """Raise the ValueError behind it, if there is one.
-
-    Asked only after the fact: looking at the targets first would break torch.compile and torch.func.
-    """
-    if targets.device.type != "cpu":
-        return
-    wrong = ((targets < 0) | (targets >= num_classes)).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"targets must lie in [0, {num_classes}), got {int(targets[wrong[0]])} in row {wrong[0]}"
-        ) from error
+        return formula(hidden, weight, known.clamp(min=0), bias, *settings)

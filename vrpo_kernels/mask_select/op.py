@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vrpo_kernels.backend import choose
-from vrpo_kernels.checks import require_dim, require_int64, require_same
+from vrpo_kernels.checks import require_dim, require_int64, require_same, values_are_checked
 
 _U32_END = 2**32
 
@@ -64,7 +64,7 @@ def _mask_select(
     num_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if length_S.device.type == "cpu":
+    if values_are_checked(length_S.device):
         _check_values(length_S, counter_S3, first_S, count_S, by_rank)
     name = choose("mask_select", device=length_S.device.type, dtype=None, requested=backend)
     position_N, offsets_S1 = _backend(name).mask_select(
@@ -120,7 +120,8 @@ def mask_select(
         offsets_S1: (S + 1,) int64, rows of segment s are offsets_S1[s] : offsets_S1[s + 1].
     Errors:
         ValueError naming the argument, what it got and what it needs. Values (not shapes) are
-        checked for CPU tensors only, where reading them does not synchronise.
+        checked for CPU tensors, where reading them does not synchronise, and elsewhere after
+        `vrpo_kernels.set_debug(True)`.
     """
     _check(length_S, counter_S3, first_S, count_S, seed)
     key = seed - 2**64 if seed >= 2**63 else seed  # operator schemas have signed integers only

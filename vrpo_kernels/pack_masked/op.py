@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vrpo_kernels import autograd
 from vrpo_kernels.backend import choose
-from vrpo_kernels.checks import require_dim, require_int64, require_same
+from vrpo_kernels.checks import require_dim, require_int64, require_same, values_are_checked
 
 
 class PackedTokens(NamedTuple):
@@ -93,7 +94,7 @@ def _pack_masked(
     mask_token_id: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if tokens_U.device.type == "cpu":
+    if values_are_checked(tokens_U.device):
         if bool((prompt_length_R < 0).any()) or bool((response_length_R < 0).any()):
             raise ValueError("prompt_length_R and response_length_R must not be negative")
         num_tokens = int(prompt_length_R.sum() + response_length_R.sum())
@@ -169,7 +170,7 @@ def pack_masked(
         PackedTokens with T = K * U tokens. Sizes follow from shapes, so nothing synchronises.
     Errors:
         ValueError naming the argument, what it got and what it needs. Values (not shapes) are
-        checked for CPU tensors only.
+        checked for CPU tensors only, elsewhere after `vrpo_kernels.set_debug(True)`.
     """
     require_dim("tokens_U", tokens_U, "U")
     require_dim("prompt_length_R", prompt_length_R, "R")
@@ -209,7 +210,7 @@ def _token_weight_sums(
     num_tokens: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if weight_N.device.type == "cpu":
+    if values_are_checked(weight_N.device):
         require_same(
             "size", "num_tokens", num_tokens, "response_length_R's sum", int(response_length_R.sum())
         )
@@ -254,9 +255,11 @@ def token_weight_sums(
     Numerics: accumulated in fp64 in sample order and rounded once: the same bits on each backend and
         from run to run (the fp64 sum is exact while weights stay within a factor of 2**20 or so).
         Not differentiable.
-    Errors: ValueError naming the argument, what it got and what it needs; values on CPU only.
+    Errors: ValueError naming the argument, what it got and what it needs, and for a weight_N that requires a
+        gradient; values on the CPU, elsewhere after `vrpo_kernels.set_debug(True)`.
     """
     require_dim("weight_N", weight_N, "N")
+    autograd.require_constant("token_weight_sums", "weight_N", weight_N)
     if weight_N.dtype != torch.float32:
         raise ValueError(f"weight_N must be float32, got {weight_N.dtype}")
     require_same("size N", "weight_N", weight_N.shape[0], "position_N", position_N.shape[0])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vrpo_kernels import checks
+from vrpo_kernels import autograd, checks
 from vrpo_kernels.backend import availability, choose, reasons_against
 from vrpo_kernels.rotary import reference
 
@@ -18,6 +18,13 @@ def _choose(query: Tensor, requested: str) -> str:
     return choose("rotary", device=device, dtype=dtype, requested=requested)
 
 
+def _by_formula(
+    query_BHLd: Tensor, key_BHLd: Tensor, cos_BLh: Tensor, sin_BLh: Tensor
+) -> tuple[Tensor, Tensor]:
+    query, key = (reference.rotary(heads, cos_BLh, sin_BLh) for heads in (query_BHLd, key_BHLd))
+    return tuple(heads.transpose(1, 2).contiguous().transpose(1, 2) for heads in (query, key))
+
+
 @torch.library.custom_op("vrpo_kernels::rotary", mutates_args=())
 def _rotary(
     query_BHLd: Tensor, key_BHLd: Tensor, cos_BLh: Tensor, sin_BLh: Tensor, inverse: bool, backend: str
@@ -27,9 +34,7 @@ def _rotary(
         from vrpo_kernels.rotary import kernel
 
         return kernel.rotary(query_BHLd, key_BHLd, cos_BLh, sin_BLh, inverse)
-    sin_BLh = -sin_BLh if inverse else sin_BLh
-    query, key = (reference.rotary(heads, cos_BLh, sin_BLh) for heads in (query_BHLd, key_BHLd))
-    return tuple(heads.transpose(1, 2).contiguous().transpose(1, 2) for heads in (query, key))
+    return _by_formula(query_BHLd, key_BHLd, cos_BLh, -sin_BLh if inverse else sin_BLh)
 
 
 @_rotary.register_fake
@@ -73,9 +78,11 @@ def rotary(
     Numerics:
         Products and sum in float32 (three roundings), then rounded to the dtype once; backward likewise.
         Bitwise the same with and without gradients, from run to run and across backends.
+    Differentiation: in query and key, as often as wanted, in every mode and under every `torch.func`
+        transform.
     Errors:
         ValueError naming the argument, what it got and what it needs, or every reason against a requested
-        backend.
+        backend; and for cos_BLh or sin_BLh that require a gradient.
     Source: arXiv 2104.09864, section 3.2.2; pairing and precision as modeling_llada.py of
         GSAI-ML/LLaDA-8B-Instruct (rope_full_precision).
     """
@@ -98,4 +105,9 @@ def rotary(
             )
     for name, tensor in (("key_BHLd", key_BHLd), ("cos_BLh", cos_BLh), ("sin_BLh", sin_BLh)):
         checks.require_same("device", name, tensor.device, "query_BHLd", query_BHLd.device)
+    if autograd.is_transformed():  # torch.func takes plain PyTorch; the bits are the same
+        _choose(query_BHLd, backend)
+        return _by_formula(query_BHLd, key_BHLd, cos_BLh, sin_BLh)
+    autograd.require_constant("rotary", "cos_BLh", cos_BLh)
+    autograd.require_constant("rotary", "sin_BLh", sin_BLh)
     return _rotary(query_BHLd, key_BHLd, cos_BLh, sin_BLh, False, backend)
