@@ -1,38 +1,38 @@
 """python -m benchmarks kernels: linear_cross_entropy against every rival, on one contract, in one run.
 
 Forward plus backward with an arbitrary gradient per row, in units of the fastest bare GEMM of that dtype in
-the same run. Ours is checked by the tolerance policy of `vrpo_kernels/testing.py` before it is timed; on a
-CPU it has no figure if it fails. Rivals are held to the same policy and marked where they exceed it; so is
-ours on a GPU, whose tensor cores truncate as they add. Providers that cannot run show why. Rows are appended
-to results/kernels.csv: on a GPU after every stage of `providers.py`, all stages of a case before the next.
-units_p50 is median over median; units_p20, units_p80 are percentiles of the ratio round by round, each round
-with its own unit. peak_MiB is memory above the inputs during one call.
-On a CPU: N=512 D=1024 V=32768, one thread and all; on CUDA LLaDA's head.
+the same run, for a plain head and for heads with a bias or a soft-cap. Ours is checked by the tolerance
+policy of `vrpo_kernels/testing.py` before it is timed; on a CPU it has no figure if it fails. Rivals are held
+to the same policy and marked where they exceed it; so is ours on a GPU, whose tensor cores truncate as they
+add. Providers that cannot run show why. Rows are appended to results/kernels.csv: on a GPU after every stage
+of `providers.py`, all stages of a case before the next. units_p50 is median over median; units_p20, units_p80
+are percentiles of the ratio round by round, each round with its own unit. peak_MiB is memory above the inputs
+during one call. On a CPU: N=512 D=1024 V=32768, one thread and all, heads timed together; on CUDA LLaDA's
+head; --model has heads of models.
 """
 
 import argparse
 import gc
-import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.cases import COLUMNS, DTYPES, Case, Inputs, make_inputs
+from benchmarks.cases import COLUMNS, Case, Inputs, make_inputs
 from benchmarks.gate import Gate, full_pass
 from benchmarks.gpu_reached import print_done, print_plan
-from benchmarks.providers import PROVIDERS, Op, stages
-from benchmarks.record import RESULTS, append, provenance
+from benchmarks.kernels_plan import Turn, labels, parse, turns
+from benchmarks.providers import PROVIDERS, Op
+from benchmarks.record import append, provenance
 from benchmarks.timing import Timing, clock_name, describe, interleaved
 from vrpo_kernels.linear_cross_entropy import plan_linear_cross_entropy
 
-FILE = RESULTS / "kernels.csv"
 FIELDS = (
     *("date", "git", "dirty", "device", "torch", "triton", "threads", "clock", "load"),
-    *("provider", "column", "dtype", "N", "D", "V", "logits", "seed"),
+    *("provider", "column", "head", "dtype", "N", "D", "V", "logits", "seed"),
     *("ms_min", "ms_p20", "ms_p50", "ms_p80", "reps"),
     *("units_min", "units_p20", "units_p50", "units_p80", "unit_ms_min", "peak_MiB"),
     *("nll_error", "policy_ratio", "note"),
@@ -79,22 +79,30 @@ class Starts:
 
 
 class Bench:
-    """One case: its inputs, the rows found so far, and what is to be timed in one interleaved run."""
+    """One case with one or more heads: inputs, the rows found so far, what is timed together, interleaved."""
 
-    def __init__(self, case: Case, *, deadline: float = math.inf, starts: Starts | None = None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        heads: Sequence[str] = (),
+        *,
+        deadline: float = math.inf,
+        starts: Starts | None = None,
+    ) -> None:
         self.case, self.deadline, self.starts = case, deadline, starts or Starts()
         self.on_gpu = case.device == "cuda"
         self.lost = ""
-        self.inputs = make_inputs(case)
+        plain = make_inputs(case)
+        self.inputs = {head: plain.with_head(head) for head in heads or (case.head,)}
         self.rows: list[dict] = []
-        self._gate: Gate | None = None
+        self._gate: tuple[str, Gate] | None = None
         self._runs: dict[str, Callable[[], object]] = {}
 
-    def prepare(self, name: str) -> None:
+    def prepare(self, name: str, head: str) -> None:
         """Gates and warms up one provider. What a rival cannot do is a row that says why."""
-        provider = PROVIDERS[name]
-        row = {"provider": name, "column": "", "nll_error": "", "policy_ratio": "", "note": ""}
-        row["note"] = provider.missing(self.case) or self.lost
+        provider, inputs, case = PROVIDERS[name], self.inputs[head], replace(self.case, head=head)
+        row = {"provider": name, "head": head, "column": "", "nll_error": "", "policy_ratio": "", "note": ""}
+        row["note"] = provider.missing(case) or self.lost
         if not row["note"] and time.monotonic() + self.starts.expected(name) * self.on_gpu > self.deadline:
             row["note"] = NO_TIME
         if row["note"]:
@@ -104,12 +112,12 @@ class Bench:
         try:
             if self.on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            op = provider.make(self.case)
-            if provider.per_row and not self._passes(name, op, row):
+            op = provider.make(case)
+            if provider.per_row and not self._passes(name, head, op, row):
                 self.rows.append(row)
                 return
             for column in COLUMNS:
-                full_pass(op, self.inputs, column, per_row=provider.per_row)
+                full_pass(op, inputs, column, per_row=provider.per_row)
         except Exception as failure:
             if name.startswith("vrpo") and not self.on_gpu:
                 raise
@@ -118,18 +126,19 @@ class Bench:
             self.rows.append(row | {"note": failed, "peak_MiB": self._recover()})
             return
         for column in COLUMNS:
-            self._runs[f"{name}|{column}"] = lambda column=column: full_pass(
-                op, self.inputs, column, per_row=provider.per_row
+            self._runs[_key(name, head, column)] = lambda column=column: full_pass(
+                op, inputs, column, per_row=provider.per_row
             )
             self.rows.append(row | {"column": column})
         self.starts.taken[name] = time.monotonic() - start
-        print(f"  ready: {name}, {self.starts.taken[name]:.1f} s", flush=True)
+        print(f"  ready: {name}, {head}, {self.starts.taken[name]:.1f} s", flush=True)
 
-    def _passes(self, name: str, op: Op, row: dict) -> bool:
+    def _passes(self, name: str, head: str, op: Op, row: dict) -> bool:
         """Fills in what the gate says; whether the provider may have a figure."""
-        if self._gate is None:
-            self._gate = Gate(self.inputs)
-        verdict = self._gate.judge(op)
+        if self._gate is None or self._gate[0] != head:
+            self._gate = None  # frees the other head's truth first
+            self._gate = head, Gate(self.inputs[head])
+        verdict = self._gate[1].judge(op)
         row |= {"nll_error": f"{verdict.nll_error:.2e}", "policy_ratio": f"{verdict.worst:.3g}"}
         row["note"] = verdict.note
         return self.on_gpu or not name.startswith("vrpo") or not verdict.note
@@ -155,7 +164,8 @@ class Bench:
         self._gate = None
         if self.on_gpu and (self.lost or not self._runs):
             return self._without_figures()
-        plain, others = bare_gemms(self.inputs), other_gemms(self.inputs)
+        operands = next(iter(self.inputs.values()))
+        plain, others = bare_gemms(operands), other_gemms(operands)
         timings = interleaved(
             {**plain, **others, **self._runs},
             device=self.case.device,
@@ -172,9 +182,10 @@ class Bench:
         unit = timings[best]
         for row in self.rows:
             if row["column"]:
-                row |= _figures(timings[f"{row['provider']}|{row['column']}"], unit)
+                row |= _figures(timings[_key(row["provider"], row["head"], row["column"])], unit)
         for name in (*plain, *others):
-            self.rows.append({"provider": f"bare {name}", "column": "unit", **_figures(timings[name], unit)})
+            row = {"provider": f"bare {name}", "head": "plain", "column": "unit"}
+            self.rows.append({**row, **_figures(timings[name], unit)})
         rate = 2 * self.case.num_rows * self.case.size * self.case.num_classes / unit.quantile(0) / 1e6
         print(f"  unit: {best}, {unit.quantile(0.5):.2f} ms, at best {rate:.0f} GFLOP/s", flush=True)
         return self.rows
@@ -184,8 +195,13 @@ class Bench:
         return [row | {"note": self.lost if row["column"] else row["note"]} for row in self.rows]
 
 
+def _key(name: str, head: str, column: str) -> str:
+    return f"{name}|{head}|{column}"
+
+
 def bench(
     case: Case,
+    heads: Sequence[str] = (),
     *,
     threads: int,
     repeats: int,
@@ -193,13 +209,14 @@ def bench(
     deadline: float = math.inf,
     starts: Starts | None = None,
 ) -> list[dict]:
-    """The wanted providers and all columns of one case, timed together: one CSV row each."""
+    """The wanted providers and all columns of one case and its heads, timed together: one CSV row each."""
     torch.compiler.reset()  # else many cases in one process end in torch.compile's limit, and in eager
     if case.device == "cpu":
         torch.set_num_threads(threads)
-    run = Bench(case, deadline=deadline, starts=starts)
-    for name in wanted:
-        run.prepare(name)
+    run = Bench(case, heads, deadline=deadline, starts=starts)
+    for head in run.inputs:
+        for name in wanted:
+            run.prepare(name, head)
     return run.measure(threads=threads, repeats=repeats)
 
 
@@ -224,8 +241,16 @@ def _figures(timing: Timing, unit: Timing) -> dict:
 
 
 def print_table(rows: list[dict]) -> None:
-    """units (median over median; best over best in brackets) and MiB per column."""
+    """units (median over median; best over best in brackets) and MiB per column; each head by itself."""
     print(f"  {'':26s}" + "".join(f"{column:>24s}" for column in COLUMNS) + "   nll error  policy")
+    heads = list(dict.fromkeys(row["head"] for row in rows))
+    for head in heads:
+        if len(heads) > 1:
+            print(f"  {head}:")
+        _print_head([row for row in rows if row["head"] == head])
+
+
+def _print_head(rows: list[dict]) -> None:
     for name in dict.fromkeys(row["provider"] for row in rows):
         own = {row["column"]: row for row in rows if row["provider"] == name}
         first = next(iter(own.values()))
@@ -244,98 +269,59 @@ def _cell(row: dict) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Parse, run every stage of every case, print and save one table each. 1 if the device was lost."""
+    """Parse, run every turn, print and save one table each. 1 if the device was lost."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = _parse(arguments, device)
+    options = parse(__doc__, arguments, device)
     deadline = time.monotonic() + min(options.seconds, options.until - time.time())
     starts = Starts(options.compiled)
     facts = provenance(device)
     if options.revision:
         facts |= {"git": options.revision, "dirty": ""}
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    base = Case(0, options.size, options.classes, torch.float32, device)
-    groups = stages(options.providers, device)
-    cases = itertools.product(options.rows, options.dtypes, options.logits, options.threads, groups)
-    print_plan(_label(options, *case[:4], name) for case in cases for name in case[4])
-    for num_rows, dtype, logits, threads, wanted in itertools.product(
-        options.rows, options.dtypes, options.logits, options.threads, groups
-    ):
+    planned = list(turns(options, device))
+    names = labels(planned)
+    print_plan(label for number in names for label in names[number])
+    for number, turn in enumerate(planned):
         if time.monotonic() > deadline:
-            print(f"out of time before {dtype} N={num_rows} {logits}: {', '.join(wanted)}")
+            print(f"out of time before {'; '.join(names[number])}")
             continue
-        case = replace(base, num_rows=num_rows, dtype=DTYPES[dtype], logits=logits)
-        rows = _run_case(case, dtype, threads, options, facts, wanted, deadline, starts)
+        rows = _run_turn(turn, options, facts, deadline, starts)
         late = {row["provider"] for row in rows if row.get("note") == NO_TIME}
-        for name in (name for name in wanted if name not in late):
-            print_done(_label(options, num_rows, dtype, logits, threads, name))
+        for name, label in zip(turn.providers, names[number], strict=True):
+            if name not in late:
+                print_done(label)
         if any(LOST in row.get("note", "") for row in rows):
             print(LOST)
             return 1
     return 0
 
 
-def _label(
-    options: argparse.Namespace, num_rows: int, dtype: str, logits: str, threads: int, name: str
-) -> str:
-    """Name of a provider in one case, with what differs between the cases of this run."""
-    more = ((options.dtypes, dtype), (options.logits, logits), (options.threads, f"{threads} threads"))
-    differing = [str(value) for choices, value in more if len(choices) > 1]
-    return ", ".join((name, f"N={num_rows}", *differing))
-
-
-def _parse(arguments: list[str], device: str) -> argparse.Namespace:
-    laptop = device == "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[512] if laptop else [4096, 1024, 256, 16384])
-    parser.add_argument("--size", type=int, default=1024 if laptop else 4096, help="D")
-    parser.add_argument("--classes", type=int, default=32768 if laptop else 126464, help="V")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"] if laptop else ["bf16"]
-    )
-    threads = sorted({1, torch.get_num_threads()}) if laptop else [torch.get_num_threads()]
-    parser.add_argument("--threads", type=int, nargs="+", default=threads)
-    parser.add_argument("--logits", nargs="+", choices=["random", "peaked"], default=["random"])
-    parser.add_argument("--repeats", type=int, default=5 if laptop else 15)
-    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after these")
-    parser.add_argument("--until", type=float, default=math.inf, help="the same as epoch seconds")
-    parser.add_argument("--compiled", action="store_true", help="the caches on disk have what is compiled")
-    parser.add_argument("--revision", default="", help="git revision to write, where there is no repository")
-    parser.add_argument("--output", type=Path, default=FILE, help="CSV file to append to")
-    return parser.parse_args(arguments)
-
-
-def _run_case(
-    case: Case,
-    dtype: str,
-    threads: int,
-    options: argparse.Namespace,
-    facts: dict,
-    wanted: list[str],
-    deadline: float,
-    starts: Starts,
+def _run_turn(
+    turn: Turn, options: argparse.Namespace, facts: dict, deadline: float, starts: Starts
 ) -> list[dict]:
+    case, threads = turn.case, turn.threads
     meta = [torch.empty(n, case.size, dtype=case.dtype, device=case.device) for n in (case.num_rows, 1)]
     plan = plan_linear_cross_entropy(meta[0], meta[1])
-    load = f"{_load():.1f}"
+    load, clock = f"{_load():.1f}", clock_name(case.device, threads)
     print(
-        f"\n{dtype} N={case.num_rows} D={case.size} V={case.num_classes} {case.logits} logits, "
-        f"{threads} threads, {clock_name(case.device, threads)}, machine load {load}, "
+        f"\n{turn.dtype} N={case.num_rows} D={case.size} V={case.num_classes} {case.logits} logits, "
+        f"{', '.join(turn.heads)}, {threads} threads, {clock}, machine load {load}, "
         f"ours: {plan.backend}/{plan.gemm}",
         flush=True,
     )
     rows = bench(
         case,
+        turn.heads,
         threads=threads,
         repeats=options.repeats,
-        wanted=wanted,
+        wanted=turn.providers,
         deadline=deadline,
         starts=starts,
     )
     print_table(rows)
     common = {
-        **facts, "threads": threads, "clock": clock_name(case.device, threads), "load": load, "dtype": dtype,
-        "N": case.num_rows, "D": case.size, "V": case.num_classes, "logits": case.logits, "seed": case.seed,
+        **facts, "threads": threads, "clock": clock, "load": load, "dtype": turn.dtype, "N": case.num_rows,
+        "D": case.size, "V": case.num_classes, "logits": case.logits, "seed": case.seed,
     }  # fmt: skip
     append([{**common, **row} for row in rows], options.output, FIELDS)
     return rows

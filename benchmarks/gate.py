@@ -13,8 +13,8 @@ from vrpo_kernels.linear_cross_entropy import reference
 ROWS = 256
 """Rows that are checked; the fp64 logits of LLaDA's head are then 0.26 GB, those of 4096 rows 4 GB."""
 
-Results = tuple[Tensor, Tensor | None, Tensor | None]
-"""nll (N,), dhidden (N, D), dweight (V, D)."""
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""nll (N,), dhidden (N, D), dweight (V, D), dbias (V,); None where a gradient is not wanted."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,15 @@ class Gate:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = _only_first_rows_count(inputs)
         part = inputs.first(ROWS)
-        plain = part.hidden, part.weight
-        self._truth = _differentiate(*(tensor.double() for tensor in plain), part)
-        self._baseline32 = reference.linear_cross_entropy(*(t.float() for t in plain), part.targets)
-        self._baseline = _differentiate(*plain, part)
+        self._truth = _differentiate(part, torch.float64)
+        self._baseline32 = _differentiate(part, torch.float32)[0]
+        self._baseline = _differentiate(part, inputs.weight.dtype)
 
     def judge(self, op: Op) -> Verdict:
         """Runs op forward and backward on the whole problem, the gradient of all other rows being zero, so
         that what is judged is what is timed; and holds nll, dhidden and dweight to the policy.
         """
-        nll, dhidden, dweight = full_pass(op, self.inputs, "trained head")
+        nll, dhidden, dweight, dbias = full_pass(op, self.inputs, "trained head")
         first = slice(0, ROWS)
         nll, dhidden = nll[first].float(), dhidden[first]
         ratios = {
@@ -60,6 +59,9 @@ class Gate:
             "dhidden": testing.matrix_error_ratio(dhidden, self._truth[1], self._baseline[1]),
             "dweight": testing.matrix_error_ratio(dweight, self._truth[2], self._baseline[2]),
         }
+        if self.inputs.bias is not None:
+            columns = (part[:, None] for part in (dbias, self._truth[3], self._baseline[3]))
+            ratios["dbias"] = testing.matrix_error_ratio(*columns)
         return Verdict((nll.double() - self._truth[0]).abs().max().item(), ratios)
 
 
@@ -69,11 +71,14 @@ def _only_first_rows_count(inputs: Inputs) -> Inputs:
     return replace(inputs, upstream=upstream)
 
 
-def _differentiate(hidden: Tensor, weight: Tensor, part: Inputs) -> Results:
-    leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    nll = reference.linear_cross_entropy(*leaves, part.targets)
-    dhidden, dweight = torch.autograd.grad(nll, leaves, part.upstream.to(nll.dtype))
-    return nll.detach(), dhidden, dweight
+def _differentiate(part: Inputs, dtype: torch.dtype) -> Results:
+    """The formula's results with operands of this dtype."""
+    operands = [part.hidden, part.weight, *([] if part.bias is None else [part.bias])]
+    leaves = [one.detach().to(dtype).requires_grad_() for one in operands]
+    bias = leaves[2] if len(leaves) > 2 else None
+    nll = reference.linear_cross_entropy(*leaves[:2], part.targets, bias, part.softcap or 0.0)
+    gradients = torch.autograd.grad(nll, leaves, part.upstream.to(nll.dtype))
+    return nll.detach(), *gradients, *([] if len(gradients) > 2 else [None])
 
 
 def full_pass(op: Op, inputs: Inputs, column: str, *, per_row: bool = True) -> Results:
@@ -81,8 +86,9 @@ def full_pass(op: Op, inputs: Inputs, column: str, *, per_row: bool = True) -> R
     need_hidden, need_weight = COLUMNS[column]
     hidden = inputs.hidden.detach().requires_grad_(need_hidden)
     weight = inputs.weight.detach().requires_grad_(need_weight)
+    bias = [] if inputs.bias is None else [inputs.bias.detach().requires_grad_(need_weight)]
     with torch.set_grad_enabled(need_hidden or need_weight):
-        nll = op(hidden, weight, inputs.targets)
+        nll = op(hidden, weight, inputs.targets, *bias)
     if need_hidden or need_weight:
         nll.backward(inputs.upstream.to(nll.dtype) if per_row else None)
-    return nll.detach(), hidden.grad, weight.grad
+    return nll.detach(), hidden.grad, weight.grad, bias[0].grad if bias else None

@@ -130,17 +130,26 @@ def _verdict(row: dict[str, str]) -> str:
 
 
 def rivals(rows: Rows) -> Iterator[str]:
-    """A table for each N; a provider that could not run shows why, one that was not reached is left out."""
-    for index, number in enumerate(dict.fromkeys(row["N"] for row in rows if row["ms_p50"])):
+    """A table for each head and N; a provider that could not run shows why, one that was not reached is left
+    out.
+    """
+    for index, case in enumerate(dict.fromkeys(_head_and_rows(row) for row in rows if row["ms_p50"])):
         yield from [""] if index else []
-        yield from _rivals_of([row for row in rows if row["N"] == number and row["note"] != NO_TIME])
+        yield from _rivals_of([row for row in rows if _head_and_rows(row) == case and row["note"] != NO_TIME])
+
+
+def _head_and_rows(row: dict[str, str]) -> tuple[str, str]:
+    """Files from before there were heads have plain ones."""
+    return row.get("head") or "plain", row["N"]
 
 
 def _rivals_of(rows: Rows) -> Iterator[str]:
     size = f"N = {rows[0]['N']}, D = {rows[0]['D']}, V = {rows[0]['V']}, {rows[0]['dtype']}"
+    head = _head_and_rows(rows[0])[0]
+    size += "" if head == "plain" else f", head with {head}"
     yield caption(f"ms and units of the bare GEMM of the same run, {size}", rows)
     yield ""
-    head = ["", *(f"{column}: {what}" for column in COLUMNS for what in ("ms (units)", "peak MiB"))]
+    titles = ["", *(f"{column}: {what}" for column in COLUMNS for what in ("ms (units)", "peak MiB"))]
     lines = []
     for name in dict.fromkeys(row["provider"] for row in rows):
         own = [row for row in rows if row["provider"] == name]
@@ -155,7 +164,7 @@ def _rivals_of(rows: Rows) -> Iterator[str]:
             line += [number(row.get("ms_p50"), 2) + units, number(row.get("peak_MiB"), 0)]
         last = own[-1]
         lines.append([*line, last["nll_error"] or "-", _verdict(last)])
-    yield from grid([*head, "nll error", "verdict"], lines)
+    yield from grid([*titles, "nll error", "verdict"], lines)
 
 
 def tiles(rows: Rows) -> Iterator[str]:

@@ -97,7 +97,8 @@ class Runs:
             options = {"gemm": "cublas", "want_dhidden": False, "keep_tiles": False}
             self._statistics = kernel.forward(*self.arguments, **options)[1]
         wanted = {"want_dhidden": True, "want_dweight": True, "gemm": tiles.gemm, "tiles": tiles}
-        return None, *kernel.sweep(self.head.dnll, *self.arguments, self._statistics, **wanted)
+        dhidden, dweight, _ = kernel.sweep(self.head.dnll, *self.arguments, self._statistics, **wanted)
+        return None, dhidden, dweight
 
     def call(self, mode: str, tiles: Tiles):
         """(nll, dhidden, dweight) of one mode."""

@@ -1,6 +1,7 @@
 """Ours and every rival, on one contract: nll per row, backward with an arbitrary gradient per row."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,15 +11,16 @@ from torch import Tensor
 import vrpo_kernels
 from benchmarks.cases import Case
 
-Op = Callable[[Tensor, Tensor, Tensor], Tensor]
+Op = Callable[..., Tensor]
+"""(hidden, weight, targets) -> nll, or (hidden, weight, targets, bias) -> nll for a head with a bias."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to compute nll (N,) from (hidden, weight, targets).
+    """A way to compute nll (N,) from (hidden, weight, targets) and, if the head has one, a bias.
 
     Attributes:
-        make: returns the op for a case.
+        make: returns the op for a case; its soft-cap is the case's.
         missing: returns why the provider cannot run a case, or None.
         per_row: False if it only accepts one gradient for all rows (a ceiling, not a rival on our contract).
         stage: on a GPU the stages of a case are measured one after the other and written after each, so that
@@ -34,21 +36,41 @@ class Provider:
     start_seconds: float = 5.0
 
 
-def _eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+def _make_vrpo(**options: int) -> Callable[[Case], Op]:
+    def make(case: Case) -> Op:
+        def op(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+            head = {} if case.head == "plain" else {"bias": bias, "softcap": case.softcap}
+            return vrpo_kernels.linear_cross_entropy(hidden, weight, targets, **head, **options)
+
+        return op
+
+    return make
 
 
-def _torch_native(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="none")
+def _make_eager(case: Case) -> Op:
+    softcap = case.softcap
+
+    def op(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    return op
+
+
+def _torch_native(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    more = {} if bias is None else {"linear_bias": bias}
+    return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, reduction="none", **more)
 
 
 def _make_trl(chunk: int) -> Callable[[Case], Op]:
     def make(case: Case) -> Op:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-        def op(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return -ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ())[0]
+        def op(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+            settings = (1.0, chunk, case.softcap, 1.0, ())
+            return -ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *settings)[0]
 
         return op
 
@@ -58,8 +80,8 @@ def _make_trl(chunk: int) -> Callable[[Case], Op]:
 def _make_liger(case: Case) -> Op:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return lambda hidden, weight, targets: liger_fused_linear_cross_entropy(
-        hidden, weight, targets, reduction="none"
+    return lambda hidden, weight, targets, bias=None: liger_fused_linear_cross_entropy(
+        hidden, weight, targets, bias, reduction="none", softcap=case.softcap
     )
 
 
@@ -70,7 +92,12 @@ def _make_cce(exact: bool) -> Callable[[Case], Op]:
         options = {"reduction": "none", "impl": "cce" if case.device == "cuda" else "torch_compile"}
         if exact and case.device == "cuda":
             options["filter_eps"] = None
-        return lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, **options)
+
+        def op(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+            more = {} if bias is None else {"bias": bias}
+            return linear_cross_entropy(hidden, weight, targets, softcap=case.softcap, **options, **more)
+
+        return op
 
     return make
 
@@ -98,23 +125,38 @@ def _needs(module: str, *, cuda: bool = False, why_cuda: str = "") -> Callable[[
 def _needs_native(case: Case) -> str | None:
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy"
-    return None
+    return None if case.softcap is None else "it takes no soft-cap"
 
 
-def _only_cuda(case: Case) -> str | None:
+def _needs_cce(case: Case) -> str | None:
     missing = _needs("cut_cross_entropy")(case)
+    if missing is None and case.head == "bias":
+        from cut_cross_entropy import linear_cross_entropy
+
+        if "bias" not in inspect.signature(linear_cross_entropy).parameters:
+            return "its linear_cross_entropy takes no bias"
+    return missing
+
+
+def _needs_cce_on_cuda(case: Case) -> str | None:
+    missing = _needs_cce(case)
     if missing is None and case.device != "cuda":
         return "its filter exists in its CUDA kernels only; on a CPU both forms are the row above"
     return missing
 
 
+def _needs_quack(case: Case) -> str | None:
+    missing = _needs("quack", cuda=True, why_cuda="GPU only")(case)
+    return missing or (None if case.head == "plain" else "it takes neither a bias nor a soft-cap")
+
+
 PROVIDERS: dict[str, Provider] = {
-    "vrpo": Provider(lambda case: vrpo_kernels.linear_cross_entropy),
-    "vrpo, tiles recomputed": Provider(
-        lambda case: lambda x, w, y: vrpo_kernels.linear_cross_entropy(x, w, y, kept_tile_bytes=0)
+    "vrpo": Provider(_make_vrpo()),
+    "vrpo, tiles recomputed": Provider(_make_vrpo(kept_tile_bytes=0)),
+    "torch eager": Provider(_make_eager, stage=3),
+    "torch.compile": Provider(
+        lambda case: torch.compile(_make_eager(case), dynamic=False), stage=4, start_seconds=15.0
     ),
-    "torch eager": Provider(lambda case: _eager, stage=3),
-    "torch.compile": Provider(lambda case: torch.compile(_eager, dynamic=False), stage=4, start_seconds=15.0),
     "F.linear_cross_entropy": Provider(lambda case: _torch_native, _needs_native),
     "TRL chunked, chunk 4096": Provider(_make_trl(4096), _needs("trl")),
     "TRL chunked, chunk 32768": Provider(_make_trl(32768), _needs("trl")),
@@ -122,9 +164,9 @@ PROVIDERS: dict[str, Provider] = {
         _make_liger,
         _needs("liger_kernel", cuda=True, why_cuda="its Triton kernels run on a CPU in the interpreter only"),
     ),
-    "CCE, exact": Provider(_make_cce(True), _needs("cut_cross_entropy"), stage=2),
-    "CCE, default filter": Provider(_make_cce(False), _only_cuda, stage=2, start_seconds=15.0),
-    "quack, sum only": Provider(_make_quack, _needs("quack", cuda=True, why_cuda="GPU only"), per_row=False),
+    "CCE, exact": Provider(_make_cce(True), _needs_cce, stage=2),
+    "CCE, default filter": Provider(_make_cce(False), _needs_cce_on_cuda, stage=2, start_seconds=15.0),
+    "quack, sum only": Provider(_make_quack, _needs_quack, per_row=False),
 }
 
 

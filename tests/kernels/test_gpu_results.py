@@ -179,6 +179,16 @@ def test_tables__of_rivals_show_figures_or_the_reason(tmp_path):
     assert "| quack, sum only | - | - | - | - | - | - | - | package quack is not installed |" in text
 
 
+def test_tables__of_rivals_keep_heads_apart(tmp_path):
+    row = {**IDENTITY, "dtype": "bf16", **SHAPE, "provider": "vrpo", "column": "no gradient"}
+    row |= {"units_p50": "1.18", "nll_error": "1.8e-05", "policy_ratio": "0.76"}
+    capped = {**row, "head": "softcap", "ms_p50": "7.25"}
+    append([{**row, "head": "plain", "ms_p50": "6.34"}, capped], tmp_path / "rivals.csv", RIVAL_FIELDS)
+    plain, other = "\n".join(tables(tmp_path)).split("head with softcap")
+    assert "| vrpo | 6.34 (1.18) |" in plain and "7.25" not in plain
+    assert "| vrpo | 7.25 (1.18) |" in other and "6.34" not in other
+
+
 def test_tables__leave_out_what_was_not_reached(tmp_path):
     row = {**IDENTITY, "dtype": "bf16", **SHAPE, "provider": "torch.compile", "note": NO_TIME}
     assert gpu_table.NO_TIME == NO_TIME

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, gate, record
-from benchmarks.cases import COLUMNS, Case, make_inputs
+from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, gate, kernels_plan, record
+from benchmarks.cases import COLUMNS, HEADS, MODELS, Case, make_inputs
 from benchmarks.providers import PROVIDERS, Provider, stages
 from benchmarks.timing import interleaved
 from vrpo_kernels.linear_cross_entropy import reference
@@ -32,6 +32,7 @@ def run_benchmark(name, output, *options):
 def test_benchmark__tiny_case_writes_gated_rows_with_provenance(tmp_path):
     output = tmp_path / "kernels.csv"
     sizes = ["--rows", "20", "--size", "16", "--classes", "300"]
+    sizes += ["--heads", "plain"]
     rows = run_benchmark("kernels", output, *sizes, "--providers", "vrpo", "torch eager", "quack, sum only")
     assert tuple(rows[0]) == bench_linear_cross_entropy.FIELDS
     assert all(row["date"] and row["git"] and row["device"] for row in rows)
@@ -78,7 +79,7 @@ def test_benchmark__after_a_lost_device_nothing_is_timed(monkeypatch):
     run = bench_linear_cross_entropy.Bench(Case(20, 16, 300, torch.float32, "cpu"))
     run.on_gpu = True
     for name in ("torch eager", "Liger", "vrpo"):
-        run.prepare(name)
+        run.prepare(name, "plain")
     rows = run.measure(threads=torch.get_num_threads(), repeats=1)
     assert [row["column"] for row in rows] == [*COLUMNS, "", ""]
     assert not any("ms_p50" in row for row in rows)
@@ -108,15 +109,26 @@ def test_starts__are_those_of_another_size_or_of_the_others():
 def test_benchmark__spends_what_is_left_on_the_first_size(monkeypatch, capsys, tmp_path):
     prepared = []
 
-    def prepare(self, name):
+    def prepare(self, name, head):
         expected = self.starts.expected(name)
         prepared.append((self.case.num_rows, name, expected))
         self.starts.taken[name] = 1.0
 
     monkeypatch.setattr(bench_linear_cross_entropy.Bench, "prepare", prepare)
-    monkeypatch.setattr(bench_linear_cross_entropy, "stages", lambda wanted, _: stages(wanted, "cuda"))
+    monkeypatch.setattr(kernels_plan, "stages", lambda wanted, _: stages(wanted, "cuda"))
     options = ["--rows", "20", "10", "--size", "16", "--classes", "300", "--dtypes", "fp32"]
-    options += ["--threads", "1", "2", "--repeats", "1", "--compiled", "--until", str(time.time() + 60)]
+    options += [
+        "--heads",
+        "plain",
+        "--threads",
+        "1",
+        "2",
+        "--repeats",
+        "1",
+        "--compiled",
+        "--until",
+        str(time.time() + 60),
+    ]
     options += ["--providers", "torch.compile", "vrpo", "--output", str(tmp_path / "kernels.csv")]
     assert bench_linear_cross_entropy.main(options) == 0
     first = [(20, "vrpo", 5.0), (20, "torch.compile", 1.0)]
@@ -163,6 +175,106 @@ def test_interleaved__notes_failures_where_asked_and_stops_at_the_deadline():
     assert len(found["b"].samples) == 1
     with pytest.raises(ValueError, match="no"):
         interleaved({"a": fails}, **options)
+
+
+def _formula(case):
+    """Any head, by the reference."""
+
+    def op(hidden, weight, targets, bias=None):
+        return reference.linear_cross_entropy(hidden, weight, targets, bias, case.softcap or 0.0)
+
+    return op
+
+
+def _without_derivative(case):
+    """Like `_formula`, but the gradient does not know of the soft-cap."""
+
+    def op(hidden, weight, targets, bias=None):
+        true = _formula(case)(hidden, weight, targets, bias)
+        plain = reference.linear_cross_entropy(hidden, weight, targets, bias)
+        return plain + (true - plain).detach()
+
+    return op
+
+
+def _frozen_bias(case):
+    """Like `_formula`, but the bias gets no gradient from half of the classes."""
+
+    def op(hidden, weight, targets, bias=None):
+        if bias is not None:
+            half = torch.arange(len(bias)) % 2 == 0
+            bias = torch.where(half, bias, bias.detach())
+        return _formula(case)(hidden, weight, targets, bias)
+
+    return op
+
+
+def test_benchmark__times_all_heads_in_one_run_with_a_gate_each(monkeypatch):
+    monkeypatch.setitem(PROVIDERS, "vrpo", Provider(_formula))
+    case = Case(20, 16, 300, torch.float32, "cpu", logits="peaked")
+    wanted = ["vrpo", "torch eager", "F.linear_cross_entropy"]
+    threads = torch.get_num_threads()
+    rows = bench_linear_cross_entropy.bench(case, list(HEADS), threads=threads, repeats=1, wanted=wanted)
+    timed = [(row["provider"], row["head"], row["column"]) for row in rows if "ms_p50" in row]
+    for name in ("vrpo", "torch eager"):
+        assert [found[1:] for found in timed if found[0] == name] == [
+            (head, column) for head in HEADS for column in COLUMNS
+        ]
+    assert all(float(row["policy_ratio"]) <= 1 for row in rows if row["provider"] == "vrpo")
+    notes = {row["note"] for row in rows if row["provider"] == wanted[2] and row["head"] == "softcap"}
+    assert len(notes) == 1 and notes.pop()  # absent from this torch, or without a soft-cap
+    assert sum(row["column"] == "unit" for row in rows) == 1 + torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize(
+    ("make", "head", "wrong"),
+    [(_without_derivative, "softcap", "dhidden"), (_frozen_bias, "bias", "dbias")],
+)
+def test_gate__sees_a_wrong_gradient_of_a_head(make, head, wrong):
+    case = Case(20, 16, 300, torch.float32, "cpu", logits="peaked", head=head)
+    judge = gate.Gate(make_inputs(case))
+    assert judge.judge(_formula(case)).note == ""
+    verdict = judge.judge(make(case))
+    assert verdict.ratios["nll"] <= 1 < verdict.ratios[wrong]
+
+
+def plan_of(device, *options):
+    return list(kernels_plan.turns(kernels_plan.parse("", list(options), device), device))
+
+
+def test_turns__heads_share_a_run_on_a_cpu_and_come_last_on_a_gpu():
+    (turn, *_) = plan_of("cpu", "--threads", "1", "--heads", *HEADS)
+    assert turn.heads == tuple(HEADS) and turn.case.head == "plain"
+    turns = plan_of("cuda", "--heads", "plain", "softcap", "bias", "--rows", "4096", "512")
+    order = [(turn.heads, turn.case.num_rows) for turn in turns]
+    assert list(dict.fromkeys(order)) == [
+        (("plain",), 4096), (("plain",), 512), (("softcap",), 4096), (("bias",), 4096)
+    ]  # fmt: skip
+    assert {turn.case.softcap for turn in turns if turn.heads == ("softcap",)} == {30.0}
+    assert {turn.heads for turn in plan_of("cuda")} == {("plain",)}
+
+
+def test_turns__models_bring_their_own_shapes_and_heads():
+    turns = plan_of("cpu", "--model", *MODELS, "--dtypes", "bf16", "--threads", "1", "--rows", "64")
+    found = {turn.model: (turn.case.size, turn.case.num_classes, turn.heads) for turn in turns}
+    gemma = found.pop("diffusion-gemma")
+    assert gemma[1:] == (262144, ("softcap",)) and gemma[0] > 1000
+    assert found == {
+        "llada": (4096, 126464, ("plain",)),
+        "dream": (3584, 152064, ("plain",)),
+        "llada2-mini": (2048, 157184, ("plain",)),
+    }
+    names = kernels_plan.labels(turns)
+    assert names[0][0] == "vrpo, N=64, llada, plain" and len(names) == 4
+    (turn,) = plan_of("cpu", "--model", "llada", "--heads", "bias", "--dtypes", "bf16", "--threads", "1")
+    assert (turn.heads, turn.case.head) == (("bias",), "bias")
+
+
+def test_committed_figures__have_a_head(tmp_path):
+    with (record.RESULTS / "kernels.csv").open(newline="") as stream:
+        reader = csv.DictReader(stream)
+        assert tuple(reader.fieldnames) == bench_linear_cross_entropy.FIELDS
+        assert {row["head"] for row in reader} <= set(HEADS)
 
 
 def test_stages__on_a_gpu_what_may_hang_or_compile_for_long_comes_last():
