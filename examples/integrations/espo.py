@@ -37,7 +37,6 @@ def coupled_elbo(
     total = torch.zeros_like(p_mask)
     for half, probability in halves:
         hidden = last_hidden(model, torch.where(half, mask_id, clean_ids))
-        # A half without tokens counts nothing, whatever its probability.
-        row_weights = torch.where(half.any(dim=1), 1 / probability, 0)
-        total = total + elbo_from_hidden(hidden, weight, clean_ids, half, row_weights, shift=shift)
+        # A half without tokens has no row that would read its 1 / 0.
+        total = total + elbo_from_hidden(hidden, weight, clean_ids, half, 1 / probability, shift=shift)
     return total / 2

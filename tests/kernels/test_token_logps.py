@@ -245,3 +245,25 @@ def test_token_logps__metrics_stand_where_the_log_probabilities_do():
         torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-5, atol=1e-5)
     assert metrics.top1.dtype is torch.bool and logp.requires_grad
     assert metrics.top1.any() and not metrics.top1[case.wanted].all()
+
+
+@both_backends
+@pytest.mark.parametrize("shift", [False, True], ids=["", "shift"])
+def test_token_logps_and_elbo__work_under_torch_func_grad(backend, shift):
+    case = Case()
+    case.wanted[:, 0] = False
+    options = {"shift": shift, "backend": backend}
+
+    def logps(hidden, weight):
+        logp = token_logps(hidden, weight, case.tokens, case.wanted, **options)
+        return clipped(logp, case.advantage.float())
+
+    def elbos(hidden, weight):
+        weights = case.advantage.float()
+        return elbo_from_hidden(hidden, weight, case.tokens, case.wanted, weights, **options).square().sum()
+
+    for function in (logps, elbos):
+        want = torch.autograd.grad(function(*(leaves := case.leaves())), leaves)
+        got = torch.func.grad(function, argnums=(0, 1))(case.hidden, case.weight)
+        for candidate, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(candidate, expected, rtol=1e-5, atol=1e-6)
