@@ -141,6 +141,20 @@ def test_last_hidden__gradients_flow_through_the_fused_head(make, tmp_path):
         torch.testing.assert_close(candidate, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_last_hidden__an_adapter_on_the_head_is_added_to_its_weight(tmp_path):
+    head_name = "model.transformer.ff_out"
+    model = get_peft_model(original(tmp_path), LoraConfig(target_modules=["q_proj", head_name]))
+    head = model.get_output_embeddings()
+    nn.init.normal_(head.lora_B["default"].weight)
+    weight = head.weight + head.get_delta_weight("default")
+    want = nn.functional.cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.flatten(), reduction="sum")
+    got = linear_cross_entropy(last_hidden(model, TOKENS).flatten(0, 1), weight, TOKENS.flatten()).sum()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [torch.autograd.grad(loss, leaves) for loss in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 def test_last_hidden__passes_the_arguments_on():
     model = DreamLike()
     last = last_hidden(model, input_ids=TOKENS, num_logits_to_keep=2)
