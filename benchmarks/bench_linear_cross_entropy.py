@@ -248,6 +248,27 @@ def print_table(rows: list[dict]) -> None:
         if len(heads) > 1:
             print(f"  {head}:")
         _print_head([row for row in rows if row["head"] == head])
+    for line in heads_against_plain(rows):
+        print(f"  {line}")
+
+
+def heads_against_plain(rows: list[dict]) -> list[str]:
+    """A line for each provider of ours and head: how many units more than the plain head of the same run."""
+    found = {(row["provider"], row["head"], row["column"]): row for row in rows if "units_p50" in row}
+    lines = []
+    for name, head in dict.fromkeys(key[:2] for key in found if key[0].startswith("vrpo")):
+        pairs = {
+            column: (found.get((name, head, column)), found.get((name, "plain", column)))
+            for column in COLUMNS
+        }
+        if head == "plain" or not all(one and plain for one, plain in pairs.values()):
+            continue
+        cells = []
+        for column, (one, plain) in pairs.items():
+            more, best = (float(one[key]) - float(plain[key]) for key in ("units_p50", "units_min"))
+            cells.append(f"{column} {more:+.2f} ({best:+.2f})")
+        lines.append(f"{name}, {head} against plain, units: {', '.join(cells)}")
+    return lines
 
 
 def _print_head(rows: list[dict]) -> None:

@@ -42,7 +42,7 @@ def kernels(rows: list[dict[str, str]]) -> Iterator[str]:
 
 
 def _size(row: dict[str, str]) -> str:
-    return f"N={row['N']} D={row['D']} {row['case'].split()[0] if row['case'] else ''}"
+    return f"N={row['N']} D={row['D']} {row['case'].replace(' logits', '')}"
 
 
 def _form(row: dict[str, str]) -> str:

@@ -159,7 +159,8 @@ def plan(options: argparse.Namespace) -> list[Stage]:
         ("sanitizer", lambda: _sanitizers(options)),
     ):
         parts += make() if name in wanted else []
-    rivals = ["--rows", *map(str, WARM_RIVALS), *(["--compiled"] if "warm" in wanted else [])]
+    rivals = ["--rows", *map(str, WARM_RIVALS), "--heads", "plain", "softcap", "bias"]
+    rivals += ["--compiled"] if "warm" in wanted else []
     if options.tiny:
         rivals = [word for name, value in TINY_CASE.items() for word in (f"--{name}", value)]
     stages = [

@@ -70,7 +70,9 @@ def _problem(row: dict[str, str]) -> tuple[str, ...]:
 
 def _title(problem: tuple[str, ...]) -> str:
     rows, hidden, classes, case = problem
-    return f"{rows}, {hidden} x {classes}" + (", peaked" if case.startswith("peaked") else "")
+    logits, _, head = case.partition(", ")
+    peaked = ", peaked" if logits.startswith("peaked") else ""
+    return f"{rows}, {hidden} x {classes}{peaked}" + (f", {head}" if head else "")
 
 
 def kernels(rows: Rows) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.cases import HEADS
 from benchmarks.gpu_bench import Bench
 from vrpo_kernels.testing import wide_range_upstream
 
@@ -20,29 +21,34 @@ GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 1e-3}
 """Largest error of a gradient, in norms: factors and result are rounded, by up to 2^-9 each in bf16."""
 
 ERRORS = (
-    *("nll_err", "nll_err_rel", "nll_bias", "dX_err", "dX_worst_row", "dW_err", "dW_target_err"),
+    *("nll_err", "nll_err_rel", "nll_bias", "dX_err", "dX_worst_row", "dW_err", "dW_target_err", "db_err"),
     *("repeats", "verdict"),
 )
 
 
 @dataclass(frozen=True)
 class Size:
-    """N rows of D features, V classes; peaked: the target has most of the probability in most rows."""
+    """N rows of D features, V classes; peaked: the target has most of the probability in most rows; head: one
+    of `cases.HEADS`.
+    """
 
     rows: int
     hidden: int
     classes: int
     peaked: bool = False
+    head: str = "plain"
 
     @property
     def case(self) -> str:
-        return "peaked logits" if self.peaked else "random logits"
+        logits = "peaked logits" if self.peaked else "random logits"
+        return logits if self.head == "plain" else f"{logits}, {self.head}"
 
 
 class Head:
-    """Operands of one size: hidden (N, D), weight (V, D), targets (N,), dnll (N,) signed over four decades.
+    """Operands of one size: hidden (N, D), weight (V, D), targets (N,), dnll (N,) signed over four decades;
+    bias (V,) or None, soft-cap or None.
 
-    Logits have standard deviation 2; peaked ones 1, and 16 nats more on the target.
+    Logits have standard deviation 2; peaked ones 1, and 16 nats more on the target. A bias has 1.
     """
 
     def __init__(self, bench: Bench, size: Size) -> None:
@@ -56,6 +62,8 @@ class Head:
         if size.peaked:
             hidden += self.weight[self.targets].float() * (16.0 / size.hidden)
         self.hidden = hidden.to(bench.dtype)
+        has_bias, self.softcap = HEADS[size.head]
+        self.bias = torch.randn(size.classes, **options).to(bench.dtype) if has_bias else None
         upstream = wide_range_upstream(size.rows, torch.Generator().manual_seed(size.rows))
         self.dnll = upstream.to(bench.device)
         spread = torch.linspace(0, size.rows - 1, min(SAMPLED_ROWS, size.rows)).long().unique()
@@ -70,21 +78,37 @@ class Head:
 
     def _chunks(self):
         for first in range(0, self.size.classes, CHUNK):
-            yield first, self.weight[first : first + CHUNK].double()
+            yield slice(first, first + CHUNK)
+
+    def _logits(self, hidden: Tensor, classes: Tensor | slice) -> Tensor:
+        """(rows, classes) fp64, after the soft-cap."""
+        logits = hidden @ self.weight[classes].double().T
+        if self.bias is not None:
+            logits += self.bias[classes].double()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the soft-cap where it gave these logits."""
+        return 1.0 if self.softcap is None else 1 - (logits / self.softcap) ** 2
 
     @functools.cached_property
     def target_logit(self) -> Tensor:
         """(N,) fp64."""
-        parts = self.hidden.split(1024), self.targets.split(1024)
-        return torch.cat([(x.double() * self.weight[y].double()).sum(1) for x, y in zip(*parts, strict=True)])
+        found = []
+        for hidden, targets in zip(self.hidden.split(1024), self.targets.split(1024), strict=True):
+            logits = (hidden.double() * self.weight[targets].double()).sum(1)
+            logits += 0.0 if self.bias is None else self.bias[targets].double()
+            found.append(logits)
+        logits = torch.cat(found)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @functools.cached_property
     def lse(self) -> Tensor:
         """(N,) fp64 log-sum-exp of every row."""
         hidden = self.hidden.double()
         total = hidden.new_full((self.size.rows,), -torch.inf)
-        for _first, weight in self._chunks():
-            total = torch.logaddexp(total, torch.logsumexp(hidden @ weight.T, dim=1))
+        for classes in self._chunks():
+            total = torch.logaddexp(total, torch.logsumexp(self._logits(hidden, classes), dim=1))
         return total
 
     @functools.cached_property
@@ -98,21 +122,34 @@ class Head:
         rows = self.some_rows
         hidden, lse = self.hidden[rows].double(), self.lse[rows]
         total = torch.zeros_like(hidden)
-        for _first, weight in self._chunks():
-            total += torch.exp(hidden @ weight.T - lse[:, None]) @ weight
-        total -= self.weight[self.targets[rows]].double()
+        for classes in self._chunks():
+            logits = self._logits(hidden, classes)
+            share = torch.exp(logits - lse[:, None]) * self._slope(logits)
+            total += share @ self.weight[classes].double()
+        slope = self._slope(self.target_logit[rows])
+        total -= self.weight[self.targets[rows]].double() * torch.as_tensor(slope).reshape(-1, 1)
         return total * self.dnll[rows].double()[:, None]
+
+    def _dlogits(self, classes: Tensor, part: slice) -> Tensor:
+        """(rows, classes) fp64 gradient of the logits before the soft-cap."""
+        logits = self._logits(self.hidden[part].double(), classes)
+        share = torch.exp(logits - self.lse[part, None])
+        share -= (self.targets[part, None] == classes[None, :]).double()
+        return share * self._slope(logits) * self.dnll[part].double()[:, None]
 
     def _dweight(self, classes: Tensor) -> Tensor:
         """(classes, D) fp64 gradient of these rows of the head."""
         total = torch.zeros(len(classes), self.size.hidden, dtype=torch.float64, device=self.bench.device)
         for start in range(0, self.size.rows, 4096):
             part = slice(start, start + 4096)
-            hidden = self.hidden[part].double()
-            share = torch.exp(hidden @ self.weight[classes].double().T - self.lse[part, None])
-            share -= (self.targets[part, None] == classes[None, :]).double()
-            total += (share * self.dnll[part].double()[:, None]).T @ hidden
+            total += self._dlogits(classes, part).T @ self.hidden[part].double()
         return total
+
+    @functools.cached_property
+    def dbias(self) -> Tensor:
+        """(classes, 1) fp64 gradient of the bias of random classes."""
+        parts = (slice(start, start + 4096) for start in range(0, self.size.rows, 4096))
+        return sum(self._dlogits(self.some_classes, part).sum(dim=0) for part in parts)[:, None]
 
     @functools.cached_property
     def dweight(self) -> Tensor:
@@ -129,7 +166,11 @@ class Head:
         return self._dweight(self.target_classes)
 
     def errors(
-        self, nll: Tensor | None = None, dhidden: Tensor | None = None, dweight: Tensor | None = None
+        self,
+        nll: Tensor | None = None,
+        dhidden: Tensor | None = None,
+        dweight: Tensor | None = None,
+        dbias: Tensor | None = None,
     ) -> dict[str, str]:
         """Columns of ERRORS but `repeats`; what is not given stays empty and is not judged."""
         found: dict[str, str] = {}
@@ -150,6 +191,10 @@ class Head:
             targets, _ = relative_errors(dweight[self.target_classes], self.dweight_targets)
             found |= {"dW_err": f"{whole:.2e}", "dW_target_err": f"{targets:.2e}"}
             good.append(whole <= limit and targets <= limit)
+        if dbias is not None:
+            whole, _ = relative_errors(dbias[self.some_classes, None], self.dbias)
+            found["db_err"] = f"{whole:.2e}"
+            good.append(whole <= limit)
         return {**found, "verdict": "ok" if all(good) else "RED"}
 
 

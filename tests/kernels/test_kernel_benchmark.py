@@ -226,6 +226,20 @@ def test_benchmark__times_all_heads_in_one_run_with_a_gate_each(monkeypatch):
     assert sum(row["column"] == "unit" for row in rows) == 1 + torch.backends.mkldnn.is_available()
 
 
+def test_heads_against_plain__are_differences_of_one_run():
+    def row(provider, head, column, units, best):
+        figures = {"units_p50": units, "units_min": best}
+        return {"provider": provider, "head": head, "column": column, **figures}
+
+    rows = [row("vrpo", "plain", column, "1.00", "0.90") for column in COLUMNS]
+    rows += [row("vrpo", "bias", column, "1.04", "0.88") for column in COLUMNS]
+    rows += [row("torch eager", head, column, "1.00", "1.00") for head in HEADS for column in COLUMNS]
+    (line,) = bench_linear_cross_entropy.heads_against_plain(rows)
+    cells = ", ".join(f"{column} +0.04 (-0.02)" for column in COLUMNS)
+    assert line == f"vrpo, bias against plain, units: {cells}"
+    assert bench_linear_cross_entropy.heads_against_plain(rows[1:]) == []
+
+
 @pytest.mark.parametrize(
     ("make", "head", "wrong"),
     [(_without_derivative, "softcap", "dhidden"), (_frozen_bias, "bias", "dbias")],
