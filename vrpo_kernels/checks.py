@@ -118,6 +118,8 @@ def require_plain(name: str, tensor: Tensor) -> None:
     """Reject tensors that are not one array of strided memory: DTensors (their local shard has another shape
     than the tensor says), nested and sparse ones.
     """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "placements"):  # DTensor, without importing torch.distributed.tensor
         raise ValueError(
             f"{name} is a sharded DTensor; pass the gathered tensor (`.full_tensor()`, or call the "
@@ -137,15 +139,23 @@ def require_dim(name: str, tensor: Tensor, *axes: str) -> None:
 
 
 def require_floating(name: str, tensor: Tensor) -> None:
-    """Require float32, bfloat16, float16 or float64."""
+    """Require a plain tensor of float32, bfloat16, float16 or float64."""
+    require_plain(name, tensor)
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {_describe(tensor)}")
 
 
 def require_int64(name: str, tensor: Tensor) -> None:
-    """Require dtype int64."""
+    """Require a plain tensor of dtype int64."""
+    require_plain(name, tensor)
     if tensor.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, got {_describe(tensor)}")
+
+
+def require_seed(seed: int) -> None:
+    """Require a Philox key."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
 
 
 def require_same(what: str, name_a: str, a: object, name_b: str, b: object) -> None:

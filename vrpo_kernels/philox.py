@@ -7,6 +7,8 @@ so it is the same on every device, world size and resume, and no global RNG stat
 import torch
 from torch import Tensor
 
+from vrpo_kernels import checks
+
 _U32 = 0xFFFFFFFF
 _MULTIPLIER_A = 0xD2511F53
 _MULTIPLIER_B = 0xCD9E8D57
@@ -35,11 +37,13 @@ def philox4x32(
         Four int64 tensors of the broadcast shape, values in [0, 2**32), in the order of the Random123
         library (and of Triton's `tl.philox`).
     Errors:
-        ValueError if seed is not a 64-bit unsigned integer.
+        ValueError if seed is not a 64-bit unsigned integer, or a counter word is no int64 tensor. That the
+        words lie in their range is the caller's promise.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 4.3.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
+    checks.require_seed(seed)
+    for name, word in (("c0", c0), ("c1", c1), ("c2", c2), ("c3", c3)):
+        checks.require_int64(name, word)
     key_a, key_b = seed & _U32, seed >> 32
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     for _ in range(_NUM_ROUNDS):

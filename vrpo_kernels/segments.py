@@ -31,7 +31,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, dtotal_S: Tensor) -> tup
 
 def _segment_of_row(offsets_S1: Tensor, num_rows: int) -> Tensor:
     rows = torch.arange(num_rows, device=offsets_S1.device)
-    return torch.searchsorted(offsets_S1[1:], rows, right=True)
+    return torch.searchsorted(offsets_S1[1:].contiguous(), rows, right=True)
 
 
 def _by_formula(value_N: Tensor, offsets_S1: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from vrpo_kernels import (
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
+    mask_select,
+    pack_masked,
+    token_weight_sums,
 )
 from vrpo_kernels.testing import assert_bitwise_equal
 
@@ -134,3 +137,80 @@ def test_set_debug__names_the_bad_target_of_a_head(backend):
         ):
             with pytest.raises(ValueError, match=r"targets must lie in \[0, 9\), got 9 in row 2"):
                 call()
+
+
+PACK = {
+    "tokens_U": torch.arange(10, 20),
+    "prompt_length_R": torch.tensor([2, 1]),
+    "response_length_R": torch.tensor([3, 4]),
+    "position_N": torch.tensor([0, 2, 1, 3]),
+    "offsets_S1": torch.tensor([0, 2, 4]),
+}
+FAR = 2**40
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("prompt_length_R", [2, FAR]),
+        ("prompt_length_R", [FAR, 1]),
+        ("prompt_length_R", [-FAR, 1]),
+        ("response_length_R", [3, -FAR]),
+        ("response_length_R", [-FAR, 4]),
+        ("position_N", [0, FAR, 1, -FAR]),
+        ("offsets_S1", [0, FAR, 4]),
+        ("offsets_S1", [-FAR, 2, 4]),
+        ("offsets_S1", [FAR, -FAR, FAR]),
+    ],
+)
+def test_pack_masked__bad_values_write_nothing_out_of_bounds(name, bad):
+    arguments = PACK | {name: torch.tensor(bad)}
+    packed = pack_masked(**arguments, num_samples=1, mask_token_id=3, backend="triton")
+    good = pack_masked(**PACK, num_samples=1, mask_token_id=3, backend="triton")
+    for found, right in zip(packed[:2], good[:2], strict=True):
+        assert found.shape == right.shape and found.min() >= -1 and found.max() < 20
+    # A row that no token claims is no index, and has no target.
+    assert ((packed.row_N == -1) == (packed.target_N == -1)).all()
+    assert packed.row_N.min() >= -1 and packed.row_N.max() < 10
+    assert (packed.row_N == -1).any() or (packed.tokens_T == -1).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("response_length_R", [3, -FAR]),
+        ("position_N", [0, FAR, 1, -FAR]),
+        ("offsets_S1", [-FAR, 2, 4]),
+        ("offsets_S1", [FAR, -FAR, FAR]),
+    ],
+)
+def test_token_weight_sums__what_bad_values_leave_out_is_nan(name, bad):
+    rows = {key: PACK[key] for key in ("position_N", "offsets_S1", "response_length_R")}
+    options = {"num_samples": 1, "num_tokens": 7, "backend": "triton"}
+    sum_M, sum_N = token_weight_sums(torch.ones(4), **rows | {name: torch.tensor(bad)}, **options)
+    assert sum_M.isnan().any() or sum_N.isnan().any()
+
+
+@pytest.mark.parametrize("by_rank", [True, False])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("count_S", [-FAR, 2]),
+        ("count_S", [FAR, 2]),
+        ("length_S", [0, 6]),
+        ("length_S", [-FAR, 6]),
+        ("first_S", [-FAR, 0]),
+    ],
+)
+def test_mask_select__bad_values_write_nothing_out_of_bounds(name, bad, by_rank):
+    draw = {
+        "length_S": torch.tensor([5, 6]),
+        "counter_S3": torch.arange(6).view(2, 3),
+        "first_S": torch.tensor([0, 0]),
+        "count_S": torch.tensor([2, 2]),
+    } | {name: torch.tensor(bad)}
+    options = {"seed": 3, "by_rank": by_rank, "backend": "triton"}
+    position, _ = mask_select(**draw, num_rows=4, **options)
+    assert position.shape == (4,) and position.min() >= -1 and position.max() < 6
+    with checks.set_debug(True), pytest.raises(ValueError, match=f"{name} must be in"):
+        mask_select(**draw, **options)

@@ -202,6 +202,8 @@ def _require_own_memory(logits: Tensor, logits_MV: Tensor) -> None:
             "in_place needs logits whose rows share no memory, got shape "
             f"{tuple(logits.shape)} with strides {logits.stride()}; leave in_place out, or pass a copy"
         )
+    if logits.is_neg():
+        raise ValueError("in_place needs logits that lie in memory as they are, got a lazily negated view")
     base = logits if logits._base is None else logits._base
     if logits.requires_grad and base.is_leaf:
         raise ValueError(

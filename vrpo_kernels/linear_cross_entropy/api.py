@@ -171,6 +171,7 @@ def linear_cross_entropy_replay(
         checks.require_plain(name, known)
         checks.require_same("dtype", name, known.dtype, "the first pass's results", wide)
         checks.require_same("device", name, known.device, "hidden", hidden.device)
+    statistics = statistics.contiguous()  # the backends read its three rows one after the other
     plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
     if plan.backend == "reference":
         head = (hidden, weight, targets, bias)
@@ -184,8 +185,14 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     """What autocast does to the arguments of F.linear: float inputs become the autocast dtype, float64
     stays.
     """
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        checks.require_plain(name, tensor)
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or torch.float64 in (hidden.dtype, weight.dtype)
+    ):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -38,9 +38,9 @@ def _two_counts(words, low, high):
 
 @triton.jit
 def _write_masked(position_ptr, masked, offs_l, written, limit):
-    """Append the positions of `masked` (int32, 0 or 1) at `written`, none past limit; returns the new end."""
+    """Append the positions of `masked` (int32, 0 or 1) at `written`, in [0, limit); returns the new end."""
     at = written + tl.cumsum(masked, axis=0) - 1
-    tl.store(position_ptr + at, offs_l, mask=(masked != 0) & (at < limit))
+    tl.store(position_ptr + at, offs_l, mask=(masked != 0) & (at >= 0) & (at < limit))
     return written + tl.sum(masked, axis=0)
 
 
@@ -127,7 +127,7 @@ def _select_by_rank_kernel(
     c1 = tl.load(counter_ptr + 3 * segment)
     c2 = tl.load(counter_ptr + 3 * segment + 1)
     c3 = tl.load(counter_ptr + 3 * segment + 2)
-    first = tl.load(first_ptr + segment) % length
+    first = tl.load(first_ptr + segment) % tl.maximum(length, 1)
     last = first + tl.load(count_ptr + segment)
     wraps = last > length
     last = tl.where(wraps, last - length, last)
@@ -200,7 +200,7 @@ def mask_select(
         _select_by_word_kernel[(num_segments,)](*inputs, masked_S, None, seed, 0, WRITE=False, **shape)
     torch.cumsum(masked_S, 0, out=offsets_S1[1:])
     total = int(offsets_S1[-1]) if num_rows is None else num_rows
-    position_N = length_S.new_empty(total)
+    position_N = length_S.new_full((max(total, 0),), -1)  # and so it stays where a bad count leaves a gap
     where = (offsets_S1, position_N, seed, total)
     if by_rank:
         _select_by_rank_kernel[(num_segments,)](*inputs, *where, SHORT_BLOCK=_SHORT_BLOCK, **shape)

@@ -5,8 +5,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vrpo_kernels import checks
 from vrpo_kernels.backend import choose
-from vrpo_kernels.checks import require_dim, require_int64, require_same, values_are_checked
+from vrpo_kernels.checks import require_dim, require_int64, require_same
 
 _U32_END = 2**32
 
@@ -22,8 +23,7 @@ def _check(length_S: Tensor, counter_S3: Tensor, first_S: Tensor, count_S: Tenso
         require_int64(name, tensor)
         require_same("size S", name, tensor.shape[0], "length_S", length_S.shape[0])
         require_same("device", name, tensor.device, "length_S", length_S.device)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
+    checks.require_seed(seed)
 
 
 def _check_values(
@@ -64,7 +64,7 @@ def _mask_select(
     num_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if values_are_checked(length_S.device):
+    if checks.values_are_checked(length_S.device):
         _check_values(length_S, counter_S3, first_S, count_S, by_rank)
     name = choose("mask_select", device=length_S.device.type, dtype=None, requested=backend)
     position_N, offsets_S1 = _backend(name).mask_select(
@@ -121,7 +121,7 @@ def mask_select(
     Errors:
         ValueError naming the argument, what it got and what it needs. Values (not shapes) are
         checked for CPU tensors, where reading them does not synchronise, and elsewhere after
-        `vrpo_kernels.set_debug(True)`.
+        `vrpo_kernels.set_debug(True)`; without it bad values give other positions, or -1.
     """
     _check(length_S, counter_S3, first_S, count_S, seed)
     key = seed - 2**64 if seed >= 2**63 else seed  # operator schemas have signed integers only

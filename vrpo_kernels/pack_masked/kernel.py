@@ -29,6 +29,15 @@ def _sum_before(length_ptr, end, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
+def _rows_of(offset_ptr, segment, num_rows):
+    """(begin, count) of a segment's rows; none if its offsets are no part of [0, num_rows]."""
+    begin = tl.load(offset_ptr + segment)
+    count = tl.load(offset_ptr + segment + 1) - begin
+    good = (begin >= 0) & (count >= 0) & (begin + count <= num_rows)
+    return tl.where(good, begin, 0), tl.where(good, count, 0)
+
+
+@triton.jit
 def _find(position_ptr, begin, count, wanted, in_l):
     """Row of each wanted position among the ascending rows begin .. begin + count - 1, and if it is there."""
     low = tl.zeros_like(wanted)
@@ -46,7 +55,7 @@ def _find(position_ptr, begin, count, wanted, in_l):
     return begin + low, inside & (found == wanted)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_samples", "mask_token_id"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_samples", "mask_token_id"])
 def _pack_kernel(
     clean_ptr,
     prompt_length_ptr,
@@ -59,12 +68,13 @@ def _pack_kernel(
     row_ptr,
     target_ptr,
     num_tokens,
+    num_rows,
     num_samples,
     mask_token_id,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Grid (S, SPLIT): tokens, positions, rows and targets of segment s; never past num_tokens.
+    """Grid (S, SPLIT): tokens, positions, rows and targets of segment s; nothing out of bounds.
 
     A token that is masked is its own row: it finds its row number n and writes row_N[n] and target_N[n].
     Per token 8 bytes read, 16 written, and log2(count) reads that hit the cache.
@@ -77,17 +87,17 @@ def _pack_kernel(
     clean_start = _sum_before(prompt_length_ptr, response, BLOCK_R)
     clean_start += _sum_before(response_length_ptr, response, BLOCK_R)
     start = clean_start * num_samples + (segment % num_samples) * length
-    begin = tl.load(offset_ptr + segment)
-    count = tl.load(offset_ptr + segment + 1) - begin
+    begin, count = _rows_of(offset_ptr, segment, num_rows)
     if split == 0:
         tl.store(cu_seqlens_ptr + segment, start.to(tl.int32))
         if segment == tl.num_programs(0) - 1:
             tl.store(cu_seqlens_ptr + segment + 1, (start + length).to(tl.int32))
 
     offs = tl.arange(0, BLOCK).to(tl.int64)
-    for block_start in range(split * BLOCK, length, tl.num_programs(1) * BLOCK):
+    for block_start in range(split * BLOCK, tl.minimum(length, num_tokens), tl.num_programs(1) * BLOCK):
         offs_l = block_start + offs
-        in_l = (offs_l < length) & (start + offs_l < num_tokens)
+        in_l = (offs_l < length) & (start + offs_l >= 0) & (start + offs_l < num_tokens)
+        in_l &= (clean_start + offs_l >= 0) & (clean_start + offs_l < num_tokens // num_samples)
         clean = tl.load(clean_ptr + clean_start + offs_l, mask=in_l, other=0)
         row, masked = _find(position_ptr, begin, count, offs_l - prompt_length, in_l)
         tl.store(token_out_ptr + start + offs_l, tl.where(masked, mask_token_id, clean), mask=in_l)
@@ -96,7 +106,7 @@ def _pack_kernel(
         tl.store(target_ptr + row, clean, mask=masked)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_samples"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_samples"])
 def _token_weight_sums_kernel(
     value_ptr,
     position_ptr,
@@ -105,6 +115,7 @@ def _token_weight_sums_kernel(
     token_sum_ptr,
     row_sum_ptr,
     num_tokens,
+    num_rows,
     num_samples,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -119,20 +130,18 @@ def _token_weight_sums_kernel(
     start = _sum_before(response_length_ptr, response, BLOCK_R)
     first_segment = response * num_samples
     offs = tl.arange(0, BLOCK).to(tl.int64)
-    for block_start in range(split * BLOCK, length, tl.num_programs(1) * BLOCK):
+    for block_start in range(split * BLOCK, tl.minimum(length, num_tokens), tl.num_programs(1) * BLOCK):
         offs_l = block_start + offs
-        in_l = (offs_l < length) & (start + offs_l < num_tokens)
+        in_l = (offs_l < length) & (start + offs_l >= 0) & (start + offs_l < num_tokens)
         total = tl.zeros((BLOCK,), dtype=tl.float64)
         for segment in range(first_segment, first_segment + num_samples):
-            begin = tl.load(offset_ptr + segment)
-            count = tl.load(offset_ptr + segment + 1) - begin
+            begin, count = _rows_of(offset_ptr, segment, num_rows)
             row, masked = _find(position_ptr, begin, count, offs_l, in_l)
             total += tl.load(value_ptr + row, mask=masked, other=0.0).to(tl.float64)
         rounded = total.to(tl.float32)
         tl.store(token_sum_ptr + start + offs_l, rounded, mask=in_l)
         for segment in range(first_segment, first_segment + num_samples):
-            begin = tl.load(offset_ptr + segment)
-            count = tl.load(offset_ptr + segment + 1) - begin
+            begin, count = _rows_of(offset_ptr, segment, num_rows)
             row, masked = _find(position_ptr, begin, count, offs_l, in_l)
             tl.store(row_sum_ptr + row, rounded, mask=masked)
 
@@ -159,10 +168,9 @@ def pack_masked(
     """As `reference.pack_masked`; one launch, no synchronisation."""
     num_segments = offsets_S1.shape[0] - 1
     num_tokens = num_samples * tokens_U.shape[0]
-    tokens_T = tokens_U.new_empty(num_tokens)
-    position_T = tokens_U.new_empty(num_tokens)
-    row_N = tokens_U.new_empty(position_N.shape[0])
-    target_N = tokens_U.new_empty(position_N.shape[0])
+    # What bad lengths, offsets or positions leave unwritten is -1, no index of anything.
+    tokens_T, position_T = (tokens_U.new_full((num_tokens,), -1) for _ in range(2))
+    row_N, target_N = (tokens_U.new_full(position_N.shape, -1) for _ in range(2))
     if num_segments == 0:
         return tokens_T, position_T, offsets_S1.new_zeros(1, dtype=torch.int32), row_N, target_N
     cu_seqlens_S1 = offsets_S1.new_empty(num_segments + 1, dtype=torch.int32)
@@ -175,6 +183,7 @@ def pack_masked(
         row_N,
         target_N,
         num_tokens,
+        position_N.shape[0],
         num_samples,
         mask_token_id,
         **_shape(),
@@ -192,8 +201,9 @@ def token_weight_sums(
     num_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.token_weight_sums`; one launch, no synchronisation."""
-    sum_M = weight_N.new_empty(num_tokens)
-    sum_N = weight_N.new_empty(weight_N.shape[0])
+    # What bad lengths, offsets or positions leave unwritten is NaN.
+    sum_M = weight_N.new_full((num_tokens,), float("nan"))
+    sum_N = torch.full_like(weight_N, float("nan"), memory_format=torch.contiguous_format)
     num_responses = response_length_R.shape[0]
     if num_responses == 0:
         return sum_M, sum_N
@@ -203,6 +213,7 @@ def token_weight_sums(
         sum_M,
         sum_N,
         num_tokens,
+        position_N.shape[0],
         num_samples,
         **_shape(),
     )

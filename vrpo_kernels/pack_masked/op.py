@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vrpo_kernels import autograd
+from vrpo_kernels import autograd, checks
 from vrpo_kernels.backend import choose
-from vrpo_kernels.checks import require_dim, require_int64, require_same, values_are_checked
+from vrpo_kernels.checks import require_dim, require_int64, require_same
 
 
 class PackedTokens(NamedTuple):
@@ -40,8 +40,8 @@ def _backend(name: str) -> ModuleType:
 
 
 def _check_rows(position_N: Tensor, offsets_S1: Tensor, response_length_R: Tensor, num_samples: int) -> None:
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, an integer, got {num_samples!r}")
     for name, tensor, axis in (
         ("position_N", position_N, "N"),
         ("offsets_S1", offsets_S1, "S + 1"),
@@ -94,7 +94,7 @@ def _pack_masked(
     mask_token_id: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if values_are_checked(tokens_U.device):
+    if checks.values_are_checked(tokens_U.device):
         if bool((prompt_length_R < 0).any()) or bool((response_length_R < 0).any()):
             raise ValueError("prompt_length_R and response_length_R must not be negative")
         num_tokens = int(prompt_length_R.sum() + response_length_R.sum())
@@ -170,8 +170,11 @@ def pack_masked(
         PackedTokens with T = K * U tokens. Sizes follow from shapes, so nothing synchronises.
     Errors:
         ValueError naming the argument, what it got and what it needs. Values (not shapes) are
-        checked for CPU tensors only, elsewhere after `vrpo_kernels.set_debug(True)`.
+        checked for CPU tensors only, elsewhere after `vrpo_kernels.set_debug(True)`; without it what bad
+        values leave unwritten is -1.
     """
+    if isinstance(mask_token_id, bool) or not isinstance(mask_token_id, int):
+        raise ValueError(f"mask_token_id must be an integer, got {mask_token_id!r}")
     require_dim("tokens_U", tokens_U, "U")
     require_dim("prompt_length_R", prompt_length_R, "R")
     require_int64("tokens_U", tokens_U)
@@ -210,7 +213,7 @@ def _token_weight_sums(
     num_tokens: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if values_are_checked(weight_N.device):
+    if checks.values_are_checked(weight_N.device):
         require_same(
             "size", "num_tokens", num_tokens, "response_length_R's sum", int(response_length_R.sum())
         )
@@ -256,7 +259,7 @@ def token_weight_sums(
         from run to run (the fp64 sum is exact while weights stay within a factor of 2**20 or so).
         Not differentiable.
     Errors: ValueError naming the argument, what it got and what it needs, and for a weight_N that requires a
-        gradient; values on the CPU, elsewhere after `vrpo_kernels.set_debug(True)`.
+        gradient; values on the CPU, elsewhere after `vrpo_kernels.set_debug(True)`, and NaN without it.
     """
     require_dim("weight_N", weight_N, "N")
     autograd.require_constant("token_weight_sums", "weight_N", weight_N)

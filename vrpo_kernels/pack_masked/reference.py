@@ -6,7 +6,7 @@ from torch import Tensor
 
 def _segment_of_row(offsets_S1: Tensor, num_rows: int) -> Tensor:
     rows = torch.arange(num_rows, device=offsets_S1.device)
-    return torch.searchsorted(offsets_S1[1:], rows, right=True)
+    return torch.searchsorted(offsets_S1[1:].contiguous(), rows, right=True)
 
 
 def pack_masked(
