@@ -88,16 +88,18 @@ def _pack_kernel(
     clean_start += _sum_before(response_length_ptr, response, BLOCK_R)
     start = clean_start * num_samples + (segment % num_samples) * length
     begin, count = _rows_of(offset_ptr, segment, num_rows)
+    # A segment whose lengths do not fit is left out.
+    fits = (clean_start >= 0) & (clean_start + length <= num_tokens // num_samples)
+    shown = tl.where(fits & (start >= 0) & (start + length <= num_tokens), length, 0)
     if split == 0:
         tl.store(cu_seqlens_ptr + segment, start.to(tl.int32))
         if segment == tl.num_programs(0) - 1:
             tl.store(cu_seqlens_ptr + segment + 1, (start + length).to(tl.int32))
 
     offs = tl.arange(0, BLOCK).to(tl.int64)
-    for block_start in range(split * BLOCK, tl.minimum(length, num_tokens), tl.num_programs(1) * BLOCK):
+    for block_start in range(split * BLOCK, shown, tl.num_programs(1) * BLOCK):
         offs_l = block_start + offs
-        in_l = (offs_l < length) & (start + offs_l >= 0) & (start + offs_l < num_tokens)
-        in_l &= (clean_start + offs_l >= 0) & (clean_start + offs_l < num_tokens // num_samples)
+        in_l = offs_l < shown
         clean = tl.load(clean_ptr + clean_start + offs_l, mask=in_l, other=0)
         row, masked = _find(position_ptr, begin, count, offs_l - prompt_length, in_l)
         tl.store(token_out_ptr + start + offs_l, tl.where(masked, mask_token_id, clean), mask=in_l)
@@ -130,9 +132,10 @@ def _token_weight_sums_kernel(
     start = _sum_before(response_length_ptr, response, BLOCK_R)
     first_segment = response * num_samples
     offs = tl.arange(0, BLOCK).to(tl.int64)
-    for block_start in range(split * BLOCK, tl.minimum(length, num_tokens), tl.num_programs(1) * BLOCK):
+    length = tl.where((start >= 0) & (start + length <= num_tokens), length, 0)
+    for block_start in range(split * BLOCK, length, tl.num_programs(1) * BLOCK):
         offs_l = block_start + offs
-        in_l = (offs_l < length) & (start + offs_l >= 0) & (start + offs_l < num_tokens)
+        in_l = offs_l < length
         total = tl.zeros((BLOCK,), dtype=tl.float64)
         for segment in range(first_segment, first_segment + num_samples):
             begin, count = _rows_of(offset_ptr, segment, num_rows)
