@@ -8,12 +8,23 @@ import pytest
 from benchmarks import bench_model
 from benchmarks.gpu_model import DEVICES, EPILOGUE_PS, LAUNCH_US, MODES, Head, Model
 from benchmarks.record import RESULTS
-from vrpo_kernels.linear_cross_entropy.tiles import Tiles
+from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 
 H100 = DEVICES["H100"]
 LLADA = Head(4096, 4096, 126464)
 # The tiles of the profile in results/gpu/h100-2026-11-26, whatever is in force now.
-PROFILED = Tiles("fused", 4096, 32768, 8192, 8192, 8192, 131072, 4096, 128, 256, 64, 64, 8, 4, True)
+PROFILED = replace(
+    tiles_for((9, 0), 2, "fused"),
+    rows=4096,
+    cols=32768,
+    first_cols=8192,
+    sweep_rows=8192,
+    sweep_cols=8192,
+    max_cols=131072,
+    block_rows=128,
+    block_cols=256,
+    group_rows=64,
+)
 NOT_MODELLED = ("Memset", "Memcpy", "at::native")  # fills and the drift's reduction: microseconds
 
 
