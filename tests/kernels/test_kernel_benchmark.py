@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, gate, kernels_plan, record
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.cases import COLUMNS, HEADS, MODELS, Case, make_inputs
 from benchmarks.providers import PROVIDERS, Provider, stages
 from benchmarks.timing import interleaved
@@ -323,3 +325,12 @@ def test_record__refuses_to_mix_columns(tmp_path):
     assert path.read_text().split() == ["a,b", "1,", ",2"]
     with pytest.raises(ValueError, match="has the columns"):
         record.append([{"c": 3}], path, ["a", "c"])
+
+
+def test_commands__that_the_pages_name_exist():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"python3? -m benchmarks ([a-z-]+)", text))
+    assert named <= set(BENCHMARKS) and {"compare", "kernels", "model", "liger-view"} <= named
+    for module, _ in BENCHMARKS.values():
+        assert importlib.util.find_spec(module), module
