@@ -103,9 +103,7 @@ def is_managed() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform or forward-mode AD is under way, and torch.compile is not."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a torch.func transform or forward-mode AD is under way, also in what torch.compile traces."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -146,6 +144,10 @@ def register(
     Transformed.backward = staticmethod(backward)
 
     def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():  # which cannot trace `Transformed`
+            if forward_ad._current_level >= 0:
+                raise RuntimeError(_refusal(name, "forward-mode derivative"))
+            return op(*args)
         return Transformed.apply(*args) if is_transformed() else op(*args)
 
     return call

@@ -79,12 +79,14 @@ TOKENS = torch.tensor([[3, 1, 0], [2, 19, 7]])
 
 def _elbo_from_hidden(x, **options):
     weights = _like(torch.tensor([1.5, -0.5]), x)
-    return elbo_from_hidden(x.view(2, 3, D), _like(WEIGHT, x), TOKENS, MASKED, weights, **options)
+    return elbo_from_hidden(
+        x.view(2, 3, D), _like(WEIGHT, x), TOKENS, MASKED, weights, num_masked=4, **options
+    )
 
 
 def _elbo_from_logits(z, **options):
     weights = _like(torch.tensor([1.5, -0.5]), z)
-    return elbo_from_logits(z.view(2, 3, V), TOKENS, MASKED, weights, **options)
+    return elbo_from_logits(z.view(2, 3, V), TOKENS, MASKED, weights, num_masked=4, **options)
 
 
 OPS = {  # op(input, backend=...) -> nll, and the input's shape
@@ -206,6 +208,25 @@ def test_fused__what_has_no_formula_raises(case, transform, missing):
     transform(reference, values)
 
 
+@needs_extension
+@every_op
+def test_fused__compiled_code_never_drops_a_derivative(case):
+    """It raises, in our words or in torch.compile's; vmap has the values of the reference."""
+    op, reference, values = case_of(case)
+    several = torch.stack([values, 2 * values])
+
+    def compiled(transform):
+        torch.compiler.reset()
+        return torch.compile(lambda x: transform(op, x), fullgraph=True, backend="aot_eager")
+
+    with pytest.raises(Exception, match="no forward-mode derivative"):  # dynamo wraps it in its own
+        compiled(lambda f, x: torch.func.jvp(f, (x,), (x,))[1])(values)
+    with pytest.raises(RuntimeError, match=r"double backward|create_graph=False"):
+        penalised(compiled(lambda f, x: f(x)), values)
+    got = compiled(lambda f, x: torch.func.vmap(f)(x))(several)
+    assert_close(got, torch.func.vmap(reference)(several))
+
+
 def _dual(f, x):
     with torch.autograd.forward_ad.dual_level():
         return f(torch.autograd.forward_ad.make_dual(x, x))
@@ -314,6 +335,20 @@ def test_linear__torch_func_has_the_values_of_plain_pytorch(case):
         assert_close(got, want)
 
 
+@linear_op
+def test_linear__compiled_torch_func_has_the_values_of_plain_pytorch(case):
+    op, plain, shape = case
+    values = torch.randn(*shape)
+
+    def transforms(f, x):
+        tangent = torch.func.jvp(f, (x,), (x.cos(),))[1]
+        return tangent, torch.func.grad(lambda x: f(x).pow(2).sum())(x), torch.func.vmap(f)(x[None])
+
+    compiled = torch.compile(lambda x: transforms(op, x), fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(values), transforms(plain, values), strict=True):
+        assert_close(got, want)
+
+
 def test_rotary__refuses_angles_that_want_a_gradient():
     x, angles = torch.randn(1, 2, 3, 4), ANGLES.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"cos_BLh is a constant to rotary.*cos_BLh.detach()"):
@@ -347,3 +382,28 @@ def test_token_weight_sums__refuses_weights_that_want_a_derivative():
     ):
         with pytest.raises(ValueError, match="weight_N is a constant to token_weight_sums"):
             derivative()
+
+
+@needs_extension
+def test_functional_call__per_sample_gradients_of_a_module():
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(WEIGHT.clone())
+
+        def forward(self, hidden, targets, backend):
+            return linear_cross_entropy(hidden, self.weight, targets, backend=backend).sum()
+
+    head = Head()
+    parameters = dict(head.named_parameters())
+
+    def gradients(backend):
+        def loss(parameters, hidden, target):
+            return torch.func.functional_call(head, parameters, (hidden[None], target[None], backend))
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, HIDDEN, TARGETS)
+
+    assert_close(gradients("cpu")["weight"], gradients("reference")["weight"])
+    # Without a transform a functional call is a call.
+    got = torch.func.functional_call(head, parameters, (HIDDEN, TARGETS, "cpu"))
+    assert_bitwise_equal(got, head(HIDDEN, TARGETS, "cpu"))

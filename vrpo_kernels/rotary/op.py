@@ -106,7 +106,8 @@ def rotary(
     for name, tensor in (("key_BHLd", key_BHLd), ("cos_BLh", cos_BLh), ("sin_BLh", sin_BLh)):
         checks.require_same("device", name, tensor.device, "query_BHLd", query_BHLd.device)
     if autograd.is_transformed():  # torch.func takes plain PyTorch; the bits are the same
-        _choose(query_BHLd, backend)
+        if not torch.compiler.is_compiling():  # which cannot trace the question whether Triton interprets
+            _choose(query_BHLd, backend)
         return _by_formula(query_BHLd, key_BHLd, cos_BLh, sin_BLh)
     autograd.require_constant("rotary", "cos_BLh", cos_BLh)
     autograd.require_constant("rotary", "sin_BLh", sin_BLh)
