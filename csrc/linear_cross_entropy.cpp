@@ -15,7 +15,7 @@
 
 #include <string>
 
-#include "linear_cross_entropy.h"
+#include "linear_cross_entropy_fold.h"
 
 namespace vrpo {
 
@@ -42,11 +42,13 @@ VRPO_CLONES float dot(const float* a, const float* b, int64_t size) {
 
 }  // namespace
 
-void fill_target_logits(const Tensor& hidden, const Tensor& weight, const TargetIndex& targets, float* out) {
+void fill_targets(const Tensor& hidden, const Tensor& weight, const TargetIndex& targets, const Head& head,
+                  float* out) {
   at::parallel_for(0, hidden.size(0), 16, [&](int64_t begin, int64_t end) {
     RowReader hidden_row(hidden), weight_row(weight);
     for (int64_t n = begin; n < end; ++n) {
-      out[n] = targets[n] < 0 ? 0.0f : dot(hidden_row(n), weight_row(targets[n]), hidden.size(1));
+      const int64_t y = targets[n];
+      out[n] = y < 0 ? 0.0f : head.u(dot(hidden_row(n), weight_row(y), hidden.size(1)), y);
     }
   });
 }
@@ -147,49 +149,6 @@ class HeadTiles {
   bool plain_;
 };
 
-// One tile, lanes [first, last): moves the shift, turns z into e = exp(z - m), adds to the sums.
-// factor[n] = what earlier sums and accumulators of row n are to be multiplied with.
-VRPO_CLONES void fold(float* z, int64_t stride, int64_t classes, int64_t first, int64_t last, float* shift,
-                      float* total, float* factor) {
-  for (int64_t n = first; n < last; n += kLanes) {
-    Floats maximum = splat(kMinusInfinity);
-    for (int64_t v = 0; v < classes; ++v) {
-      const Floats value = load(z + v * stride + n);
-      maximum = value > maximum ? value : maximum;
-    }
-    const Floats old_shift = load(shift + n);
-    const Floats new_shift = maximum > old_shift + kSlack ? maximum : old_shift;
-    const Floats scale = new_shift == old_shift ? splat(1.0f) : exp(old_shift - new_shift);
-    // All logits so far -inf (only the target seen): subtract 0 instead of -inf.
-    const Floats subtract = new_shift == kMinusInfinity ? Floats{} : new_shift;
-    Floats tile_sum{};
-    for (int64_t v0 = 0; v0 < classes; v0 += kSubtotal) {
-      Floats subtotal{};
-      for (int64_t v = v0; v < std::min(v0 + kSubtotal, classes); ++v) {
-        const Floats e = exp(load(z + v * stride + n) - subtract);
-        store(z + v * stride + n, e);
-        subtotal += e;
-      }
-      tile_sum += subtotal;
-    }
-    store(total + n, load(total + n) * scale + tile_sum);
-    store(shift + n, new_shift);
-    store(factor + n, scale);
-  }
-}
-
-// One tile with known statistics: z -> exp(z - m) * coefficient.
-VRPO_CLONES void weigh(float* z, int64_t stride, int64_t classes, int64_t first, int64_t last, const float* shift,
-                       const float* coefficient) {
-  for (int64_t n = first; n < last; n += kLanes) {
-    const Floats subtract = load(shift + n), multiply = load(coefficient + n);
-    for (int64_t v = 0; v < classes; ++v) {
-      float* at = z + v * stride + n;
-      store(at, exp(load(at) - subtract) * multiply);
-    }
-  }
-}
-
 VRPO_CLONES void add_row(float* to, const float* from, float factor, int64_t size) {
   for (int64_t i = 0; i < size; ++i) to[i] += factor * from[i];
 }
@@ -205,10 +164,14 @@ struct NoDispatch {  // plain CPU kernels inside: neither autograd nor autocast 
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
 };
 
-ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, c10::string_view gemm_name,
-                      bool want_dhidden, bool keep_tiles) {
+ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
+                      double softcap, double scale, c10::string_view gemm_name, bool want_dhidden, bool keep_tiles,
+                      bool want_metrics) {
   NoDispatch guard;
-  if (gemm_name == "bf16") return bf16_forward(hidden, weight, targets, want_dhidden, keep_tiles);
+  const Head head(bias, softcap, scale, weight.size(0));
+  if (gemm_name == "bf16") {
+    return bf16_forward(hidden, weight, targets, head, want_dhidden, keep_tiles, want_metrics);
+  }
   const Gemm gemm = gemm_named(gemm_name);
   const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
   const auto fp32 = hidden.options().dtype(at::kFloat);
@@ -221,16 +184,16 @@ ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& 
   Tensor kept = keep_tiles ? at::empty({V, padded}, fp32) : at::empty({0, 0}, fp32);
   Tensor kept_shift = at::empty({keep_tiles ? tiles.count() : 0, keep_tiles ? padded : 0}, fp32);
   Tensor scratch = keep_tiles ? Tensor() : at::empty({std::min(V, kTile), chunk}, fp32);
+  Tensor metrics = at::empty({want_metrics ? 2 : 0, want_metrics ? N : 0}, fp32);
 
-  fill_target_logits(hidden, weight, index, statistics.data_ptr<float>());
-  std::vector<float> shift(chunk), total(chunk), factor(chunk);
+  fill_targets(hidden, weight, index, head, statistics.data_ptr<float>());
+  RowSums sums(chunk, want_metrics);
 
   for (int64_t n0 = 0; n0 < N; n0 += chunk) {
     const int64_t rows = std::min(chunk, N - n0), lanes = round_up(rows, kLanes);
     const Tensor xt = transposed(gemm, to_plain(hidden.narrow(0, n0, rows)));
     Tensor acc = want_dhidden ? expected.narrow(0, n0, rows) : Tensor();
-    std::fill(shift.begin(), shift.end(), kMinusInfinity);
-    std::fill(total.begin(), total.end(), 0.0f);
+    sums.reset();
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const int64_t v0 = tiles.begin(t), classes = tiles.size(t);
       const Tensor w = tiles.load(t);
@@ -242,43 +205,44 @@ ForwardResult forward(const Tensor& hidden, const Tensor& weight, const Tensor& 
       index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
         if (n >= n0 && n < n0 + rows) data[(v - v0) * stride + n - n0] = kMinusInfinity;
       });
-      parallel_lanes(lanes, [&](int64_t first, int64_t last) {
-        fold(data, stride, classes, first, last, shift.data(), total.data(), factor.data());
-      });
+      const Tile tile{data, stride, classes, head.bias(v0)};
+      parallel_lanes(lanes, [&](int64_t first, int64_t last) { fold(tile, head, first, last, sums); });
       if (keep_tiles) {
-        std::copy_n(shift.data(), lanes, kept_shift.data_ptr<float>() + t * padded + n0);
+        std::copy_n(sums.shift.data(), lanes, kept_shift.data_ptr<float>() + t * padded + n0);
       }
       if (!want_dhidden) continue;
       if (t > 0) at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
           float* row = acc.data_ptr<float>() + n * D;
-          if (factor[n] != 1.0f) scale_row(row, row, factor[n], D);
+          if (sums.factor[n] != 1.0f) scale_row(row, row, sums.factor[n], D);
         }
       });
       multiply(gemm, acc, z.t(), w, t > 0);
     }
-    finish_rows(n0, rows, shift.data(), total.data(), statistics, nll, expected);
+    finish_rows(n0, rows, sums, head.map, statistics, nll, expected, metrics);
   }
   if (keep_tiles && padded > N) {  // lanes beyond N hold leftovers
     kept.narrow(1, N, padded - N).zero_();
     kept_shift.narrow(1, N, padded - N).zero_();
   }
-  return {nll, statistics, expected, kept, kept_shift};
+  return {nll, statistics, expected, kept, kept_shift, metrics};
 }
 
-Tensor target_logits(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+Tensor target_logits(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
+                     double scale) {
   NoDispatch guard;
+  const Head head(bias, 0.0, scale, weight.size(0));
   Tensor out = at::empty({hidden.size(0)}, hidden.options().dtype(at::kFloat));
-  fill_target_logits(hidden, weight, TargetIndex(targets, weight.size(0)), out.data_ptr<float>());
+  fill_targets(hidden, weight, TargetIndex(targets, weight.size(0)), head, out.data_ptr<float>());
   return out;
 }
 
 Tensor dhidden(const Tensor& dnll, const Tensor& expected, const Tensor& statistics, const Tensor& weight,
-               const Tensor& targets) {
+               const Tensor& targets, double softcap, double scale) {
   NoDispatch guard;
   const int64_t N = expected.size(0), D = weight.size(1);
   const TargetIndex index(targets, weight.size(0));
-  const Statistics known(statistics);
+  const Statistics known(statistics, {softcap, scale});
   const Tensor g = dnll.contiguous();
   Tensor out = at::empty({N, D}, weight.options());
   const bool direct = out.scalar_type() == at::kFloat;
@@ -293,7 +257,8 @@ Tensor dhidden(const Tensor& dnll, const Tensor& expected, const Tensor& statist
       for (int64_t n = n0; n < n0 + rows; ++n, to += D) {
         const double factor = g.const_data_ptr<float>()[n] * known.other(n);
         const float* mean = expected.const_data_ptr<float>() + n * D;
-        combine_rows(to, mean, factor, index[n] >= 0 ? weight_row(index[n]) : mean, index[n] >= 0 ? -factor : 0.0, D);
+        const bool owned = index[n] >= 0;
+        combine_rows(to, mean, factor, owned ? weight_row(index[n]) : mean, owned ? -factor * known.slope(n) : 0.0, D);
       }
       if (!direct) out.narrow(0, n0, rows).copy_(buffer.narrow(0, 0, rows));
     }
@@ -304,9 +269,10 @@ Tensor dhidden(const Tensor& dnll, const Tensor& expected, const Tensor& statist
 // Rows of dweight for one tile: the output itself in fp32, else a buffer that is rounded into it once.
 class HeadGradient {
  public:
-  explicit HeadGradient(const Tensor& weight)
-      : out_(at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous))) {
-    if (out_.scalar_type() != at::kFloat) {
+  HeadGradient(const Tensor& weight, bool wanted)
+      : out_(wanted ? at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous))
+                    : at::empty({0, 0}, weight.options())) {
+    if (wanted && out_.scalar_type() != at::kFloat) {
       buffer_ = at::empty({kTile, weight.size(1)}, weight.options().dtype(at::kFloat));
     }
   }
@@ -322,22 +288,33 @@ class HeadGradient {
   Tensor out_, buffer_;
 };
 
-Tensor dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-               const Tensor& statistics, const Tensor& kept, const Tensor& kept_shift, c10::string_view gemm_name) {
+// (gradient of the head, gradient of its bias), each empty if not wanted
+using HeadGradients = std::tuple<Tensor, Tensor>;
+
+HeadGradients dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                      const Tensor& statistics, const Tensor& kept, const Tensor& kept_shift, double softcap,
+                      double scale, c10::string_view gemm_name, bool want_dweight, bool want_dbias) {
   NoDispatch guard;
-  if (gemm_name == "bf16") return bf16_dweight(dnll, hidden, weight, targets, statistics, kept, kept_shift);
+  const Statistics known(statistics, {softcap, scale});
+  if (gemm_name == "bf16") {
+    return bf16_dweight(dnll, hidden, weight, targets, known, kept, kept_shift, want_dweight, want_dbias);
+  }
   const Gemm gemm = gemm_named(gemm_name);
   const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
   const TargetIndex index(targets, V);
-  const Statistics known(statistics);
   const Tensor g = dnll.contiguous();
   const float* upstream = g.const_data_ptr<float>();
-  HeadGradient gradient(weight);
+  HeadGradient gradient(weight, want_dweight);
+  BiasGradient bias_gradient(weight, want_dbias);
 
-  // Each tile was kept as exp(z - m_t); the row's factor g q / s exp(m_t - m) goes on x, which is smaller.
-  Tensor scaled = at::empty({N, D}, hidden.options().dtype(at::kFloat));
-  std::vector<float> others(N), last_shift(N);
-  for (int64_t n = 0; n < N; ++n) others[n] = static_cast<float>(known.other(n));
+  // Each tile was kept as exp(logit - m_t) slope; the row's factor g q scale / s exp(m_t - m) goes on x, which is
+  // smaller.
+  Tensor scaled = at::empty({want_dweight ? N : 0, D}, hidden.options().dtype(at::kFloat));
+  std::vector<float> others(N), at_target(N), last_shift(N), factor(N);
+  for (int64_t n = 0; n < N; ++n) {
+    others[n] = static_cast<float>(known.other(n));
+    at_target[n] = -upstream[n] * others[n] * static_cast<float>(known.slope(n));
+  }
   for (int64_t v0 = 0, t = 0; v0 < V; v0 += kTile, ++t) {
     const int64_t classes = std::min(kTile, V - v0);
     const float* shift = kept_shift.const_data_ptr<float>() + t * kept_shift.size(1);
@@ -347,28 +324,40 @@ Tensor dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, c
         if (t > 0 && shift[n] == last_shift[n]) continue;
         last_shift[n] = shift[n];
         // Only the target was seen in this tile: E is 0 there and its shift is -inf.
-        const float scale = known.total[n] == 0 || shift[n] == kMinusInfinity
+        factor[n] = known.total[n] == 0 || shift[n] == kMinusInfinity
             ? 0.0f
             : upstream[n] * others[n] / known.total[n] * std::exp(shift[n] - known.shift[n]);
-        scale_row(scaled.data_ptr<float>() + n * D, hidden_row(n), scale, D);
+        if (want_dweight) scale_row(scaled.data_ptr<float>() + n * D, hidden_row(n), factor[n], D);
       }
     });
-    Tensor tile = gradient.tile(v0, classes);
-    multiply(gemm, tile, kept.narrow(0, v0, classes).narrow(1, 0, N), scaled, false);
-    RowReader hidden_row(hidden);
-    index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
-      add_row(tile.data_ptr<float>() + (v - v0) * D, hidden_row(n), -upstream[n] * others[n], D);
-    });
-    gradient.finish(v0, classes);
+    if (want_dweight) {
+      Tensor tile = gradient.tile(v0, classes);
+      multiply(gemm, tile, kept.narrow(0, v0, classes).narrow(1, 0, N), scaled, false);
+      RowReader hidden_row(hidden);
+      index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
+        add_row(tile.data_ptr<float>() + (v - v0) * D, hidden_row(n), at_target[n], D);
+      });
+      gradient.finish(v0, classes);
+    }
+    if (want_dbias) {
+      const float* e = kept.const_data_ptr<float>() + v0 * kept.size(1);
+      bias_gradient.add_rows(v0, classes, e, kept.size(1), factor.data(), N);
+      index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) { bias_gradient.add(v, at_target[n]); });
+    }
   }
-  return gradient.out();
+  return {gradient.out(), bias_gradient.out()};
 }
 
-std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
-                                 const Tensor& targets, const Tensor& statistics, c10::string_view gemm_name,
-                                 bool want_dhidden, bool want_dweight) {
+std::tuple<Tensor, Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
+                                         const Tensor& targets, const Tensor& statistics, const OptionalTensor& bias,
+                                         double softcap, double scale, c10::string_view gemm_name, bool want_dhidden,
+                                         bool want_dweight, bool want_dbias) {
   NoDispatch guard;
-  if (gemm_name == "bf16") return bf16_sweep(dnll, hidden, weight, targets, statistics, want_dhidden, want_dweight);
+  const Head head(bias, softcap, scale, weight.size(0));
+  const Statistics statistics_read(statistics, head.map);
+  if (gemm_name == "bf16") {
+    return bf16_sweep(dnll, hidden, weight, targets, statistics_read, head, want_dhidden, want_dweight, want_dbias);
+  }
   const Gemm gemm = gemm_named(gemm_name);
   const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
   const auto fp32 = hidden.options().dtype(at::kFloat);
@@ -377,18 +366,17 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
   const int64_t chunk = chunk_rows(N);
 
   // The head's matmul takes all of dlogits; for hidden the target's part is added at the end, which rounds less.
-  const KnownRows known(dnll, statistics);
+  const KnownRows known(dnll, statistics_read);
   const Tensor x = to_plain(hidden), xt = transposed(gemm, x);
   Tensor dx = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
   Tensor scratch = at::empty({std::min(V, kTile), chunk}, fp32);
-  Tensor dw = at::empty({0, 0}, weight.options());
-  std::vector<HeadGradient> gradient;
-  if (want_dweight) gradient.emplace_back(weight);
+  HeadGradient gradient(weight, want_dweight);
+  BiasGradient bias_gradient(weight, want_dbias);
 
   for (int64_t t = 0; t < tiles.count(); ++t) {
     const int64_t v0 = tiles.begin(t), classes = tiles.size(t);
     const Tensor w = tiles.load(t);
-    Tensor dw_tile = want_dweight ? gradient[0].tile(v0, classes) : Tensor();
+    Tensor dw_tile = want_dweight ? gradient.tile(v0, classes) : Tensor();
     if (want_dweight && N == 0) dw_tile.zero_();
     for (int64_t n0 = 0; n0 < N; n0 += chunk) {
       const int64_t rows = std::min(chunk, N - n0), lanes = round_up(rows, kLanes);
@@ -396,8 +384,9 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
       Tensor z = scratch.narrow(0, 0, classes).narrow(1, 0, rows);
       multiply(gemm, z, w, xt.narrow(1, n0, rows), false);
       float* data = z.data_ptr<float>();
+      const Tile tile{data, chunk, classes, head.bias(v0)};
       parallel_lanes(lanes, [&](int64_t first, int64_t last) {
-        weigh(data, chunk, classes, first, last, known.shift.data() + n0, known.coefficient.data() + n0);
+        weigh(tile, head, first, last, known.shift.data() + n0, known.coefficient.data() + n0);
       });
       const auto set_targets = [&](const float* value) {
         index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
@@ -409,15 +398,15 @@ std::tuple<Tensor, Tensor> sweep(const Tensor& dnll, const Tensor& hidden, const
         Tensor dx_chunk = dx.narrow(0, n0, rows);
         multiply(gemm, dx_chunk, z.t(), w, t > 0);
       }
-      if (want_dweight) {
-        set_targets(known.at_target.data());
-        multiply(gemm, dw_tile, z, x_chunk, n0 > 0);
-      }
+      if (!want_dweight && !want_dbias) continue;
+      set_targets(known.at_target.data());
+      if (want_dweight) multiply(gemm, dw_tile, z, x_chunk, n0 > 0);
+      if (want_dbias) bias_gradient.add_rows(v0, classes, data, chunk, nullptr, rows);
     }
-    if (want_dweight) gradient[0].finish(v0, classes);
+    if (want_dweight) gradient.finish(v0, classes);
   }
   if (want_dhidden) known.finish(dx, weight, index, true);
-  return {dx.to(hidden.scalar_type()), want_dweight ? gradient[0].out() : dw};
+  return {dx.to(hidden.scalar_type()), gradient.out(), bias_gradient.out()};
 }
 
 }  // namespace
@@ -437,18 +426,23 @@ TORCH_LIBRARY_FRAGMENT(vrpo, m) {
   m.def("linear_cross_entropy_default_gemm(ScalarType dtype) -> str", &default_gemm);
   m.def("linear_cross_entropy_bf16_route_runs() -> bool", &bf16_route_runs);
   m.def(
-      "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, str gemm, bool want_dhidden, "
-      "bool keep_tiles) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("linear_cross_entropy_target_logits(Tensor hidden, Tensor weight, Tensor targets) -> Tensor");
+      "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float softcap, "
+      "float scale, str gemm, bool want_dhidden, bool keep_tiles, bool want_metrics) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_target_logits(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float scale) "
+      "-> Tensor");
   m.def(
       "linear_cross_entropy_dhidden(Tensor dnll, Tensor expected, Tensor statistics, Tensor weight, "
-      "Tensor targets) -> Tensor");
+      "Tensor targets, float softcap, float scale) -> Tensor");
   m.def(
       "linear_cross_entropy_dweight(Tensor dnll, Tensor hidden, Tensor weight, Tensor targets, Tensor statistics, "
-      "Tensor kept, Tensor kept_shift, str gemm) -> Tensor");
+      "Tensor kept, Tensor kept_shift, float softcap, float scale, str gemm, bool want_dweight, bool want_dbias) "
+      "-> (Tensor, Tensor)");
   m.def(
       "linear_cross_entropy_sweep(Tensor dnll, Tensor hidden, Tensor weight, Tensor targets, Tensor statistics, "
-      "str gemm, bool want_dhidden, bool want_dweight) -> (Tensor, Tensor)");
+      "Tensor? bias, float softcap, float scale, str gemm, bool want_dhidden, bool want_dweight, bool want_dbias) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(vrpo, CPU, m) {

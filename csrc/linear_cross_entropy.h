@@ -9,10 +9,12 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common.h"
+#include "linear_cross_entropy_logits.h"
 
 // bf16 x bf16 -> fp32 micro-kernels exist in this torch, for a processor that may have the instructions.
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
@@ -22,15 +24,13 @@
 namespace vrpo {
 
 using at::Tensor;
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kTile = 512;  // classes per tile; TILE in cpu.py
 constexpr int64_t kRows = 1024;  // rows per chunk: a tile of logits is at most 2 MiB
 constexpr int64_t kAbsent = std::numeric_limits<int64_t>::min();  // ABSENT in op.py: the target is in another shard
 constexpr int64_t kSubtotal = 32;  // classes summed in one run before they join the tile's sum
-// The shift m follows the maximum lazily: it moves only when a tile exceeds it by more than this, because each
-// move rescales a row of the accumulator. e^16 * V stays far inside fp32.
-constexpr float kSlack = 16.0f;
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -44,6 +44,9 @@ inline int64_t chunk_rows(int64_t num_rows) {
 void scale_row(float* to, const float* from, float factor, int64_t size);  // to = factor * from
 // to = factor_a * a + factor_b * b, rounded once; a may be to.
 void combine_rows(float* to, const float* a, double factor_a, const float* b, double factor_b, int64_t size);
+
+// sum of row[n] * factor[n] (null: 1), in one order that depends on `size` only
+double row_sum(const float* row, const float* factor, int64_t size);
 
 // Rows ordered by target, so that each tile finds its own without a search.
 class TargetIndex {
@@ -73,18 +76,59 @@ class TargetIndex {
   std::vector<int64_t> rows_;
 };
 
+// What `bias`, `softcap` and `scale` make of the head.
+class Head {
+ public:
+  const LogitMap map;
+  const Form form;
+
+  Head(const OptionalTensor& bias, double softcap, double scale, int64_t num_classes)
+      : map{softcap, scale},
+        form(softcap != 0 ? Form::kCapped : bias.has_value() || scale != 1 ? Form::kAffine : Form::kPlain),
+        bias_(form == Form::kPlain ? 0 : round_up(num_classes, kSubtotal), 0.0f) {
+    if (!bias.has_value()) return;
+    const Tensor fp32 = bias->to(at::kFloat).contiguous();
+    std::copy_n(fp32.const_data_ptr<float>(), num_classes, bias_.begin());
+  }
+  // u of class v from h . w, for the target
+  float u(float product, int64_t v) const {
+    return bias_.empty() ? product : static_cast<float>(map.scale * (static_cast<double>(product) + bias_[v]));
+  }
+  // The bias of class v and those after it, up to a multiple of kSubtotal, 0 where there is none; null for a plain
+  // head.
+  const float* bias(int64_t v) const { return bias_.empty() ? nullptr : bias_.data() + v; }
+
+ private:
+  std::vector<float> bias_;
+};
+
+// body.operator()<form>()
+template <typename Body>
+void for_form(Form form, const Body& body) {
+  switch (form) {
+    case Form::kPlain: return body.template operator()<Form::kPlain>();
+    case Form::kAffine: return body.template operator()<Form::kAffine>();
+    default: return body.template operator()<Form::kCapped>();
+  }
+}
+
 // 1 - p(target) from the statistics, in double because it is N numbers and they meet large logits.
-inline double log_odds(float target_logit, float shift, float total) {
+inline double log_odds(double target_logit, float shift, float total) {
   return (static_cast<double>(shift) - target_logit) + std::log(static_cast<double>(total));
 }
 inline double softplus(double d) { return std::max(d, 0.0) + std::log1p(std::exp(-std::abs(d))); }
 inline double sigmoid(double d) { return d >= 0 ? 1 / (1 + std::exp(-d)) : std::exp(d) / (1 + std::exp(d)); }
 
 struct Statistics {
-  const float *target_logit, *shift, *total;
-  explicit Statistics(const Tensor& t)
-      : target_logit(t.const_data_ptr<float>()), shift(target_logit + t.size(1)), total(shift + t.size(1)) {}
-  double other(int64_t n) const { return sigmoid(log_odds(target_logit[n], shift[n], total[n])); }
+  const float *target, *shift, *total;  // u of the target, m, s
+  const LogitMap map;
+  Statistics(const Tensor& t, const LogitMap& map)
+      : target(t.const_data_ptr<float>()), shift(target + t.size(1)), total(shift + t.size(1)), map(map) {}
+  // q scale = (1 - p(target)) scale: what a row's gradient has in common
+  double other(int64_t n) const {
+    return sigmoid(log_odds(map.logit(target[n]), shift[n], total[n])) * map.scale;
+  }
+  double slope(int64_t n) const { return map.slope(target[n]); }  // at the target
 };
 
 // Rows of a matrix as fp32, whatever its dtype and strides; one buffer per thread that reads.
@@ -122,43 +166,62 @@ class RowReader {
   std::vector<float> buffer_;
 };
 
-// The end of a forward pass over rows n0, n0 + 1, ...: statistics, nll, and the sums in `expected` (if wanted) made
-// means.
-inline void finish_rows(int64_t n0, int64_t rows, const float* shift, const float* total, const Tensor& statistics,
-                        const Tensor& nll, const Tensor& expected) {
+// Running sums of a chunk of rows: shift m, total s = sum of e, e = exp(logit - m); for metrics, if wanted, the
+// largest u / scale and the moment sum of e (logit - m). factor: what a tile's fold found that earlier sums of the row, and
+// accumulators, are to be multiplied with.
+struct RowSums {
+  std::vector<float> shift, total, factor, largest, moment;
+  RowSums(int64_t size, bool metrics)
+      : shift(size), total(size), factor(size), largest(metrics ? size : 0), moment(largest.size()) {}
+  bool metrics() const { return !largest.empty(); }
+  void reset() {
+    std::fill(shift.begin(), shift.end(), kMinusInfinity);
+    std::fill(total.begin(), total.end(), 0.0f);
+    std::fill(largest.begin(), largest.end(), kMinusInfinity);
+    std::fill(moment.begin(), moment.end(), 0.0f);
+  }
+};
+
+// The end of a forward pass over rows n0, n0 + 1, ...: statistics, nll, and, where wanted, the sums in `expected` made
+// means, and metrics.
+inline void finish_rows(int64_t n0, int64_t rows, const RowSums& sums, const LogitMap& map, const Tensor& statistics,
+                        const Tensor& nll, const Tensor& expected, const Tensor& metrics) {
   const int64_t N = nll.size(0), D = expected.size(1);
-  float* target_logit = statistics.data_ptr<float>();
+  float* known = statistics.data_ptr<float>();
   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = n0 + i;
-      const float m = total[i] == 0 ? 0.0f : shift[i];  // V = 1: there is no other class
-      target_logit[N + n] = m;
-      target_logit[2 * N + n] = total[i];
-      nll.data_ptr<float>()[n] = static_cast<float>(softplus(log_odds(target_logit[n], m, total[i])));
+      const float total = sums.total[i], m = total == 0 ? 0.0f : sums.shift[i];  // V = 1: there is no other class
+      known[N + n] = m;
+      known[2 * N + n] = total;
+      nll.data_ptr<float>()[n] = static_cast<float>(softplus(log_odds(map.logit(known[n]), m, total)));
       if (D > 0) {
         float* row = expected.data_ptr<float>() + n * D;
-        scale_row(row, row, total[i] == 0 ? 0.0f : 1 / total[i], D);
+        scale_row(row, row, total == 0 ? 0.0f : 1 / total, D);
+      }
+      if (sums.metrics()) {
+        metrics.data_ptr<float>()[n] = static_cast<float>(map.logit(map.scale * sums.largest[i]));
+        metrics.data_ptr<float>()[N + n] = sums.moment[i];
       }
     }
   });
 }
 
-// What a sweep knows of each row: dlogits = exp(z - shift) * coefficient for the other classes, at_target for the
-// target's own.
+// What a sweep knows of each row: dlogits = exp(logit - shift) * slope * coefficient for the other classes, at_target
+// for the target's own.
 class KnownRows {
  public:
-  KnownRows(const Tensor& dnll, const Tensor& statistics)
+  KnownRows(const Tensor& dnll, const Statistics& known)
       : shift(round_up(dnll.size(0), kLanes), 0.0f), coefficient(shift.size(), 0.0f), at_target(shift.size(), 0.0f),
         exact_coefficient_(dnll.size(0)), exact_at_target_(dnll.size(0)) {
-    const Statistics known(statistics);
     const Tensor g = dnll.contiguous();
     for (int64_t n = 0; n < dnll.size(0); ++n) {
       const double factor = g.const_data_ptr<float>()[n] * known.other(n);
       shift[n] = known.shift[n];
       exact_coefficient_[n] = known.total[n] == 0 ? 0.0 : factor / known.total[n];
       coefficient[n] = static_cast<float>(exact_coefficient_[n]);
-      exact_at_target_[n] = -factor;
-      at_target[n] = static_cast<float>(-factor);
+      exact_at_target_[n] = -factor * known.slope(n);
+      at_target[n] = static_cast<float>(exact_at_target_[n]);
     }
   }
   // Sums over the other classes, in dx, to gradients: the coefficient, where it is not in the sums, and the target's
@@ -183,17 +246,42 @@ class KnownRows {
   std::vector<double> exact_coefficient_, exact_at_target_;
 };
 
-void fill_target_logits(const Tensor& hidden, const Tensor& weight, const TargetIndex& targets, float* out);
+// The gradient of the bias (V,), in the dtype of the head: summed in double, rounded once; empty if not wanted.
+class BiasGradient {
+ public:
+  BiasGradient(const Tensor& weight, bool wanted) : options_(weight.options()), sums_(wanted ? weight.size(0) : 0) {}
+  void add(int64_t v, double value) { sums_[v] += value; }
+  // dlogits of rows, [classes, size] from class v0 on, row n times factor[n] (null: 1)
+  void add_rows(int64_t v0, int64_t classes, const float* dlogits, int64_t stride, const float* factor, int64_t size) {
+    at::parallel_for(0, classes, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) sums_[v0 + v] += row_sum(dlogits + v * stride, factor, size);
+    });
+  }
+  Tensor out() const {
+    Tensor fp32 = at::empty({static_cast<int64_t>(sums_.size())}, options_.dtype(at::kFloat));
+    std::copy(sums_.begin(), sums_.end(), fp32.data_ptr<float>());
+    return fp32.to(options_.dtype());
+  }
+
+ private:
+  at::TensorOptions options_;
+  std::vector<double> sums_;
+};
+
+// u of each row's target, 0 where it is absent
+void fill_targets(const Tensor& hidden, const Tensor& weight, const TargetIndex& targets, const Head& head,
+                  float* out);
 
 // The bf16 route (linear_cross_entropy_bf16.cpp); the arguments are those of the ops.
 bool bf16_route_runs();
 bool bf16_route_is_fastest();  // of those that run for bf16 inputs on this processor
-ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, bool want_dhidden,
-                           bool keep_tiles);
-Tensor bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                    const Tensor& statistics, const Tensor& kept, const Tensor& kept_shift);
-std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
-                                      const Tensor& targets, const Tensor& statistics, bool want_dhidden,
-                                      bool want_dweight);
+ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Head& head,
+                           bool want_dhidden, bool keep_tiles, bool want_metrics);
+std::tuple<Tensor, Tensor> bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
+                                        const Tensor& targets, const Statistics& known, const Tensor& kept,
+                                        const Tensor& kept_shift, bool want_dweight, bool want_dbias);
+std::tuple<Tensor, Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
+                                              const Tensor& targets, const Statistics& known, const Head& head,
+                                              bool want_dhidden, bool want_dweight, bool want_dbias);
 
 }  // namespace vrpo

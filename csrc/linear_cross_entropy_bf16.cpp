@@ -22,13 +22,13 @@ namespace {
 
 bool bf16_route_runs() { return false; }
 bool bf16_route_is_fastest() { return false; }
-ForwardResult bf16_forward(const Tensor&, const Tensor&, const Tensor&, bool, bool) { refuse(); }
-Tensor bf16_dweight(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                    const Tensor&) {
+ForwardResult bf16_forward(const Tensor&, const Tensor&, const Tensor&, const Head&, bool, bool, bool) { refuse(); }
+std::tuple<Tensor, Tensor> bf16_dweight(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Statistics&,
+                                        const Tensor&, const Tensor&, bool, bool) {
   refuse();
 }
-std::tuple<Tensor, Tensor> bf16_sweep(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool,
-                                      bool) {
+std::tuple<Tensor, Tensor, Tensor> bf16_sweep(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                              const Statistics&, const Head&, bool, bool, bool) {
   refuse();
 }
 
@@ -272,29 +272,41 @@ struct Lanes {
   Floats group[kGroups];
 };
 
-// e = exp(z - subtract) for a panel z [classes, kWidth] goes out by row, e * multiply by class; sum += the fp32 sums
-// of e over classes. z has rows of -inf up to the next multiple of kSubtotal.
-template <int kGroups>
-VRPO_AVX512_BF16 void exponentials(const float* z, int64_t classes, const Lanes<kGroups>& subtract,
-                                   const Lanes<kGroups>& multiply, Lanes<kGroups>& sum, const Probabilities& out) {
+// e = exp(logit - subtract) for a panel z [classes, kWidth] of h . w. With a soft-cap's slope it goes out by row, and
+// times multiply by class; sum += the fp32 sums of e over classes, moment += those of e (logit - subtract) for
+// metrics. z has rows of -inf up to the next multiple of kSubtotal.
+template <int kGroups, Form kForm, bool kMetrics>
+VRPO_AVX512_BF16 void exponentials(const float* z, int64_t classes, const float* bias, const LogitMap& logit_map,
+                                   const Lanes<kGroups>& subtract, const Lanes<kGroups>& multiply, Lanes<kGroups>& sum,
+                                   Lanes<kGroups>& moment, const Probabilities& out) {
+  constexpr int kTogether = kForm == Form::kCapped ? 4 : 2;  // classes handled side by side
+  const VectorMap map(logit_map);
   for (int64_t v0 = 0; v0 < classes; v0 += kSubtotal) {
     for (int g = 0; g < kGroups; ++g) {
       const float* from = z + v0 * kWidth + g * kLanes;
       __m512i pairs[kSubtotal / 2];
-      Floats subtotal{};
-      for (int64_t v = 0; v < kSubtotal; v += 2, from += 2 * kWidth) {
-        const Floats first = exp(load(from) - subtract.group[g]);
-        const Floats second = exp(load(from + kWidth) - subtract.group[g]);
-        subtotal += first;
-        subtotal += second;
-        pairs[v / 2] = pair(to_bf16((__m512)first), to_bf16((__m512)second));
+      Floats subtotal{}, submoment{};
+      for (int64_t v = 0; v < kSubtotal; v += kTogether, from += kTogether * kWidth) {
+        Floats value[kTogether], above[kTogether], e[kTogether], slope[kTogether];
+        for (int i = 0; i < kTogether; ++i) value[i] = unscaled<kForm>(load(from + i * kWidth), bias, v0 + v + i);
+        shifted_exp<kForm>(value, map, subtract.group[g], above, e, slope);
+        for (int i = 0; i < kTogether; ++i) {
+          subtotal += e[i];
+          if constexpr (kMetrics) submoment += e[i] * (above[i] < -100.0f ? Floats{} : above[i]);  // not 0 * -inf
+          if constexpr (kForm == Form::kCapped) e[i] *= slope[i];
+        }
+        for (int i = 0; i < kTogether; i += 2) {
+          pairs[(v + i) / 2] = pair(to_bf16((__m512)e[i]), to_bf16((__m512)e[i + 1]));
+        }
         if (out.by_class != nullptr) {
           BFloat16* to = out.by_class + (v0 + v) * out.by_class_stride + g * kLanes;
-          if (v0 + v < classes) store_rounded(to, first * multiply.group[g]);
-          if (v0 + v + 1 < classes) store_rounded(to + out.by_class_stride, second * multiply.group[g]);
+          for (int i = 0; i < kTogether; ++i, to += out.by_class_stride) {
+            if (v0 + v + i < classes) store_rounded(to, e[i] * multiply.group[g]);
+          }
         }
       }
       sum.group[g] += subtotal;
+      if constexpr (kMetrics) moment.group[g] += submoment;
       if (out.by_row != nullptr) {
         transpose(pairs);
         for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -305,45 +317,74 @@ VRPO_AVX512_BF16 void exponentials(const float* z, int64_t classes, const Lanes<
   }
 }
 
-// One panel of a tile: moves the shift, turns z into probabilities, adds to the sums. factor = what earlier sums and
-// accumulators of a row are to be multiplied with.
-template <int kGroups>
-VRPO_AVX512_BF16 void fold(const float* z, int64_t classes, float* shift, float* total, float* factor,
-                           const Probabilities& out) {
-  Lanes<kGroups> maximum, subtract, one;
+// One panel of a tile, lanes from `first` of the sums on: moves the shift, turns z into probabilities, adds to the
+// sums.
+template <int kGroups, Form kForm, bool kMetrics>
+VRPO_AVX512_BF16 void fold(const float* z, int64_t classes, const float* bias, const LogitMap& logit_map,
+                           int64_t first, RowSums& sums, const Probabilities& out) {
+  const VectorMap map(logit_map);
+  float *shift = &sums.shift[first], *total = &sums.total[first], *factor = &sums.factor[first];
+  Lanes<kGroups> maximum, subtract, one, old_shift;
   for (int g = 0; g < kGroups; ++g) maximum.group[g] = splat(kMinusInfinity);
   for (int64_t v = 0; v < classes; ++v) {
     for (int g = 0; g < kGroups; ++g) {
-      const Floats value = load(z + v * kWidth + g * kLanes);
+      const Floats value = unscaled<kForm>(load(z + v * kWidth + g * kLanes), bias, v);
       maximum.group[g] = value > maximum.group[g] ? value : maximum.group[g];
     }
   }
   for (int g = 0; g < kGroups; ++g) {
-    const Floats old_shift = load(shift + g * kLanes);
-    const Floats new_shift = maximum.group[g] > old_shift + kSlack ? maximum.group[g] : old_shift;
-    store(factor + g * kLanes, new_shift == old_shift ? splat(1.0f) : exp(old_shift - new_shift));
+    if constexpr (kMetrics) {
+      float* largest = &sums.largest[first + g * kLanes];
+      store(largest, maximum.group[g] > load(largest) ? maximum.group[g] : load(largest));
+    }
+    old_shift.group[g] = load(shift + g * kLanes);
+    const Floats new_shift = next_shift<kForm>(old_shift.group[g], maximum.group[g], map);
+    store(factor + g * kLanes,
+          new_shift == old_shift.group[g] ? splat(1.0f) : exp(old_shift.group[g] - new_shift));
     store(shift + g * kLanes, new_shift);
     // All logits so far -inf (only the target seen): subtract 0 instead of -inf.
     subtract.group[g] = new_shift == kMinusInfinity ? Floats{} : new_shift;
     one.group[g] = splat(1.0f);
   }
-  Lanes<kGroups> sum{};
-  exponentials<kGroups>(z, classes, subtract, one, sum, out);
+  Lanes<kGroups> sum{}, moment{};
+  exponentials<kGroups, kForm, kMetrics>(z, classes, bias, logit_map, subtract, one, sum, moment, out);
   for (int g = 0; g < kGroups; ++g) {
-    store(total + g * kLanes, load(total + g * kLanes) * load(factor + g * kLanes) + sum.group[g]);
+    const Floats before = load(total + g * kLanes), scale = load(factor + g * kLanes);
+    if constexpr (kMetrics) {
+      float* to = &sums.moment[first + g * kLanes];
+      store(to, moved_moment(load(to), before, old_shift.group[g], load(shift + g * kLanes), scale) + moment.group[g]);
+    }
+    store(total + g * kLanes, before * scale + sum.group[g]);
   }
 }
 
 // One panel of a tile with known statistics.
-template <int kGroups>
-VRPO_AVX512_BF16 void weigh(const float* z, int64_t classes, const float* shift, const float* coefficient,
-                            const Probabilities& out) {
+template <int kGroups, Form kForm>
+VRPO_AVX512_BF16 void weigh(const float* z, int64_t classes, const float* bias, const LogitMap& map,
+                            const float* shift, const float* coefficient, const Probabilities& out) {
   Lanes<kGroups> subtract, multiply, unused{};
   for (int g = 0; g < kGroups; ++g) {
     subtract.group[g] = load(shift + g * kLanes);
     multiply.group[g] = load(coefficient + g * kLanes);
   }
-  exponentials<kGroups>(z, classes, subtract, multiply, unused, out);
+  exponentials<kGroups, kForm, false>(z, classes, bias, map, subtract, multiply, unused, unused, out);
+}
+
+// The function of the same name for rows of bf16.
+VRPO_AVX512_BF16 double row_sum(const BFloat16* row, const float* factor, int64_t size) {
+  constexpr int64_t kBlock = 64 * kLanes;  // summed in fp32 lanes
+  double sum = 0;
+  for (int64_t n0 = 0; n0 < size; n0 += kBlock) {
+    __m512 lanes = _mm512_setzero_ps();
+    for (int64_t n = n0; n < std::min(n0 + kBlock, size); n += kLanes) {
+      const __mmask16 inside = size - n >= kLanes ? 0xffff : (1u << (size - n)) - 1;
+      const __m512 value = widen(_mm256_maskz_loadu_epi16(inside, row + n));
+      const __m512 multiply = factor == nullptr ? _mm512_set1_ps(1.0f) : _mm512_maskz_loadu_ps(inside, factor + n);
+      lanes = _mm512_fmadd_ps(value, multiply, lanes);
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  }
+  return sum;
 }
 
 // body.operator()<width / kLanes>()
@@ -357,6 +398,31 @@ void for_width(int64_t width, const Body& body) {
   }
 }
 
+// The two functions above for a panel of this width and the tile from class v0 on.
+void fold(int64_t width, const float* z, int64_t classes, const Head& head, int64_t v0, int64_t first, RowSums& sums,
+          const Probabilities& out) {
+  const float* bias = head.bias(v0);
+  for_width(width, [&]<int kGroups>() {
+    for_form(head.form, [&]<Form kForm>() {
+      if (sums.metrics()) {
+        fold<kGroups, kForm, true>(z, classes, bias, head.map, first, sums, out);
+      } else {
+        fold<kGroups, kForm, false>(z, classes, bias, head.map, first, sums, out);
+      }
+    });
+  });
+}
+
+void weigh(int64_t width, const float* z, int64_t classes, const Head& head, int64_t v0, const float* shift,
+           const float* coefficient, const Probabilities& out) {
+  const float* bias = head.bias(v0);
+  for_width(width, [&]<int kGroups>() {
+    for_form(head.form, [&]<Form kForm>() {
+      weigh<kGroups, kForm>(z, classes, bias, head.map, shift, coefficient, out);
+    });
+  });
+}
+
 // Rows per panel: kWidth, or fewer where there would be less than one panel per thread.
 int64_t panel_width(int64_t rows) {
   const int64_t share = (rows + at::get_num_threads() - 1) / at::get_num_threads();
@@ -365,10 +431,10 @@ int64_t panel_width(int64_t rows) {
 
 // What the three functions below have in common: the head's tiles and the buffers of each thread.
 struct Workspace {
-  HeadTiles head;
+  HeadTiles tiles;
   Tensor logits, panel;
   explicit Workspace(const Tensor& weight)
-      : head(weight),
+      : tiles(weight),
         logits(at::empty({at::get_num_threads(), kTile, kWidth}, weight.options().dtype(at::kFloat))),
         panel(at::empty({at::get_num_threads(), kTile / 2, kWidth}, weight.options().dtype(at::kInt))) {}
 
@@ -376,8 +442,8 @@ struct Workspace {
   const float* panel_logits(int64_t thread, int64_t tile, const BFloat16* w, const RowPanels& x, int64_t panel,
                             int64_t first_row, const TargetIndex& targets) {
     float* z = logits.data_ptr<float>() + thread * kTile * kWidth;
-    const int64_t v0 = head.begin(tile), classes = head.size(tile), width = x.width(panel);
-    multiply(z, kWidth, w, head.stride(), x[panel], classes, width, head.depth(), false);
+    const int64_t v0 = tiles.begin(tile), classes = tiles.size(tile), width = x.width(panel);
+    multiply(z, kWidth, w, tiles.stride(), x[panel], classes, width, tiles.depth(), false);
     targets.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
       if (n >= first_row && n < first_row + width) z[(v - v0) * kWidth + n - first_row] = kMinusInfinity;
     });
@@ -389,13 +455,13 @@ struct Workspace {
   void add_head_rows(int64_t thread, int64_t tile, const BFloat16* w, const BFloat16* by_row, int64_t rows,
                      const float* factor, float* out, int64_t D, int64_t j) {
     Word* words = reinterpret_cast<Word*>(panel.data_ptr<int32_t>()) + thread * (kTile / 2 * kWidth);
-    const int64_t classes = head.size(tile), width = std::min(kWidth, D - j);
+    const int64_t classes = tiles.size(tile), width = std::min(kWidth, D - j);
     if (tile > 0 && factor != nullptr) {
       for (int64_t n = 0; n < rows; ++n) {
         if (factor[n] != 1.0f) scale_row(out + n * D + j, out + n * D + j, factor[n], width);
       }
     }
-    pack_classes(w + j, head.stride(), classes, width, words);
+    pack_classes(w + j, tiles.stride(), classes, width, words);
     multiply(out + j, D, by_row, kTile, words, rows, width, round_up(classes, 2), tile > 0);
   }
 };
@@ -452,71 +518,76 @@ bool bf16_route_is_fastest() {
   return bf16_route_runs() && (__builtin_cpu_is("amd") || amx_bf16);
 }
 
-ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, bool want_dhidden,
-                           bool keep_tiles) {
+ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Head& head,
+                           bool want_dhidden, bool keep_tiles, bool want_metrics) {
   require_route(hidden);
   const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
   const auto fp32 = hidden.options().dtype(at::kFloat);
   const TargetIndex index(targets, V);
   const Tensor x = hidden.contiguous();
   Workspace workspace(weight);
-  HeadTiles& head = workspace.head;
+  HeadTiles& tiles = workspace.tiles;
   const int64_t padded = round_up(N, kLanes), chunk = chunk_rows(N), width = panel_width(chunk);
 
   Tensor nll = at::empty({N}, fp32), statistics = at::empty({3, N}, fp32);
   Tensor expected = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
   Tensor kept = at::empty({keep_tiles ? V : 0, keep_tiles ? padded : 0}, x.options());
-  Tensor kept_shift = at::empty({keep_tiles ? head.count() : 0, keep_tiles ? padded : 0}, fp32);
+  Tensor kept_shift = at::empty({keep_tiles ? tiles.count() : 0, keep_tiles ? padded : 0}, fp32);
   Tensor by_row = at::empty({want_dhidden ? chunk : 0, kTile}, x.options());
+  Tensor metrics = at::empty({want_metrics ? 2 : 0, want_metrics ? N : 0}, fp32);
 
-  fill_target_logits(hidden, weight, index, statistics.data_ptr<float>());
-  std::vector<float> shift(chunk), total(chunk), factor(chunk);
+  fill_targets(hidden, weight, index, head, statistics.data_ptr<float>());
+  RowSums sums(chunk, want_metrics);
   for (int64_t n0 = 0; n0 < N; n0 += chunk) {
     const int64_t rows = std::min(chunk, N - n0);
     const RowPanels panels(x, n0, rows, width);
-    std::fill(shift.begin(), shift.end(), kMinusInfinity);
-    std::fill(total.begin(), total.end(), 0.0f);
-    for (int64_t t = 0; t < head.count(); ++t) {
-      const BFloat16* w = head.load(t);
+    sums.reset();
+    for (int64_t t = 0; t < tiles.count(); ++t) {
+      const BFloat16* w = tiles.load(t);
       parallel_tasks(panels.count(), [&](int64_t p, int64_t thread) {
         const int64_t first = p * width;
         const float* z = workspace.panel_logits(thread, t, w, panels, p, n0 + first, index);
         const Probabilities out{want_dhidden ? bf16_data(by_row) + first * kTile : nullptr,
-                                keep_tiles ? bf16_data(kept) + head.begin(t) * padded + n0 + first : nullptr, padded};
-        for_width(panels.width(p), [&]<int kGroups>() {
-          fold<kGroups>(z, head.size(t), &shift[first], &total[first], &factor[first], out);
-        });
+                                keep_tiles ? bf16_data(kept) + tiles.begin(t) * padded + n0 + first : nullptr, padded};
+        fold(panels.width(p), z, tiles.size(t), head, tiles.begin(t), first, sums, out);
         if (keep_tiles) {
-          std::copy_n(&shift[first], panels.width(p), kept_shift.data_ptr<float>() + t * padded + n0 + first);
+          std::copy_n(&sums.shift[first], panels.width(p), kept_shift.data_ptr<float>() + t * padded + n0 + first);
         }
       });
       if (!want_dhidden) continue;
-      float* sums = expected.data_ptr<float>() + n0 * D;
+      float* rows_of_head = expected.data_ptr<float>() + n0 * D;
       parallel_tasks(panels_of(D), [&](int64_t j, int64_t thread) {
-        workspace.add_head_rows(thread, t, w, bf16_data(by_row), rows, factor.data(), sums, D, j * kWidth);
+        workspace.add_head_rows(thread, t, w, bf16_data(by_row), rows, sums.factor.data(), rows_of_head, D,
+                                j * kWidth);
       });
     }
-    finish_rows(n0, rows, shift.data(), total.data(), statistics, nll, expected);
+    finish_rows(n0, rows, sums, head.map, statistics, nll, expected, metrics);
   }
-  return {nll, statistics, expected, kept, kept_shift};
+  return {nll, statistics, expected, kept, kept_shift, metrics};
 }
 
-Tensor bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-                    const Tensor& statistics, const Tensor& kept, const Tensor& kept_shift) {
+std::tuple<Tensor, Tensor> bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
+                                        const Tensor& targets, const Statistics& known, const Tensor& kept,
+                                        const Tensor& kept_shift, bool want_dweight, bool want_dbias) {
   require_route(hidden);
   const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0), padded = kept.size(1);
   const TargetIndex index(targets, V);
-  const Statistics known(statistics);
   const Tensor g = dnll.contiguous(), x = hidden.contiguous();
   const float* upstream = g.const_data_ptr<float>();
-  Tensor dw = at::empty(weight.sizes(), weight.options().memory_format(at::MemoryFormat::Contiguous));
-  if (N == 0) return dw.zero_();
+  Tensor dw = at::empty({want_dweight ? V : 0, want_dweight ? D : 0}, x.options());
+  BiasGradient bias_gradient(weight, want_dbias);
+  if (N == 0) return {dw.zero_(), bias_gradient.out()};
   Tensor scratch = at::empty({at::get_num_threads(), kHeight, kWidth}, kept_shift.options());
 
-  // Each tile was kept as exp(z - m_t); the row's factor g q / s exp(m_t - m) goes on x, which is smaller.
-  ColumnPanels columns(x);
+  // Each tile was kept as exp(logit - m_t) slope; the row's factor g q scale / s exp(m_t - m) goes on x, which is
+  // smaller.
+  ColumnPanels columns(want_dweight ? x : x.narrow(1, 0, 0));
   std::vector<double> others(N);
-  for (int64_t n = 0; n < N; ++n) others[n] = known.other(n);
+  std::vector<float> at_target(N), factors(padded, 0.0f);
+  for (int64_t n = 0; n < N; ++n) {
+    others[n] = known.other(n);
+    at_target[n] = static_cast<float>(-upstream[n] * others[n] * known.slope(n));
+  }
   const auto factor = [&](int64_t n, const float* tile_shift) {
     // Only the target was seen in this tile: E is 0 there and its shift is -inf.
     return n >= N || known.total[n] == 0 || tile_shift[n] == kMinusInfinity
@@ -531,7 +602,9 @@ Tensor bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weig
       for (int64_t pair = begin; pair < end; ++pair) {
         const int64_t n = 2 * pair;
         if (previous != nullptr && previous[n] == tile_shift[n] && previous[n + 1] == tile_shift[n + 1]) continue;
-        columns.set(pair, factor(n, tile_shift), factor(n + 1, tile_shift));
+        factors[n] = factor(n, tile_shift);
+        factors[n + 1] = factor(n + 1, tile_shift);
+        columns.set(pair, factors[n], factors[n + 1]);
       }
     });
     previous = tile_shift;
@@ -542,25 +615,29 @@ Tensor bf16_dweight(const Tensor& dnll, const Tensor& hidden, const Tensor& weig
     parallel_tasks((last - first + kHeight - 1) / kHeight, [&](int64_t task, int64_t thread) {
       const int64_t v0 = first + task * kHeight, classes = std::min(kHeight, last - v0);
       float* block = scratch.data_ptr<float>() + thread * kHeight * kWidth;
-      for (int64_t j = 0; j < D; j += kWidth) {
+      for (int64_t j = 0; j < dw.size(1); j += kWidth) {
         const int64_t width = std::min(kWidth, D - j);
         multiply(block, kWidth, bf16_data(kept) + v0 * padded, padded, columns.at(j / kWidth, 0), classes, width,
                  padded, false);
         index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
-          add_row(block + (v - v0) * kWidth, bf16_data(x) + n * D + j, static_cast<float>(-upstream[n] * others[n]),
-                  width);
+          add_row(block + (v - v0) * kWidth, bf16_data(x) + n * D + j, at_target[n], width);
         });
         for (int64_t v = 0; v < classes; ++v) round_row(bf16_data(dw) + (v0 + v) * D + j, block + v * kWidth, width);
       }
+      if (!want_dbias) return;
+      for (int64_t v = v0; v < v0 + classes; ++v) {
+        bias_gradient.add(v, row_sum(bf16_data(kept) + v * padded, factors.data(), N));
+      }
+      index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) { bias_gradient.add(v, at_target[n]); });
     });
     t = next;
   }
-  return dw;
+  return {dw, bias_gradient.out()};
 }
 
-std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
-                                      const Tensor& targets, const Tensor& statistics, bool want_dhidden,
-                                      bool want_dweight) {
+std::tuple<Tensor, Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, const Tensor& weight,
+                                              const Tensor& targets, const Statistics& statistics, const Head& head,
+                                              bool want_dhidden, bool want_dweight, bool want_dbias) {
   require_route(hidden);
   const int64_t N = hidden.size(0), D = hidden.size(1), V = weight.size(0);
   const auto fp32 = hidden.options().dtype(at::kFloat);
@@ -568,15 +645,17 @@ std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, 
   const KnownRows known(dnll, statistics);
   const Tensor x = hidden.contiguous();
   Workspace workspace(weight);
-  HeadTiles& head = workspace.head;
+  HeadTiles& tiles = workspace.tiles;
   const int64_t chunk = chunk_rows(N), width = panel_width(chunk);
 
   Tensor dx = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
   Tensor dw = at::empty({want_dweight ? V : 0, want_dweight ? D : 0}, x.options());
-  if (N == 0) return {dx.to(at::kBFloat16), dw.zero_()};
+  BiasGradient bias_gradient(weight, want_dbias);
+  if (N == 0) return {dx.to(at::kBFloat16), dw.zero_(), bias_gradient.out()};
   Tensor dw_tile = at::empty({want_dweight ? std::min(V, kTile) : 0, D}, fp32);
   Tensor by_row = at::empty({want_dhidden ? chunk : 0, kTile}, x.options());
-  Tensor by_class = at::empty({want_dweight ? kTile : 0, chunk}, x.options());
+  const bool by_class_wanted = want_dweight || want_dbias;
+  Tensor by_class = at::empty({by_class_wanted ? kTile : 0, chunk}, x.options());
   std::vector<RowPanels> chunks;
   for (int64_t n0 = 0; n0 < N; n0 += chunk) chunks.emplace_back(x, n0, std::min(chunk, N - n0), width);
   ColumnPanels columns(x);
@@ -584,9 +663,9 @@ std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, 
     for (int64_t pair = 0; pair < columns.pairs(); ++pair) columns.set(pair, 1.0f, 1.0f);
   }
 
-  for (int64_t t = 0; t < head.count(); ++t) {
-    const BFloat16* w = head.load(t);
-    const int64_t v0 = head.begin(t), classes = head.size(t);
+  for (int64_t t = 0; t < tiles.count(); ++t) {
+    const BFloat16* w = tiles.load(t);
+    const int64_t v0 = tiles.begin(t), classes = tiles.size(t);
     for (int64_t n0 = 0; n0 < N; n0 += chunk) {
       const RowPanels& panels = chunks[n0 / chunk];
       const int64_t rows = std::min(chunk, N - n0);
@@ -594,11 +673,16 @@ std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, 
         const int64_t first = p * width;
         const float* z = workspace.panel_logits(thread, t, w, panels, p, n0 + first, index);
         const Probabilities out{want_dhidden ? bf16_data(by_row) + first * kTile : nullptr,
-                                want_dweight ? bf16_data(by_class) + first : nullptr, chunk};
-        for_width(panels.width(p), [&]<int kGroups>() {
-          weigh<kGroups>(z, classes, &known.shift[n0 + first], &known.coefficient[n0 + first], out);
-        });
+                                by_class_wanted ? bf16_data(by_class) + first : nullptr, chunk};
+        weigh(panels.width(p), z, classes, head, v0, &known.shift[n0 + first], &known.coefficient[n0 + first], out);
       });
+      if (want_dbias) {
+        at::parallel_for(0, classes, 16, [&](int64_t begin, int64_t end) {
+          for (int64_t v = begin; v < end; ++v) {
+            bias_gradient.add(v0 + v, row_sum(bf16_data(by_class) + v * chunk, nullptr, rows));
+          }
+        });
+      }
       parallel_tasks(panels_of(D), [&](int64_t panel, int64_t thread) {
         const int64_t j = panel * kWidth, columns_here = std::min(kWidth, D - j);
         if (want_dhidden) {
@@ -609,6 +693,9 @@ std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, 
                    columns_here, round_up(rows, kLanes), n0 > 0);
         }
       });
+    }
+    if (want_dbias) {
+      index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) { bias_gradient.add(v, known.at_target[n]); });
     }
     if (!want_dweight) continue;
     index.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
@@ -621,7 +708,7 @@ std::tuple<Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& hidden, 
     });
   }
   if (want_dhidden) known.finish(dx, weight, index, false);
-  return {dx.to(at::kBFloat16), dw};
+  return {dx.to(at::kBFloat16), dw, bias_gradient.out()};
 }
 
 }  // namespace vrpo

@@ -73,12 +73,13 @@ def probe_gemms(dtype: torch.dtype, *, repeats: int = 3) -> dict[str, float]:
     weight = torch.linspace(-1, 1, 8192 * 1024).view(8192, 1024).to(dtype)
     targets = torch.arange(256)
     seconds = {}
+    plain = {"bias": None, "softcap": 0.0, "scale": 1.0, "keep_tiles": False, "want_metrics": False}
     for name in gemms(dtype):
-        forward(hidden, weight, targets, gemm=name, want_dhidden=True, keep_tiles=False)
+        forward(hidden, weight, targets, gemm=name, want_dhidden=True, **plain)
         samples = []
         for _ in range(repeats):
             start = time.perf_counter()
-            forward(hidden, weight, targets, gemm=name, want_dhidden=True, keep_tiles=False)
+            forward(hidden, weight, targets, gemm=name, want_dhidden=True, **plain)
             samples.append(time.perf_counter() - start)
         seconds[name] = min(samples)
     return seconds
@@ -92,36 +93,30 @@ def kept_shapes(num_rows: int, num_classes: int, gemm: str, input_dtype: torch.d
     return ((num_classes, padded), dtype), ((num_tiles, padded), torch.float32)
 
 
-def _plain_only(bias, softcap, scale, want_metrics=False) -> None:
-    if bias is not None or softcap or scale != 1.0 or want_metrics:
-        raise ValueError("this backend does not compute bias, softcap, scale or metrics yet; use 'reference'")
-
-
 def forward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None,
+    softcap: float,
+    scale: float,
     gemm: str,
     want_dhidden: bool,
     keep_tiles: bool,
-    bias: Tensor | None = None,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    want_metrics: bool = False,
-) -> tuple[Tensor, ...]:
+    want_metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(nll, statistics, expected, kept, kept_shift, metrics); see `op._forward`."""
-    _plain_only(bias, softcap, scale, want_metrics)
-    out = torch.ops.vrpo.linear_cross_entropy_forward(hidden, weight, targets, gemm, want_dhidden, keep_tiles)
-    return *out, hidden.new_empty((0, 0), dtype=torch.float32)
+    return torch.ops.vrpo.linear_cross_entropy_forward(
+        hidden, weight, targets, bias, softcap, scale, gemm, want_dhidden, keep_tiles, want_metrics
+    )
 
 
 def target_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float = 1.0
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """(N,) fp32 logit of each row's target, the same bits as in `forward`."""
-    _plain_only(bias, 0.0, scale)
-    return torch.ops.vrpo.linear_cross_entropy_target_logits(hidden, weight, targets)
+    """(N,) fp32 logit of each row's target before the soft-cap, the same bits as in `forward`."""
+    return torch.ops.vrpo.linear_cross_entropy_target_logits(hidden, weight, targets, bias, scale)
 
 
 def dhidden(
@@ -130,12 +125,13 @@ def dhidden(
     statistics: Tensor,
     weight: Tensor,
     targets: Tensor,
-    softcap: float = 0.0,
-    scale: float = 1.0,
+    softcap: float,
+    scale: float,
 ) -> Tensor:
     """(N, D) gradient of hidden from what the forward pass left; see `op._dhidden`."""
-    _plain_only(None, softcap, scale)
-    return torch.ops.vrpo.linear_cross_entropy_dhidden(dnll, expected, statistics, weight, targets)
+    return torch.ops.vrpo.linear_cross_entropy_dhidden(
+        dnll, expected, statistics, weight, targets, softcap, scale
+    )
 
 
 def dweight(
@@ -147,20 +143,17 @@ def dweight(
     kept: Tensor,
     kept_shift: Tensor,
     *,
+    softcap: float,
+    scale: float,
     gemm: str,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    want_dweight: bool = True,
-    want_dbias: bool = False,
+    want_dweight: bool,
+    want_dbias: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(V, D) gradient of weight from kept tiles; see `op._dweight`."""
-    _plain_only(None, softcap, scale, want_dbias)
-    if not want_dweight:
-        return weight.new_empty((0, 0)), weight.new_empty(0)
-    out = torch.ops.vrpo.linear_cross_entropy_dweight(
-        dnll, hidden, weight, targets, statistics, kept, kept_shift, gemm
-    )
-    return out, weight.new_empty(0)
+    """((V, D) gradient of weight, (V,) gradient of bias) from kept tiles; see `op._dweight`."""
+    return torch.ops.vrpo.linear_cross_entropy_dweight(
+        dnll, hidden, weight, targets, statistics, kept, kept_shift, softcap, scale, gemm, want_dweight,
+        want_dbias,
+    )  # fmt: skip
 
 
 def sweep(
@@ -170,17 +163,16 @@ def sweep(
     targets: Tensor,
     statistics: Tensor,
     *,
+    bias: Tensor | None,
+    softcap: float,
+    scale: float,
     gemm: str,
     want_dhidden: bool,
     want_dweight: bool,
-    bias: Tensor | None = None,
-    softcap: float = 0.0,
-    scale: float = 1.0,
-    want_dbias: bool = False,
+    want_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in one sweep over the vocabulary, from known statistics; see `op._sweep`."""
-    _plain_only(bias, softcap, scale, want_dbias)
-    out = torch.ops.vrpo.linear_cross_entropy_sweep(
-        dnll, hidden, weight, targets, statistics, gemm, want_dhidden, want_dweight
-    )
-    return *out, weight.new_empty(0)
+    """All gradients in one sweep over the vocabulary, from known statistics; see `op._sweep`."""
+    return torch.ops.vrpo.linear_cross_entropy_sweep(
+        dnll, hidden, weight, targets, statistics, bias, softcap, scale, gemm, want_dhidden, want_dweight,
+        want_dbias,
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+// From what the matmul gives, h . w, to the logit of a head with bias, scale and soft-cap:
+//   logit = softcap * tanh(u / softcap),   u = scale * (h . w + bias)
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace vrpo {
+
+// The number of operations per logit differs, and a plain head pays for nothing that it has not.
+enum class Form {
+  kPlain,  // logit = h . w
+  kAffine,  // logit = u
+  kCapped,
+};
+
+// One logit in double: there are N of them per call, and they meet large numbers. A class whose u is -inf stays out
+// (logit -inf, also below a soft-cap).
+struct LogitMap {
+  double softcap, scale;  // softcap 0: none
+
+  double logit(double u) const {
+    return softcap == 0 || u == -std::numeric_limits<double>::infinity() ? u : softcap * std::tanh(u / softcap);
+  }
+  // dlogit / du = sech^2(u / softcap), without the cancellation of 1 - tanh^2.
+  double slope(double u) const {
+    if (softcap == 0) return 1;
+    const double t = std::exp(-2 * std::abs(u) / softcap);
+    return 4 * t / ((1 + t) * (1 + t));
+  }
+};
+
+// The same for the lanes of a vector.
+struct VectorMap {
+  Floats scale, softcap, to_exponent;
+
+  explicit VectorMap(const LogitMap& map)
+      : scale(splat(static_cast<float>(map.scale))),
+        softcap(splat(static_cast<float>(map.softcap))),
+        to_exponent(map.softcap == 0 ? Floats{} : splat(static_cast<float>(-2 / M_LN2 * map.scale / map.softcap))) {}
+};
+
+// What follows handles kCount vectors side by side, step by step: one after the other, each would wait for itself.
+#define VRPO_EACH _Pragma("GCC unroll 8") for (int i = 0; i < kCount; ++i)
+
+// 2^y = power (1 + f g) for -127 <= y <= 126: power = 2^n with n = y rounded, 0 for -127; f = y - n; and
+// g = (2^f - 1) / f by Chebyshev's interpolation on [-1/2, 1/2], to 2^-27. NaN gives NaN.
+template <int kCount>
+VRPO_INLINE void exp2_parts(const Floats (&y)[kCount], Floats (&power)[kCount], Floats (&f)[kCount],
+                            Floats (&g)[kCount]) {
+  constexpr float kRound = 12582912.0f + 127.0f;  // as in exp, with the exponent's bias
+  Floats shifted[kCount];
+  VRPO_EACH shifted[i] = y[i] + kRound;
+  VRPO_EACH power[i] = (Floats)((Ints)shifted[i] << 23);
+  VRPO_EACH f[i] = y[i] - (shifted[i] - kRound);
+  VRPO_EACH g[i] = f[i] * 1.54531629e-4f + 1.33908634e-3f;
+  VRPO_EACH g[i] = g[i] * f[i] + 9.61808256e-3f;
+  VRPO_EACH g[i] = g[i] * f[i] + 5.55035711e-2f;
+  VRPO_EACH g[i] = g[i] * f[i] + 2.40226508e-1f;
+  VRPO_EACH g[i] = g[i] * f[i] + 6.93147188e-1f;
+}
+
+// From u / scale: tanh |u / softcap| and t = exp(-2 |u / softcap|) = 2^y. tanh = (1 - t) / (1 + t), where
+// 1 - t = (1 - power) - power f g keeps its relative accuracy near 0.
+template <int kCount>
+VRPO_INLINE void tanh_parts(const Floats (&unscaled)[kCount], const VectorMap& map, Floats (&tanh)[kCount],
+                            Floats (&t)[kCount]) {
+  Floats y[kCount], power[kCount], f[kCount], g[kCount];
+  VRPO_EACH y[i] = (Floats)((Ints)unscaled[i] & 0x7fffffff) * map.to_exponent;
+  VRPO_EACH y[i] = y[i] < -127.0f ? splat(-127.0f) : y[i];  // NaN stays
+  exp2_parts(y, power, f, g);
+  VRPO_EACH f[i] = power[i] * f[i];
+  VRPO_EACH t[i] = f[i] * g[i] + power[i];
+  VRPO_EACH tanh[i] = ((1.0f - power[i]) - f[i] * g[i]) / (t[i] + 1.0f);
+}
+
+// softcap with the sign of u
+VRPO_INLINE Floats signed_softcap(Floats unscaled, const VectorMap& map) {
+  return (Floats)(((Ints)unscaled & INT32_MIN) | (Ints)map.softcap);
+}
+
+// e = exp(above), above = logit - subtract, and slope = dlogit / du from u / scale below a soft-cap:
+// sech^2 = 4 t / (1 + t)^2 = t (1 + tanh)^2. A class whose u is -inf stays out: e = 0.
+template <int kCount>
+VRPO_INLINE void capped_exp(const Floats (&unscaled)[kCount], const VectorMap& map, Floats subtract,
+                            Floats (&above)[kCount], Floats (&e)[kCount], Floats (&slope)[kCount]) {
+  Floats t[kCount], power[kCount], f[kCount], g[kCount];
+  tanh_parts(unscaled, map, above, t);
+  VRPO_EACH slope[i] = above[i] + 1.0f;
+  VRPO_EACH slope[i] = t[i] * slope[i] * slope[i];
+  VRPO_EACH above[i] = signed_softcap(unscaled[i], map) * above[i] - subtract;
+  VRPO_EACH e[i] = above[i] * 1.44269504088896341f;
+  VRPO_EACH e[i] = e[i] < -127.0f ? splat(-127.0f) : e[i];
+  exp2_parts(e, power, f, g);
+  VRPO_EACH e[i] = (g[i] * f[i] + 1.0f) * power[i];
+  VRPO_EACH e[i] = unscaled[i] == kMinusInfinity ? Floats{} : e[i];
+}
+
+// u / scale from h . w. The bias is added first, and by itself: where the two cancel, u is as exact as they are.
+template <Form kForm>
+VRPO_INLINE Floats unscaled(Floats z, const float* bias, int64_t v) {
+  if constexpr (kForm == Form::kPlain) return z;
+  return z + bias[v];
+}
+
+// The same for any head, without a slope where there is no soft-cap.
+template <Form kForm, int kCount>
+VRPO_INLINE void shifted_exp(const Floats (&unscaled)[kCount], const VectorMap& map, Floats subtract,
+                             Floats (&above)[kCount], Floats (&e)[kCount], Floats (&slope)[kCount]) {
+  if constexpr (kForm == Form::kCapped) {
+    capped_exp(unscaled, map, subtract, above, e, slope);
+  } else {
+    for (int i = 0; i < kCount; ++i) {
+      above[i] = (kForm == Form::kAffine ? unscaled[i] * map.scale : unscaled[i]) - subtract;
+      e[i] = exp(above[i]);
+    }
+  }
+}
+
+// The logit from u / scale; -inf stays.
+template <Form kForm>
+VRPO_INLINE Floats to_logit(Floats unscaled, const VectorMap& map) {
+  if constexpr (kForm == Form::kPlain) return unscaled;
+  if constexpr (kForm == Form::kAffine) return unscaled * map.scale;
+  const Floats one[1] = {unscaled};
+  Floats tanh[1], t[1];
+  tanh_parts(one, map, tanh, t);
+  return unscaled == kMinusInfinity ? unscaled : signed_softcap(unscaled, map) * tanh[0];
+}
+
+// The shift m follows the largest logit lazily: it moves only when a tile exceeds it by more than this, because each
+// move rescales a row of the accumulator. e^16 * V stays far inside fp32.
+constexpr float kSlack = 16.0f;
+
+// The shift after a tile in which u / scale is at most `largest`: tanh is monotone.
+template <Form kForm>
+VRPO_INLINE Floats next_shift(Floats shift, Floats largest, const VectorMap& map) {
+  const Floats logit = to_logit<kForm>(largest, map);
+  if constexpr (kForm != Form::kCapped) return logit > shift + kSlack ? logit : shift;
+  // An overflow is NaN as without a soft-cap: tanh would hide it.
+  const Floats checked = logit + (largest == -kMinusInfinity ? largest - largest : Floats{});
+  return checked <= shift + kSlack ? shift : checked;
+}
+
+// factor * (moment + (m_old - m_new) * total): the moment about the new shift
+VRPO_INLINE Floats moved_moment(Floats moment, Floats total, Floats old_shift, Floats new_shift, Floats factor) {
+  const Floats step = new_shift == old_shift ? Floats{} : old_shift - new_shift;
+  return factor == 0.0f ? Floats{} : factor * (moment + step * total);  // nothing summed yet: step may be -inf
+}
+
+}  // namespace vrpo
