@@ -1,8 +1,11 @@
-"""Bad values where nobody looks at them, in Triton's CPU interpreter; run by `test_triton_bad_values.py`.
+"""Bad values where nobody looks at them: NaN or -1 of what they enter, and nothing out of bounds.
 
-The interpreter's tensors are on the CPU, where values are checked: here that is switched off, as it is on a
-GPU, and then switched on by `set_debug`. Reading far out of bounds would end the process.
+Run by `test_gpu_bad_values.py` on a GPU, and by `test_triton_bad_values.py` in Triton's CPU interpreter.
+There tensors are on the CPU, where values are checked: that is switched off, as it is on a GPU, and switched
+on by `set_debug`. Reading far out of bounds would end the process.
 """
+
+import os
 
 import pytest
 import torch
@@ -24,15 +27,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
 ]
 BAD_TARGETS = [-(2**63), -100, -1, 9, 2**40, 2**63 - 1]
+OTHERS = [0, 1, 3]  # rows of four beside the bad one
 BAD_ROWS = [-(2**63), -1, 6, 2**40, 2**63 - 1]
-NAN = float("nan")
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 @pytest.fixture(autouse=True)
 def like_a_gpu(monkeypatch):
-    """CPU tensors are looked at in debug mode only."""
+    """New tensors are on the device, and CPU tensors are looked at in debug mode only."""
     looked_at = checks.values_are_checked
-    monkeypatch.setattr(checks, "values_are_checked", lambda device: checks._debug and looked_at(device))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(checks, "values_are_checked", lambda device: checks._debug and looked_at(device))
+    with torch.device(DEVICE):
+        yield
 
 
 def differentiate(logits, targets, rows=None, **options):
@@ -50,10 +57,9 @@ def test_cross_entropy__a_bad_target_is_nan_in_its_row_alone(wrong, backend, in_
     logits, targets = torch.randn(4, 9), torch.tensor([0, 8, wrong, 3])
     nll, dlogits = differentiate(logits, targets, backend=backend, in_place=in_place)
     want, dwant = differentiate(logits, targets.clamp(0, 8), backend=backend)
-    others = torch.tensor([0, 1, 3])
     assert nll[2].isnan() and dlogits[2].isnan().all()
-    assert_bitwise_equal(nll[others], want[others])
-    assert_bitwise_equal(dlogits[others], dwant[others])
+    assert_bitwise_equal(nll[OTHERS], want[OTHERS])
+    assert_bitwise_equal(dlogits[OTHERS], dwant[OTHERS])
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -89,12 +95,13 @@ def test_set_debug__names_the_bad_value(backend):
             cross_entropy(logits, targets.abs() % 9, torch.tensor([4, 1, 4]), backend=backend)
 
 
-HIDDEN, WEIGHT = torch.randn(4, 16), torch.randn(9, 16)
-OTHERS = torch.tensor([0, 1, 3])
+def head():
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return torch.randn(4, 16, generator=generator), torch.randn(9, 16, generator=generator)
 
 
-def head_gradients(targets, hidden=HIDDEN, **options):
-    leaves = hidden.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+def head_gradients(targets, **options):
+    leaves = [part.requires_grad_() for part in head()]
     nll = linear_cross_entropy(*leaves, targets, **options)
     nll.sum().backward()
     return nll.detach(), leaves[0].grad, leaves[1].grad
@@ -116,10 +123,11 @@ def test_linear_cross_entropy__a_bad_target_is_nan_in_its_row_and_the_head(wrong
 @pytest.mark.parametrize("wrong", BAD_TARGETS)
 def test_replay__a_bad_target_is_nan_in_every_number_of_its_row(wrong, backend):
     targets = torch.tensor([0, 8, wrong, 3])
-    nll, statistics = linear_cross_entropy_statistics(HIDDEN, WEIGHT, targets, backend=backend)
+    hidden, weight = head()
+    nll, statistics = linear_cross_entropy_statistics(hidden, weight, targets, backend=backend)
     assert nll[2].isnan() and statistics[0, 2].isnan() and nll[OTHERS].isfinite().all()
-    leaf = HIDDEN.clone().requires_grad_()
-    again, drift = linear_cross_entropy_replay(leaf, WEIGHT, targets, nll, statistics, backend=backend)
+    leaf = hidden.requires_grad_()
+    again, drift = linear_cross_entropy_replay(leaf, weight, targets, nll, statistics, backend=backend)
     again.sum().backward()
     assert again[2].isnan() and drift.isnan() and leaf.grad[2].isnan().all()
     assert leaf.grad[OTHERS].isfinite().all()
@@ -128,25 +136,30 @@ def test_replay__a_bad_target_is_nan_in_every_number_of_its_row(wrong, backend):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_set_debug__names_the_bad_target_of_a_head(backend):
     targets = torch.tensor([0, 1, 9, 3])
-    known = linear_cross_entropy_statistics(HIDDEN, WEIGHT, targets % 9, backend=backend)
+    hidden, weight = head()
+    known = linear_cross_entropy_statistics(hidden, weight, targets % 9, backend=backend)
     with checks.set_debug(True):
         for call in (
-            lambda: linear_cross_entropy(HIDDEN, WEIGHT, targets, backend=backend),
-            lambda: linear_cross_entropy_statistics(HIDDEN, WEIGHT, targets, backend=backend),
-            lambda: linear_cross_entropy_replay(HIDDEN, WEIGHT, targets, *known, backend=backend),
+            lambda: linear_cross_entropy(hidden, weight, targets, backend=backend),
+            lambda: linear_cross_entropy_statistics(hidden, weight, targets, backend=backend),
+            lambda: linear_cross_entropy_replay(hidden, weight, targets, *known, backend=backend),
         ):
             with pytest.raises(ValueError, match=r"targets must lie in \[0, 9\), got 9 in row 2"):
                 call()
 
 
 PACK = {
-    "tokens_U": torch.arange(10, 20),
-    "prompt_length_R": torch.tensor([2, 1]),
-    "response_length_R": torch.tensor([3, 4]),
-    "position_N": torch.tensor([0, 2, 1, 3]),
-    "offsets_S1": torch.tensor([0, 2, 4]),
+    "tokens_U": [*range(10, 20)],
+    "prompt_length_R": [2, 1],
+    "response_length_R": [3, 4],
+    "position_N": [0, 2, 1, 3],
+    "offsets_S1": [0, 2, 4],
 }
 FAR = 2**40
+
+
+def tensors(lists):
+    return {name: torch.tensor(values) for name, values in lists.items()}
 
 
 @pytest.mark.parametrize(
@@ -164,9 +177,9 @@ FAR = 2**40
     ],
 )
 def test_pack_masked__bad_values_write_nothing_out_of_bounds(name, bad):
-    arguments = PACK | {name: torch.tensor(bad)}
+    arguments = tensors(PACK | {name: bad})
     packed = pack_masked(**arguments, num_samples=1, mask_token_id=3, backend="triton")
-    good = pack_masked(**PACK, num_samples=1, mask_token_id=3, backend="triton")
+    good = pack_masked(**tensors(PACK), num_samples=1, mask_token_id=3, backend="triton")
     for found, right in zip(packed[:2], good[:2], strict=True):
         assert found.shape == right.shape and found.min() >= -1 and found.max() < 20
     # A row that no token claims is no index, and has no target.
@@ -187,7 +200,7 @@ def test_pack_masked__bad_values_write_nothing_out_of_bounds(name, bad):
 def test_token_weight_sums__what_bad_values_leave_out_is_nan(name, bad):
     rows = {key: PACK[key] for key in ("position_N", "offsets_S1", "response_length_R")}
     options = {"num_samples": 1, "num_tokens": 7, "backend": "triton"}
-    sum_M, sum_N = token_weight_sums(torch.ones(4), **rows | {name: torch.tensor(bad)}, **options)
+    sum_M, sum_N = token_weight_sums(torch.ones(4), **tensors(rows | {name: bad}), **options)
     assert sum_M.isnan().any() or sum_N.isnan().any()
 
 
@@ -204,11 +217,12 @@ def test_token_weight_sums__what_bad_values_leave_out_is_nan(name, bad):
 )
 def test_mask_select__bad_values_write_nothing_out_of_bounds(name, bad, by_rank):
     draw = {
-        "length_S": torch.tensor([5, 6]),
-        "counter_S3": torch.arange(6).view(2, 3),
-        "first_S": torch.tensor([0, 0]),
-        "count_S": torch.tensor([2, 2]),
-    } | {name: torch.tensor(bad)}
+        "length_S": [5, 6],
+        "counter_S3": [[0, 1, 2], [3, 4, 5]],
+        "first_S": [0, 0],
+        "count_S": [2, 2],
+    }
+    draw = tensors(draw | {name: bad})
     options = {"seed": 3, "by_rank": by_rank, "backend": "triton"}
     position, _ = mask_select(**draw, num_rows=4, **options)
     assert position.shape == (4,) and position.min() >= -1 and position.max() < 6
