@@ -41,10 +41,14 @@ def block_diffusion_loss(
     target_ids: Tensor,
     loss_mask: Tensor,
     num_diffusion_tokens: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Mean nll of all supervised tokens, corrupted or not (uniform noise: DiffusionGemma)."""
+    """Mean nll of all supervised tokens, corrupted or not (uniform noise: DiffusionGemma).
+
+    softcap: the model's final_logit_softcapping, which is applied after the head and so not in `hidden`.
+    """
     supervised = loss_mask.bool()
     ones = torch.ones_like(target_ids, dtype=torch.float32)
-    elbo = elbo_from_hidden(hidden, weight, target_ids, supervised, ones)
+    elbo = elbo_from_hidden(hidden, weight, target_ids, supervised, ones, softcap=softcap)
     count = supervised.sum() if num_diffusion_tokens is None else torch.tensor(num_diffusion_tokens)
     return -elbo.sum() / count.clamp_min(1)

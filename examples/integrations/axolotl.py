@@ -2,7 +2,7 @@
 
 Replaces: DiffusionTrainer._compute_diffusion_loss from the model's call to the loss
     (src/axolotl/integrations/diffusion/trainer.py of axolotl-ai-cloud/axolotl, commit 067b021c8).
-Faster: the head meets the masked tokens only; no Python loop over the samples.
+Faster: the head meets the masked tokens only; the accuracy comes from the same pass; no loop over samples.
 Memory: no (B, L, V) logits, no shifted copy of them, no fp32 copy of the masked rows, no gradient of any.
 The plugin predicts the first token of a sequence by its own row. Here it must not be masked (special tokens
 never are): ValueError on a CPU, NaN on CUDA.
@@ -12,7 +12,7 @@ CPU toy, forward + backward: 6.2 times as fast, 57 instead of 238 MiB (results.c
 import torch
 from torch import Tensor, nn
 
-from vrpo_kernels import elbo_from_hidden, last_hidden
+from vrpo_kernels import last_hidden, token_logps
 
 
 def diffusion_loss(
@@ -25,8 +25,10 @@ def diffusion_loss(
     labels: Tensor | None = None,
     *,
     importance_weighting: bool = True,
-) -> Tensor:
-    """Mean over the sequences of (sum_masked nll / p_mask) / (answer tokens); see Args for the other forms.
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the share of masked tokens that are the model's first choice.
+
+    Loss: mean over sequences of (sum_masked nll / p_mask) / (answer tokens); see Args for the other forms.
 
     Args:
         model, weight: the model, wrapped or not, and the weight of its head, (V, D).
@@ -35,9 +37,11 @@ def diffusion_loss(
         labels: (B, L), -100 outside the answers. None: over all B L tokens at once.
         importance_weighting: False leaves 1 / p_mask out and, without labels, divides by the masked tokens.
     """
-    # p_mask is 0 at padding, which is never masked; its weight is not read.
-    row_weights = 1 / p_mask if importance_weighting else torch.ones_like(p_mask)
-    elbo = elbo_from_hidden(last_hidden(model, **inputs), weight, clean_ids, masked, row_weights, shift=True)
+    hidden = last_hidden(model, **inputs)
+    logp, metrics = token_logps(hidden, weight, clean_ids, masked, shift=True, return_metrics=True)
+    accuracy = metrics.top1.sum() / masked.sum().clamp_min(1)
+    # p_mask is 0 at padding, which is never masked.
+    term = -logp / torch.where(masked, p_mask, 1) if importance_weighting else -logp
     if labels is not None:
-        return -(elbo / (labels != -100).sum(dim=1).clamp_min(1)).mean()
-    return -elbo.sum() / (clean_ids.numel() if importance_weighting else masked.sum().clamp_min(1))
+        return (term.sum(dim=1) / (labels != -100).sum(dim=1).clamp_min(1)).mean(), accuracy
+    return term.sum() / (clean_ids.numel() if importance_weighting else masked.sum().clamp_min(1)), accuracy

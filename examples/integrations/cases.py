@@ -184,7 +184,7 @@ def _automodel(b: Batch) -> Iterator[Case]:
 
     def blocks(model: nn.Module) -> Tensor:
         hidden = last_hidden(model, noised)
-        return automodel.block_diffusion_loss(hidden, _head(model), b.tokens, b.answer)
+        return automodel.block_diffusion_loss(hidden, _head(model), b.tokens, b.answer, softcap=1.5)
 
     yield Case(
         "automodel, mdlm",
@@ -194,7 +194,7 @@ def _automodel(b: Batch) -> Iterator[Case]:
     yield Case(
         "automodel, blocks",
         blocks,
-        lambda model: formulas.automodel_blocks(model(noised).logits, b.tokens, b.answer),
+        lambda model: formulas.automodel_blocks(model(noised).logits, b.tokens, b.answer, 1.5),
     )
 
 
@@ -220,7 +220,7 @@ def _axolotl(b: Batch) -> Iterator[Case]:
     def ours(model: nn.Module, labels: Tensor | None, weigh: bool) -> Tensor:
         inputs = {"input_ids": noised}
         arguments = (b.tokens, b.masked, b.p_mask, labels)
-        return axolotl.diffusion_loss(model, _head(model), inputs, *arguments, importance_weighting=weigh)
+        return axolotl.diffusion_loss(model, _head(model), inputs, *arguments, importance_weighting=weigh)[0]
 
     def all_logits(model: nn.Module, labels: Tensor | None, weigh: bool) -> Tensor:
         answer = None if labels is None else labels != -100

@@ -84,9 +84,9 @@ def automodel(
     return (nll(logits, tokens) / p_mask)[noised & supervised].sum() / count
 
 
-def automodel_blocks(logits: Tensor, tokens: Tensor, supervised: Tensor) -> Tensor:
-    """Mean NLL of the supervised tokens."""
-    return nll(logits, tokens)[supervised].mean()
+def automodel_blocks(logits: Tensor, tokens: Tensor, supervised: Tensor, softcap: float) -> Tensor:
+    """Mean NLL of the supervised tokens, of Gemma's capped logits."""
+    return nll(softcap * torch.tanh(logits / softcap), tokens)[supervised].mean()
 
 
 def nemo_rl(logits: list[Tensor], tokens: Tensor, masked: list[Tensor], coefficients: list[float]) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from examples.integrations import measure
+from examples.integrations import axolotl, measure
 from examples.integrations.cases import Batch, cases
 from examples.integrations.toy import Toy
 
@@ -38,6 +38,19 @@ def test_integration__equals_the_formula_in_value_and_gradient(name, dtype, tole
         assert float(expected.abs().max()) > 0
         floor = tolerance * float(expected.abs().max())
         torch.testing.assert_close(candidate, expected, rtol=tolerance, atol=floor)
+
+
+def test_axolotl__accuracy_is_the_share_of_first_choices():
+    torch.manual_seed(7)
+    model, batch = Toy(V, D, torch.float64), Batch(B, L, V, torch.float64)
+    noised = batch.noised(batch.masked)
+    choice = torch.nn.functional.pad(model(noised).logits.argmax(-1), (1, -1))  # of the position before
+    batch.tokens[::2] = choice[::2]  # every second sequence is predicted right; noised stays as it is
+    arguments = (batch.tokens, batch.masked, batch.p_mask)
+    _, accuracy = axolotl.diffusion_loss(model, model.lm_head.weight, {"input_ids": noised}, *arguments)
+    want = (choice == batch.tokens)[batch.masked].double().mean()
+    assert 0.2 < float(want) < 0.8
+    torch.testing.assert_close(accuracy.double(), want, rtol=1e-6, atol=0)
 
 
 def test_integrations__each_says_where_it_belongs_in_60_lines():

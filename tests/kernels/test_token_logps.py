@@ -224,9 +224,32 @@ def test_token_logps_and_elbo__take_every_head(spec, shift):
     )
 
 
-def test_token_logps__metrics_stand_where_the_log_probabilities_do():
+@both_backends
+@pytest.mark.parametrize("spec", HEADS.values(), ids=HEADS.keys())
+def test_token_logps__every_head_in_fp32(spec, backend):
     case = Case()
-    options = {"softcap": 4.0, "scale": 1.5, "backend": "reference"}
+    options, truth_options = head_of(spec, torch.float32), head_of(spec, torch.float64)
+    leaves, truth_leaves = list(case.leaves()), [leaf.detach().double() for leaf in case.leaves()]
+    if "bias" in spec:
+        leaves.append(options["bias"].requires_grad_())
+        truth_leaves.append(truth_options["bias"])
+    truth_leaves = [leaf.requires_grad_() for leaf in truth_leaves]
+    if "bias" in spec:
+        truth_options["bias"] = truth_leaves[2]
+    log_p = F.log_softmax(all_logits(*truth_leaves[:2], **truth_options), dim=-1)
+    want = torch.where(case.wanted, log_p.gather(-1, case.tokens[..., None])[..., 0], 0)
+    got = token_logps(*leaves[:2], case.tokens, case.wanted, backend=backend, **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    wanted = torch.autograd.grad(clipped(want, case.advantage), truth_leaves)
+    found = torch.autograd.grad(clipped(got, case.advantage.float()), leaves)
+    for candidate, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(candidate.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max())
+
+
+@both_backends
+def test_token_logps__metrics_stand_where_the_log_probabilities_do(backend):
+    case = Case()
+    options = {"softcap": 4.0, "scale": 1.5, "backend": backend}
     case.tokens[0] = (case.hidden[0] @ case.weight.T).argmax(-1)  # hits; the other sequences have misses
     leaves = case.leaves()
     logp, metrics = token_logps(*leaves, case.tokens, case.wanted, return_metrics=True, **options)
