@@ -77,7 +77,7 @@ def _head_groups(options: argparse.Namespace, device: str) -> list[tuple[str, ..
     """Heads that are timed together: all on a CPU, where figures of one run are compared; one by one else."""
     if options.model and not options.heads:
         return [()]  # each model's own
-    heads = options.heads or ["plain"]
+    heads = options.heads or (list(HEADS) if device == "cpu" else ["plain"])
     return [tuple(heads)] if device == "cpu" else [(head,) for head in heads]
 
 
@@ -107,7 +107,7 @@ def parse(description: str, arguments: list[str], device: str) -> argparse.Names
         nargs="+",
         choices=list(HEADS),
         default=None,
-        help="kinds (plain); on a GPU others are timed at the first of --rows",
+        help="all on a CPU, plain on a GPU; there others are timed at the first of --rows",
     )
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"] if laptop else ["bf16"]

@@ -1,4 +1,4 @@
-"""Micro benchmarks of linear_cross_entropy: every mode, the two passes of a replay, a sharded head."""
+"""Micro benchmarks of linear_cross_entropy: every mode and head, metrics, both passes of a replay, shards."""
 
 import functools
 from collections.abc import Callable
@@ -9,72 +9,118 @@ import torch.distributed as dist
 from torch import Tensor
 
 import vrpo_kernels
+from benchmarks.cases import HEADS
 from benchmarks.micro.micro import Micro, Prepared, Sizes, Where
 from vrpo_kernels import testing
 
+OF_EVERY_HEAD = ("no gradient", "frozen head", "trained, tiles kept")
 KEEP = 2**40  # bytes: always enough for the kept tiles
-Call = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(hidden, weight, targets) -> nll."""
+Call = Callable[..., Tensor]
+"""(hidden, weight, targets, **settings of the head) -> nll."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """hidden (N, D), weight (V, D), targets (N,), upstream (N,) fp32."""
+    """hidden (N, D), weight (V, D), targets (N,), upstream (N,) fp32; bias (V,) or None, soft-cap or None."""
 
     hidden: Tensor
     weight: Tensor
     targets: Tensor
     upstream: Tensor
+    bias: Tensor | None
+    softcap: float | None
 
     @classmethod
-    def make(cls, where: Where) -> "Problem":
+    def make(cls, where: Where, head: str = "plain") -> "Problem":
         """Logits of standard deviation 2, row gradients of both signs over four decades."""
         sizes = where.sizes
         upstream = testing.wide_range_upstream(sizes.rows, torch.Generator().manual_seed(0))
+        has_bias, softcap = HEADS[head]
         return cls(
             where.normal(sizes.rows, sizes.hidden),
             where.normal(sizes.classes, sizes.hidden, scale=2 * sizes.hidden**-0.5, seed=1),
             where.integers(sizes.classes, sizes.rows),
             upstream.to(where.device),
+            where.normal(sizes.classes, seed=2) if has_bias else None,
+            softcap,
         )
 
-    def run(
-        self, op: Call, need_hidden: bool, need_weight: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """nll, dhidden, dweight; None where a gradient is not wanted."""
+    def run(self, op: Call, need_hidden: bool, need_weight: bool) -> tuple[Tensor | None, ...]:
+        """nll, dhidden, dweight, dbias; None where a gradient is not wanted."""
         hidden = self.hidden.detach().requires_grad_(need_hidden)
         weight = self.weight.detach().requires_grad_(need_weight)
+        settings: dict[str, object] = {}  # a plain head is called as before there were others
+        if self.bias is not None:
+            settings["bias"] = self.bias.detach().requires_grad_(need_weight)
+        if self.softcap is not None:
+            settings["softcap"] = self.softcap
         with torch.set_grad_enabled(need_hidden or need_weight):
-            nll = op(hidden, weight, self.targets)
+            nll = op(hidden, weight, self.targets, **settings)
         if need_hidden or need_weight:
             nll.backward(self.upstream)
-        return nll.detach(), hidden.grad, weight.grad
+        dbias = None if self.bias is None else settings["bias"].grad
+        return nll.detach(), hidden.grad, weight.grad, dbias
 
-    def check(self, nll: Tensor, dhidden: Tensor | None, dweight: Tensor | None) -> None:
+    def check(
+        self, nll: Tensor, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+    ) -> None:
         """Holds results to the tolerance policy."""
         inputs = (self.hidden, self.weight, self.targets, self.upstream)
-        testing.assert_ratios(testing.linear_cross_entropy_ratios(nll, dhidden, dweight, *inputs))
+        head = {} if self.bias is None else {"bias": self.bias, "dbias": dbias}
+        head |= {} if self.softcap is None else {"softcap": self.softcap}
+        ratios = testing.linear_cross_entropy_ratios(nll, dhidden, dweight, *inputs, **head)
+        testing.assert_ratios(ratios)
 
 
 def _shape(sizes: Sizes) -> str:
     return f"N={sizes.rows} D={sizes.hidden} V={sizes.classes}"
 
 
-def _prepare(where: Where, call: Callable[..., Tensor], need_hidden: bool, need_weight: bool) -> Prepared:
-    problem = Problem.make(where)
+def _prepare(
+    where: Where, call: Callable[..., Tensor], need_hidden: bool, need_weight: bool, head: str = "plain"
+) -> Prepared:
+    problem = Problem.make(where, head)
     run = functools.partial(problem.run, call, need_hidden, need_weight)
     return Prepared(run, lambda: problem.check(*run()))
 
 
-def _plain(kept_tile_bytes: int) -> Call:
-    def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return vrpo_kernels.linear_cross_entropy(hidden, weight, targets, kept_tile_bytes=kept_tile_bytes)
+def _keeping(kept_tile_bytes: int) -> Call:
+    def call(hidden: Tensor, weight: Tensor, targets: Tensor, **settings: object) -> Tensor:
+        options = {**settings, "kept_tile_bytes": kept_tile_bytes}
+        return vrpo_kernels.linear_cross_entropy(hidden, weight, targets, **options)
 
     return call
 
 
 def _statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return vrpo_kernels.linear_cross_entropy_statistics(hidden, weight, targets)[0]
+
+
+def _prepare_metrics(where: Where) -> Prepared:
+    """Value and row metrics, without gradients."""
+    problem = Problem.make(where)
+
+    def run() -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        return vrpo_kernels.linear_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, return_metrics=True
+        )
+
+    def check() -> None:
+        nll, (entropy, log_sum_exp, top1) = run()
+        problem.check(nll, None, None, None)
+        exact = (torch.float64, torch.float32)
+        truth, baseline = (problem.hidden.to(dtype) @ problem.weight.to(dtype).T for dtype in exact)
+        floor = testing.fp32_floor(where.dtype, where.sizes.hidden)
+        ratios = {}
+        for name, found, formula in (
+            ("entropy", entropy, lambda z: torch.special.entr(z.softmax(1)).sum(1)),
+            ("log_sum_exp", log_sum_exp, lambda z: z.logsumexp(1)),
+        ):
+            ratios[name] = testing.fp32_error_ratio(found, formula(truth), formula(baseline), floor)
+        testing.assert_ratios(ratios)
+        testing.assert_bitwise_equal(top1, truth.argmax(1) == problem.targets, "top1")
+
+    return Prepared(run, check)
 
 
 def _prepare_replay(where: Where) -> Prepared:
@@ -111,6 +157,10 @@ def _prepare_sharded(where: Where, need_hidden: bool, need_weight: bool) -> Prep
 
 def _micros() -> list[Micro]:
     name, found = "linear_cross_entropy", []
+
+    def add(op: str, mode: str, prepare: Callable[[Where], Prepared]) -> None:
+        found.append(Micro(op, mode, _shape, prepare, needs_extension=True))
+
     for mode, kept, need in (
         ("no gradient", 0, (False, False)),
         ("frozen head", 0, (True, False)),
@@ -118,18 +168,17 @@ def _micros() -> list[Micro]:
         ("trained, tiles kept", KEEP, (True, True)),
         ("trained, recomputed", 0, (True, True)),
     ):
-        prepare = functools.partial(_prepare, call=_plain(kept), need_hidden=need[0], need_weight=need[1])
-        found.append(Micro(name, mode, _shape, prepare, needs_extension=True))
-    prepare = functools.partial(_prepare, call=_statistics, need_hidden=False, need_weight=False)
-    found.append(Micro(f"{name}_statistics", "forward", _shape, prepare, needs_extension=True))
-    found.append(
-        Micro(f"{name}_replay", "forward and backward", _shape, _prepare_replay, needs_extension=True)
-    )
+        options = {"call": _keeping(kept), "need_hidden": need[0], "need_weight": need[1]}
+        for head in HEADS if mode in OF_EVERY_HEAD else ("plain",):
+            shown = mode if head == "plain" else f"{mode}, {head}"
+            add(name, shown, functools.partial(_prepare, head=head, **options))
+    add(name, "no gradient, metrics", _prepare_metrics)
+    options = {"call": _statistics, "need_hidden": False, "need_weight": False}
+    add(f"{name}_statistics", "forward", functools.partial(_prepare, **options))
+    add(f"{name}_replay", "forward and backward", _prepare_replay)
     for mode, need in (("no gradient", (False, False)), ("trained head", (True, True))):
         prepare = functools.partial(_prepare_sharded, need_hidden=need[0], need_weight=need[1])
-        found.append(
-            Micro(f"vocab_parallel_{name}", f"one rank, {mode}", _shape, prepare, needs_extension=True)
-        )
+        add(f"vocab_parallel_{name}", f"one rank, {mode}", prepare)
     return found
 
 

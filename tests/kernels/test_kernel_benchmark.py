@@ -34,12 +34,13 @@ def run_benchmark(name, output, *options):
 def test_benchmark__tiny_case_writes_gated_rows_with_provenance(tmp_path):
     output = tmp_path / "kernels.csv"
     sizes = ["--rows", "20", "--size", "16", "--classes", "300"]
-    sizes += ["--heads", "plain"]
     rows = run_benchmark("kernels", output, *sizes, "--providers", "vrpo", "torch eager", "quack, sum only")
     assert tuple(rows[0]) == bench_linear_cross_entropy.FIELDS
     assert all(row["date"] and row["git"] and row["device"] for row in rows)
     ours = [row for row in rows if row["provider"] == "vrpo"]
-    assert [row["column"] for row in ours] == ["no gradient", "frozen head", "trained head"]
+    assert [(row["head"], row["column"]) for row in ours] == [
+        (head, column) for head in HEADS for column in COLUMNS
+    ]
     assert all(float(row["policy_ratio"]) <= 1 and float(row["ms_p50"]) > 0 for row in ours)
     assert all(row["units_p20"] == row["units_p50"] == row["units_p80"] for row in ours)  # of one round
     if importlib.util.find_spec("quack") is None:
@@ -259,7 +260,7 @@ def plan_of(device, *options):
 
 
 def test_turns__heads_share_a_run_on_a_cpu_and_come_last_on_a_gpu():
-    (turn, *_) = plan_of("cpu", "--threads", "1", "--heads", *HEADS)
+    (turn, *_) = plan_of("cpu", "--threads", "1")
     assert turn.heads == tuple(HEADS) and turn.case.head == "plain"
     turns = plan_of("cuda", "--heads", "plain", "softcap", "bias", "--rows", "4096", "512")
     order = [(turn.heads, turn.case.num_rows) for turn in turns]
