@@ -12,7 +12,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from shards import two_shards
+from interpreter_support import KEEP, MARKS, RECOMPUTE, make_inputs, make_op, small_tiles
+from shards import sharded_ratios
 
 from vrpo_kernels import testing
 from vrpo_kernels.cross_entropy import cross_entropy
@@ -21,7 +22,6 @@ from vrpo_kernels.cross_entropy import reference as cross_entropy_reference
 from vrpo_kernels.linear_cross_entropy import (
     kernel,
     kernel_rows,
-    linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
     op,
@@ -36,58 +36,19 @@ from vrpo_kernels.rotary import kernel as rotary_kernel
 from vrpo_kernels.rotary import reference as rotary_reference
 from vrpo_kernels.triton_math import exp
 
-# log(0) and 0 / 0 are computed where a vocabulary of one class has no other class, and then not used.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
-]
-KEEP, RECOMPUTE = 2**30, 0
+pytestmark = MARKS
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles of 64 columns, CTA tiles of 32 x 32 x 16, blocks of 64 positions and of 16 tokens."""
-
-    def tiles(hidden, gemm):
-        return replace(
-            tiles_for((9, 0), 2, gemm),
-            rows=128,
-            cols=64,
-            sweep_rows=128,
-            sweep_cols=64,
-            max_cols=64,
-            fold_cols=16,
-            first_cols=32,
-            block_rows=32,
-            block_cols=32,
-            block_hidden=16,
-            group_rows=3,
-        )
-
-    monkeypatch.setattr(kernel, "_tiles", tiles)
+def tiny(monkeypatch):
+    """`small_tiles`, blocks of 64 positions and of 16 tokens."""
+    monkeypatch.setattr(kernel, "_tiles", small_tiles)
     monkeypatch.setattr(mask_select_kernel, "_BLOCK", 64)
     monkeypatch.setattr(mask_select_kernel, "_SHORT_BLOCK", 16)
     monkeypatch.setattr(pack_masked_kernel, "_BLOCK", 16)
     monkeypatch.setattr(pack_masked_kernel, "_BLOCK_R", 2)
     monkeypatch.setattr(cross_entropy_kernel, "_block", lambda num_classes: 64)
     monkeypatch.setattr(rotary_kernel, "_BLOCK", 16)
-
-
-def _inputs(N, V, D, dtype, scale=1.0):
-    generator = torch.Generator().manual_seed(N + V + D)
-    hidden = torch.randn(N, D, generator=generator).mul_(scale).to(dtype)
-    weight = torch.randn(V, D, generator=generator).to(dtype)
-    targets = torch.randint(V, (N,), generator=generator)
-    return hidden, weight, targets, testing.wide_range_upstream(N, generator)
-
-
-def _op(gemm="cublas", kept_tile_bytes=KEEP):
-    def op(hidden, weight, targets):
-        return linear_cross_entropy(
-            hidden, weight, targets, backend="triton", gemm=gemm, kept_tile_bytes=kept_tile_bytes
-        )
-
-    return op
 
 
 SIZES = [
@@ -105,25 +66,25 @@ SIZES = [
 @pytest.mark.parametrize(("gemm", "N", "V", "D", "dtype"), SIZES)
 @pytest.mark.parametrize("kept_tile_bytes", [KEEP, RECOMPUTE], ids=["kept", "recomputed"])
 def test_linear_cross_entropy__within_the_policy(gemm, N, V, D, dtype, kept_tile_bytes):
-    inputs = _inputs(N, V, D, dtype)
+    inputs = make_inputs(N, V, D, dtype)
     with testing.poisoned_empty():
-        testing.assert_linear_cross_entropy(_op(gemm, kept_tile_bytes), *inputs)
+        testing.assert_linear_cross_entropy(make_op(gemm, kept_tile_bytes), *inputs)
 
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__frozen_head_within_the_policy(gemm):
-    inputs = _inputs(17, 201, 24, torch.float16)
-    testing.assert_linear_cross_entropy(_op(gemm), *inputs, head_frozen=True)
+    inputs = make_inputs(17, 201, 24, torch.float16)
+    testing.assert_linear_cross_entropy(make_op(gemm), *inputs, head_frozen=True)
 
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__same_bits_in_every_mode(gemm):
-    hidden, weight, targets, _ = _inputs(17, 201, 24, torch.float16, scale=3.0)
-    plain = _op(gemm)(hidden, weight, targets)
+    hidden, weight, targets, _ = make_inputs(17, 201, 24, torch.float16, scale=3.0)
+    plain = make_op(gemm)(hidden, weight, targets)
     for need_hidden, need_weight in ((True, False), (False, True), (True, True)):
         leaves = hidden.clone().requires_grad_(need_hidden), weight.clone().requires_grad_(need_weight)
         for kept_tile_bytes in (KEEP, RECOMPUTE):
-            nll = _op(gemm, kept_tile_bytes)(*leaves, targets)
+            nll = make_op(gemm, kept_tile_bytes)(*leaves, targets)
             testing.assert_bitwise_equal(nll.detach(), plain, "nll")
 
 
@@ -132,34 +93,34 @@ def test_linear_cross_entropy__same_bits_in_every_mode(gemm):
 )
 def test_linear_cross_entropy__corrects_what_was_written_under_a_lower_maximum(gemm, dtype):
     # Logits of row n climb by 12 nats per tile for odd n and fall for even n.
-    hidden, weight, targets, upstream = _inputs(6, 256, 8, dtype, scale=0.1)
+    hidden, weight, targets, upstream = make_inputs(6, 256, 8, dtype, scale=0.1)
     weight[:, 0] = (torch.arange(256) // 64) * 12.0
     hidden[:, 0] = torch.tensor([-1.0, 1.0]).repeat(3)
-    testing.assert_linear_cross_entropy(_op(gemm), hidden, weight, targets, upstream)
+    testing.assert_linear_cross_entropy(make_op(gemm), hidden, weight, targets, upstream)
 
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__extreme_logits_stay_within_the_policy(gemm):
-    hidden, weight, targets, upstream = _inputs(9, 130, 8, torch.float16)
+    hidden, weight, targets, upstream = make_inputs(9, 130, 8, torch.float16)
     weight[:, 0] = torch.randint(-1, 2, (130,), generator=torch.Generator().manual_seed(0)) * 100.0
     hidden[:, 0] = 100.0
-    testing.assert_linear_cross_entropy(_op(gemm), hidden, weight, targets, upstream)
+    testing.assert_linear_cross_entropy(make_op(gemm), hidden, weight, targets, upstream)
 
 
 def test_linear_cross_entropy__one_class_costs_nothing():
-    hidden, weight, targets, upstream = _inputs(3, 1, 8, torch.float32)
+    hidden, weight, targets, upstream = make_inputs(3, 1, 8, torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_()
-    nll = _op()(hidden, weight, targets)
+    nll = make_op()(hidden, weight, targets)
     nll.backward(upstream)
     for value in (nll, hidden.grad, weight.grad):
         assert torch.equal(value, torch.zeros_like(value))
 
 
 def test_linear_cross_entropy__no_rows():
-    hidden, weight, targets, _ = _inputs(0, 10, 8, torch.float32)
+    hidden, weight, targets, _ = make_inputs(0, 10, 8, torch.float32)
     weight.requires_grad_()
-    nll = _op()(hidden, weight, targets)
+    nll = make_op()(hidden, weight, targets)
     nll.sum().backward()
     assert nll.shape == (0,)
     assert torch.equal(weight.grad, torch.zeros_like(weight))
@@ -168,7 +129,7 @@ def test_linear_cross_entropy__no_rows():
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_forward__corrections_are_powers_of_two_and_round_nothing_again(gemm):
     # Logits climb by 12 nats per tile and by 3 per block of 32 classes: all is corrected, most of it twice.
-    hidden, weight, targets, _ = _inputs(8, 256, 8, torch.float16, scale=0.1)
+    hidden, weight, targets, _ = make_inputs(8, 256, 8, torch.float16, scale=0.1)
     weight[:, 0] = (torch.arange(256) // 64) * 4.0 + (torch.arange(256) // 32 % 2) * 1.0
     hidden[:, 0] = 3.0
     wanted = {"want_dhidden": False, "keep_tiles": True}
@@ -188,14 +149,14 @@ def test_forward__corrections_are_powers_of_two_and_round_nothing_again(gemm):
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__a_target_out_of_range_makes_nan_of_its_row_only(gemm):
     # On a device nothing can be raised without waiting for it; what lies beyond the head is never touched.
-    hidden, weight, targets, upstream = _inputs(17, 201, 24, torch.float16)
-    expected = _op(gemm)(hidden, weight, targets)
+    hidden, weight, targets, upstream = make_inputs(17, 201, 24, torch.float16)
+    expected = make_op(gemm)(hidden, weight, targets)
     bad = torch.tensor([3, 7, 16])
     targets[bad] = torch.tensor([201, 2**40, -1])
     for kept_tile_bytes in (KEEP, RECOMPUTE):
         leaf = hidden.clone().requires_grad_()
         head = weight.clone().requires_grad_()
-        nll = _op(gemm, kept_tile_bytes)(leaf, head, targets)
+        nll = make_op(gemm, kept_tile_bytes)(leaf, head, targets)
         nll.backward(upstream)
         assert nll[bad].isnan().all()
         assert leaf.grad[bad].isnan().all()
@@ -220,7 +181,7 @@ def test_cross_entropy__a_target_out_of_range_makes_nan_of_its_row_only(bad):
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm):
-    hidden, weight, targets, upstream = _inputs(17, 201, 24, torch.float16)
+    hidden, weight, targets, upstream = make_inputs(17, 201, 24, torch.float16)
     settings = {"backend": "triton", "gemm": gemm}
     nll, statistics = linear_cross_entropy_statistics(hidden, weight, targets, **settings)
 
@@ -247,15 +208,15 @@ def _operator_calls(hidden, weight, targets, dnll):
 
 
 def test_operators__pass_opcheck():
-    hidden, weight, targets, upstream = _inputs(2, 9, 8, torch.float16)
+    hidden, weight, targets, upstream = make_inputs(2, 9, 8, torch.float16)
     for operator, arguments in _operator_calls(hidden, weight, targets, upstream):
         torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_backend__shards_of_the_head_add_up(gemm):
-    inputs = _inputs(9, 170, 24, torch.float16, scale=2.0)
-    testing.assert_ratios(testing.linear_cross_entropy_ratios(*two_shards(gemm, 70, *inputs), *inputs))
+    inputs = make_inputs(9, 170, 24, torch.float16, scale=2.0)
+    testing.assert_ratios(sharded_ratios(gemm, (70, len(inputs[1])), *inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

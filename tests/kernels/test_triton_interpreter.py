@@ -37,5 +37,6 @@ def run_interpreted(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "it runs")
-def test_triton_kernels__have_the_right_values_in_the_interpreter():
-    run_interpreted("interpreted.py")
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_heads.py", "interpreted_shards.py"])
+def test_triton_kernels__have_the_right_values_in_the_interpreter(name):
+    run_interpreted(name)

@@ -77,34 +77,58 @@ def _inputs(N, V, D, dtype=torch.bfloat16):
         pytest.param("fused", 133, id="fused-pointers-D133"),
     ],
 )
-def test_forward__launches_the_same_binaries_for_nll_in_every_mode(gemm, D, launches, monkeypatch):
+@pytest.mark.parametrize("whole", [False, True], ids=["plain", "whole_head_with_metrics"])
+def test_forward__launches_the_same_binaries_for_nll_in_every_mode(gemm, D, whole, launches, monkeypatch):
     two_tiles = replace(tiles_for((9, 0), 2, gemm), cols=8192, max_cols=8192)
     monkeypatch.setattr(kernel, "_tiles", lambda hidden, gemm: two_tiles)
     hidden, weight, targets = _inputs(1024, 8500, D)
+    head = {"bias": weight[:, 0], "softcap": 30.0, "scale": 0.5, "want_metrics": True} if whole else {}
     selected = []
     for want_dhidden, keep_tiles in ((False, False), (True, False), (False, True), (True, True)):
         launches.clear()
         wanted = {"want_dhidden": want_dhidden, "keep_tiles": keep_tiles}
-        kernel.forward(hidden, weight, targets, gemm=gemm, **wanted)
+        kernel.forward(hidden, weight, targets, gemm=gemm, **wanted, **head)
         selected.append([launch for launch in launches if launch[0] in NLL_KERNELS])
     assert len(selected[0]) == (4 if gemm == "cublas" else 6)  # logits of the targets, two tiles, rows
     assert all(other == selected[0] for other in selected[1:])
 
 
-def test_gradients__every_launch_binds_and_compiles(launches):
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_gradients__every_launch_binds_and_compiles(gemm, softcap, launches):
     hidden, weight, targets = _inputs(1024, 8500, 64)
     dnll = torch.zeros(1).expand(1024)  # what sum().backward() passes: stride 0
-    out = kernel.forward(hidden, weight, targets, gemm="cublas", want_dhidden=True, keep_tiles=True)
-    _, statistics, expected, kept, shift, _ = out
+    head = {"softcap": softcap, "scale": 1.0}
+    wanted = {"want_dhidden": True, "keep_tiles": True}
+    _, statistics, expected, kept, shift, _ = kernel.forward(
+        hidden, weight, targets, gemm=gemm, **wanted, **head
+    )
     launches.clear()
-    kernel.dhidden(dnll, expected, statistics, weight, targets)
-    kernel.dweight(dnll, hidden, weight, targets, statistics, kept, shift, gemm="cublas")
-    wanted = {"want_dhidden": True, "want_dweight": True}
-    kernel.sweep(dnll, hidden, weight, targets, statistics, gemm="cublas", **wanted)
+    kernel.dhidden(dnll, expected, statistics, weight, targets, **head)
+    under = kernel.rebase_kept(kept, targets, statistics, statistics, 8500, softcap)
+    known = (dnll, hidden, weight, targets)
+    wanted = {"want_dweight": True, "want_dbias": True}
+    kernel.dweight(*known, under, kept, shift, gemm=gemm, **head, **wanted)
+    kernel.sweep(*known, statistics, gemm=gemm, bias=weight[:, 0], want_dhidden=True, **head, **wanted)
     names = [name for name, _ in launches]
     assert names.count("_scale_rows_kernel") == 3
     assert names.count("_dhidden_kernel") == 1
-    assert names.count("_probabilities_kernel") == 1
+    assert names.count("_rebase_kept_kernel") == 1
+    assert names.count("_tile_factors_kernel") == 2
+    tiles = names.count("_probabilities_kernel" if gemm == "cublas" else "_logits_fold_descriptor_kernel")
+    assert names.count("_column_sums_kernel") == 1 + tiles >= 2
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_forward__one_binary_for_all_softcaps_and_scales(gemm, launches):
+    hidden, weight, targets = _inputs(1024, 8500, 64)
+    selected = []
+    for softcap, scale in ((30.0, 0.5), (1.0, 2.0), (1e4, 1e-3)):
+        launches.clear()
+        wanted = {"want_dhidden": False, "keep_tiles": False}
+        kernel.forward(hidden, weight, targets, gemm=gemm, softcap=softcap, scale=scale, **wanted)
+        selected.append(list(launches))
+    assert selected[0] and all(other == selected[0] for other in selected[1:])
 
 
 def test_cross_entropy__every_launch_binds_and_compiles(launches):

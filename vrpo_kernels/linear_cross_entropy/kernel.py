@@ -1,28 +1,29 @@
 """The Triton backend of linear_cross_entropy: the row-linear algorithm over tiles. Contract: `op.py`.
 
-    forward, per row chunk and vocabulary tile:   z = x @ W_t^T;  E = exp(z - m), target column 0, folded into
-                                                  (m, s) online;  acc += E @ W_t
+    forward, per row chunk and vocabulary tile:   u = scale (x @ W_t^T + b_t);  z, D = cap(u), its slope
+                                                  E = exp(z - m), target column 0, folded into (m, s) online
+                                                  acc += (E D) @ W_t
     after the sweep:                              nll = softplus(m + log s - z_y);  expected = acc / s
-    dW from kept tiles:                           dW = (E, target entry -s)^T @ (dnll * q / s * x)
-    sweep, statistics known:                      P = exp(z - m) / s, target entry -1;
-                                                  dx = dnll * q * (P @ W);  dW_t = P_t^T @ (dnll * q * x)
+    dW from kept tiles:                           G = (E D, target entry -s D_y);  f = dnll * q * scale / s
+                                                  dW = G^T @ (f x);  db = G^T @ f
+    sweep, statistics known:                      P = exp(z - m) / s * D, target entry -D_y;
+                                                  f = dnll * q * scale;  dx = f (P @ W);
+                                                  dW_t = P_t^T @ (f x);  db_t = P_t^T @ f
 
 All products have 16-bit factors and fp32 sums; dW is summed over all rows in fp32 and rounded once. No host
 synchronisation, no data-dependent shapes, no atomics. Tile shapes never depend on which gradients are wanted.
 """
 
-import contextlib
-import functools
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from vrpo_kernels.backend import on_device
-from vrpo_kernels.linear_cross_entropy import kernel_fold, kernel_gemm, kernel_rows
-from vrpo_kernels.linear_cross_entropy.tiles import GEMMS, LOWEST, RAISE_BY, Tiles, chunk_rows, tiles_for
-
-_LANES = 64  # kept tiles are padded to whole 128-byte lines per row
+from vrpo_kernels.linear_cross_entropy import kernel_bias, kernel_known, kernel_rows, kernel_shards
+from vrpo_kernels.linear_cross_entropy.kernel_forward import forward_tiles
+from vrpo_kernels.linear_cross_entropy.kernel_head import Head
+from vrpo_kernels.linear_cross_entropy.kernel_sweep import sweep_tiles
+from vrpo_kernels.linear_cross_entropy.products import LANES, device_facts, rounded_product, unit_rows
+from vrpo_kernels.linear_cross_entropy.tiles import GEMMS, LOWEST, Tiles, tiles_for
 
 
 def resolve_gemm(requested: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -36,7 +37,7 @@ def resolve_gemm(requested: str, dtype: torch.dtype, device: torch.device) -> st
     if requested == "auto":
         if torch.compiler.is_compiling():
             return "auto"
-        return tiles_for(_device_facts(device)[0], dtype.itemsize).gemm
+        return tiles_for(device_facts(device)[0], dtype.itemsize).gemm
     if requested not in GEMMS:
         raise ValueError(f"gemm must be one of {('auto', *GEMMS)} on the triton backend, got {requested!r}")
     if requested == "fused" and dtype is torch.float32:
@@ -46,65 +47,31 @@ def resolve_gemm(requested: str, dtype: torch.dtype, device: torch.device) -> st
 
 def kept_shapes(num_rows: int, num_classes: int, gemm: str, input_dtype: torch.dtype):
     """((shape, dtype) of the kept tiles, (shape, dtype) of their shifts, which this backend has none of)."""
-    padded = (num_classes + _LANES - 1) // _LANES * _LANES
+    padded = (num_classes + LANES - 1) // LANES * LANES
     return ((num_rows, padded), input_dtype), ((0, 0), torch.float32)
 
 
-@functools.cache
-def _device_facts(device: torch.device) -> tuple[tuple[int, int], int]:
-    """(compute capability, number of SMs); the interpreter poses as a Hopper GPU with four."""
-    if device.type != "cuda":
-        return (9, 0), 4
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
-
-
 def _tiles(hidden: Tensor, gemm: str) -> Tiles:
-    return tiles_for(_device_facts(hidden.device)[0], hidden.element_size(), gemm)
+    return tiles_for(device_facts(hidden.device)[0], hidden.element_size(), gemm)
 
 
-def _spans(total: int, size: int) -> list[tuple[int, int]]:
-    return [(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _width(size: int, limit: int) -> int:
-    """Columns of a workspace: the tile, or what there is, in whole lines."""
-    return (min(size, limit) + _LANES - 1) // _LANES * _LANES
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:
-    """out (fp32) = a @ b, or out += a @ b, summed in fp32. Output arguments keep autocast away."""
-    if a.dtype is torch.float32:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        if accumulate:
-            torch.addmm(out, a, b, torch.float32, out=out)
-        else:
-            torch.mm(a, b, torch.float32, out=out)
-    else:  # the interpreter's CPU tensors: PyTorch has no 16-bit CPU product with an fp32 result
-        _product(a.float(), b.float(), out, accumulate=accumulate)
-
-
-def _plain_only(bias, softcap, scale, want_metrics=False) -> None:
-    if bias is not None or softcap or scale != 1.0 or want_metrics:
-        raise ValueError("this backend does not compute bias, softcap, scale or metrics yet; use 'reference'")
+def _head(weight: Tensor, bias: Tensor | None, softcap: float, scale: float) -> Head:
+    return Head(unit_rows(weight), None if bias is None else bias.contiguous(), softcap, scale)
 
 
 @on_device
 def target_logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """(N,) fp32 logit of each row's target, the same bits as in `forward`; 0 if absent, NaN out of range."""
-    _plain_only(bias, 0.0, scale)
+    """(N,) fp32 logit of each row's target before the soft-cap, the same bits as in `forward`.
+
+    0 if absent, NaN out of range.
+    """
     out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if out.numel():
-        kernel_rows.target_logits(_rows(hidden), _rows(weight), targets.contiguous(), out)
+        head = _head(weight, bias, 0.0, scale)
+        kernel_rows.target_logits(unit_rows(hidden), head, targets.contiguous(), out)
     return out
-
-
-def _rows(matrix: Tensor) -> Tensor:
-    """The kernels step along rows with stride 1; any row stride will do."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 @on_device
@@ -123,160 +90,35 @@ def forward(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(nll, statistics, expected, kept, no shifts, metrics); see `op._forward`. tiles: for the tile sweep."""
-    _plain_only(bias, softcap, scale, want_metrics)
     tiles = _tiles(hidden, gemm) if tiles is None else tiles
-    hidden, weight, targets = _rows(hidden), _rows(weight), targets.contiguous()
+    hidden, targets = unit_rows(hidden), targets.contiguous()
+    head = _head(weight, bias, softcap, scale)
     (num_rows, num_hidden), num_classes = hidden.shape, weight.shape[0]
-    nll = hidden.new_empty(num_rows, dtype=torch.float32)
-    statistics = hidden.new_empty((3, num_rows), dtype=torch.float32)
-    expected_shape = (num_rows, num_hidden) if want_dhidden else (0, 0)
-    expected = hidden.new_empty(expected_shape, dtype=torch.float32)
     (kept_shape, _), _ = kept_shapes(num_rows, num_classes, gemm, hidden.dtype)
     kept = hidden.new_empty(kept_shape if keep_tiles else (0, 0))
+    nll = hidden.new_empty(num_rows, dtype=torch.float32)
+    statistics, expected, metrics, no_shifts = (
+        nll.new_empty(shape)
+        for shape in (
+            (3, num_rows),
+            (num_rows, num_hidden) if want_dhidden else (0, 0),
+            (2, num_rows) if want_metrics else (0, 0),
+            (0, 0),
+        )
+    )
     if num_rows:
-        kernel_rows.target_logits(hidden, weight, targets, statistics[0])
-        statistics[1].fill_(LOWEST)
-        statistics[2].zero_()
-        _forward_tiles(hidden, weight, targets, statistics, expected, kept, tiles)
-        kernel_fold.finish_rows(statistics, nll)
+        kernel_rows.target_logits(hidden, head, targets, statistics[0])
+        for state in (statistics[1:], metrics):
+            state[:1].fill_(LOWEST)
+            state[1:].zero_()
+        forward_tiles(hidden, head, targets, statistics, expected, kept, metrics, tiles)
+        kernel_known.finish_rows(statistics, nll, softcap)
         if want_dhidden:
             kernel_rows.finish_expected(expected, statistics[2])
         if keep_tiles:
             kept[:, num_classes:].zero_()  # never read, but outputs of an op are to be deterministic
-            kernel_fold.finish_kept(kept[:, :num_classes], targets, statistics[2])
-    nothing = (hidden.new_empty((0, 0), dtype=torch.float32) for _ in range(2))
-    return nll, statistics, expected, kept, *nothing
-
-
-def _forward_tiles(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    expected: Tensor,
-    kept: Tensor,
-    tiles: Tiles,
-) -> None:
-    """Fold every tile into statistics[1:], expected (if not empty) and kept (if not empty)."""
-    num_rows, num_classes = hidden.shape[0], weight.shape[0]
-    num_sms = _device_facts(hidden.device)[1]
-    chunks = _spans(num_rows, chunk_rows(num_rows, tiles.rows, min(tiles.cols, num_classes), num_sms))
-    cols = tiles.forward_cols(chunks[0][1], num_sms)
-    workspace = _Workspace.make(hidden, weight, statistics, expected, kept, tiles, chunks[0][1], cols)
-    first_cols = min(tiles.first_tile_cols(chunks[0][1], num_sms), cols, num_classes)
-    rest = [(first_cols + left, first_cols + right) for left, right in _spans(num_classes - first_cols, cols)]
-    spans = [(0, first_cols), *rest] if first_cols else rest
-    for top, bottom in chunks:
-        rows = slice(top, bottom)
-        for first, last in spans:
-            _forward_tile(
-                hidden[rows],
-                weight,
-                targets[rows],
-                statistics[:, rows],
-                expected[rows] if expected.numel() else workspace.acc,
-                kept[rows, first:last] if kept.numel() else workspace.tile[: bottom - top, : last - first],
-                workspace,
-                tiles,
-                first=first,
-                last=last,
-                acc_cols=expected.shape[1],
-                keep=bool(kept.numel()),
-            )
-
-
-@dataclass(frozen=True)
-class _Workspace:
-    """Tile-sized memory of a forward pass.
-
-    A pass without gradients launches the same kernels with stores switched off: the dummies have the
-    dtype, alignment and stride class of what they stand for, so that the same machine code is launched.
-
-    Attributes:
-        logits: (rows, width) fp32, or (0, 0) in the fused form.
-        tile: (rows, width) in the input dtype, or (1, width) where E is kept or not wanted.
-        blocks: (2, rows, column blocks) fp32 in the fused form, else empty.
-        acc: (1, D) fp32, stands for the accumulator where there is none.
-    """
-
-    logits: Tensor
-    tile: Tensor
-    blocks: Tensor
-    acc: Tensor
-
-    @classmethod
-    def make(cls, hidden, weight, statistics, expected, kept, tiles: Tiles, rows: int, cols: int):
-        """For row chunks of up to `rows` rows and vocabulary tiles of up to `cols` classes."""
-        width = _width(cols, weight.shape[0])
-        fused = tiles.gemm == "fused"
-        blocks = (width + tiles.block_cols - 1) // tiles.block_cols
-        tile_rows = rows if expected.numel() and not kept.numel() else 1
-        return cls(
-            logits=statistics.new_empty((0, 0) if fused else (rows, width)),
-            tile=hidden.new_empty((tile_rows, width)),
-            blocks=statistics.new_empty((2, rows, blocks) if fused else (2, 0, 0)),
-            acc=statistics.new_empty((1, _width(hidden.shape[1], hidden.shape[1]))),
-        )
-
-
-def _forward_tile(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    acc: Tensor,
-    tile: Tensor,
-    workspace: _Workspace,
-    tiles: Tiles,
-    *,
-    first: int,
-    last: int,
-    acc_cols: int,
-    keep: bool,
-) -> None:
-    """One vocabulary tile of one row chunk. acc_cols: 0 if no hidden gradient is formed."""
-    size, width = hidden.shape[0], last - first
-    max_N, sum_N = statistics[1], statistics[2]
-    fold = {
-        "raise_by": RAISE_BY,
-        "store_tile": bool(acc_cols) or keep,
-        "acc_cols": acc_cols if first else 0,
-        "kept_cols": first if keep else 0,
-    }
-    if tiles.gemm == "fused":
-        block_max, block_sum = workspace.blocks[:, :size]
-        kernel_gemm.logits_fold(
-            hidden,
-            weight,
-            targets,
-            tile,
-            max_N,
-            block_max,
-            block_sum,
-            first_col=first,
-            num_cols=width,
-            raise_by=RAISE_BY,
-            store_tile=fold["store_tile"],
-            tiles=tiles,
-            num_programs=_device_facts(hidden.device)[1],
-        )
-        kernel_fold.fold_blocks(
-            block_max,
-            block_sum,
-            tile,
-            acc,
-            max_N,
-            sum_N,
-            num_cols=width,
-            block_cols=tiles.block_cols,
-            **fold,
-        )
-    else:
-        z = workspace.logits[:size, :width]
-        _product(hidden, weight[first:last].t(), z, accumulate=False)
-        kernel_fold.fold(z, targets, tile, acc, max_N, sum_N, first_col=first, block=tiles.fold_cols, **fold)
-    if acc_cols:
-        _product(tile, weight[first:last], acc, accumulate=first > 0)
+            kernel_known.finish_kept(kept[:, :num_classes], targets, statistics, softcap)
+    return nll, statistics, expected, kept, no_shifts, metrics
 
 
 @on_device
@@ -290,10 +132,10 @@ def dhidden(
     scale: float = 1.0,
 ) -> Tensor:
     """(N, D) gradient of hidden from what the forward pass left; see `op._dhidden`."""
-    _plain_only(None, softcap, scale)
     out = weight.new_empty(expected.shape)
     if out.numel():
-        kernel_rows.dhidden(expected, _rows(weight), targets.contiguous(), dnll, statistics.contiguous(), out)
+        head = _head(weight, None, softcap, scale)
+        kernel_rows.dhidden(expected, head, targets.contiguous(), dnll, statistics.contiguous(), out)
     return out
 
 
@@ -313,41 +155,40 @@ def dweight(
     want_dweight: bool = True,
     want_dbias: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(V, D) gradient of weight from kept tiles; see `op._dweight`. gemm makes no difference here."""
-    _plain_only(None, softcap, scale, want_dbias)
-    out = weight.new_empty(weight.shape if want_dweight else (0, 0))
-    nothing = weight.new_empty(0)
-    if not dnll.numel() or not want_dweight:
-        return out.zero_(), nothing
-    scaled = hidden.new_empty(hidden.shape)
-    per_sum = kept.dtype is not torch.float16
-    kernel_rows.scale_rows(_rows(hidden), dnll, statistics.contiguous(), scaled, per_sum=per_sum)
-    _rounded_product(kept[:, : out.shape[0]].t(), scaled, out)
-    return out, nothing
+    """Gradients of weight and bias from kept tiles; see `op._dweight`. gemm makes no difference here."""
+    out_weight, out_bias = _head_gradients(weight, want_dweight, want_dbias)
+    if not dnll.numel():
+        return out_weight.zero_(), out_bias.zero_()
+    statistics = statistics.contiguous()
+    settings = {"softcap": softcap, "scale": scale, "per_sum": kept.dtype is not torch.float16}
+    tile = kept[:, : weight.shape[0]]
+    if want_dweight:
+        scaled = hidden.new_empty(hidden.shape)
+        kernel_rows.scale_rows(unit_rows(hidden), dnll, statistics, scaled, **settings)
+        rounded_product(tile.t(), scaled, out_weight)
+    if want_dbias:
+        factors = kernel_bias.tile_factors(dnll, statistics, kept.dtype, **settings)
+        sums = factors.new_empty(out_bias.shape)
+        kernel_bias.column_sums(tile, factors, sums, accumulate=False)
+        out_bias.copy_(sums)
+    return out_weight, out_bias
 
 
-@contextlib.contextmanager
-def _full_precision_sums():
-    """Inside, cuBLAS adds the partial sums of a 16-bit result in fp32, also where it splits K."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
-    try:
-        for name in names:
-            setattr(matmul, name, False)  # (False, False), no split-K either, only cuBLASLt takes
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
+@on_device
+def rebase_kept(
+    kept: Tensor, targets: Tensor, local: Tensor, joined: Tensor, num_classes: int, softcap: float
+) -> Tensor:
+    """Kept tiles of a shard come under the softmax of the whole head, in place; see `op._rebase_kept`."""
+    if not len(kept):
+        return joined.clone()
+    tile = kept[:, :num_classes]
+    return kernel_shards.rebase_kept(tile, targets.contiguous(), local, joined.contiguous(), softcap)
 
 
-def _rounded_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b in the dtype of all three: one fp32 sum over K, one rounding."""
-    if out.is_cuda:
-        with _full_precision_sums():
-            torch.mm(a, b, out=out)
-    else:  # the interpreter's CPU tensors
-        out.copy_(a.float() @ b.float())
+def _head_gradients(weight: Tensor, want_dweight: bool, want_dbias: bool) -> tuple[Tensor, Tensor]:
+    """Where the gradients of weight and bias go; empty where not wanted."""
+    out_weight = weight.new_empty(weight.shape if want_dweight else (0, 0))
+    return out_weight, weight.new_empty(weight.shape[0] if want_dbias else 0)
 
 
 @on_device
@@ -368,107 +209,26 @@ def sweep(
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients in one pass over the vocabulary; see `op._sweep`. tiles: for the tile sweep only."""
-    _plain_only(bias, softcap, scale, want_dbias)
     tiles = _tiles(hidden, gemm) if tiles is None else tiles
-    hidden, weight, targets = _rows(hidden), _rows(weight), targets.contiguous()
-    statistics = statistics.contiguous()
+    hidden, targets, statistics = unit_rows(hidden), targets.contiguous(), statistics.contiguous()
+    head = _head(weight, bias, softcap, scale)
     out_hidden = hidden.new_empty(hidden.shape if want_dhidden else (0, 0))
-    out_weight = weight.new_empty(weight.shape if want_dweight else (0, 0))
+    out_weight, out_bias = _head_gradients(weight, want_dweight, want_dbias)
     if not dnll.numel():
-        return out_hidden, out_weight.zero_(), weight.new_empty(0)
+        return out_hidden, out_weight.zero_(), out_bias.zero_()
+    settings = {"softcap": softcap, "scale": scale, "per_sum": False}
     acc = statistics.new_empty(out_hidden.shape)
     scaled = hidden.new_empty(hidden.shape if want_dweight else (0, 0))
     if want_dweight:
-        kernel_rows.scale_rows(hidden, dnll, statistics, scaled, per_sum=False)
-    _sweep_tiles(hidden, weight, targets, statistics, acc, scaled, out_weight, tiles)
+        kernel_rows.scale_rows(hidden, dnll, statistics, scaled, **settings)
+    factors = statistics.new_empty(0)
+    if want_dbias:
+        factors = kernel_bias.tile_factors(dnll, statistics, hidden.dtype, **settings)
+    sums = factors.new_empty(out_bias.shape)
+    sweep_tiles(hidden, head, targets, statistics, acc, scaled, out_weight, factors, sums, tiles)
+    out_bias.copy_(sums)
     if want_dhidden and hidden.dtype is torch.float32:
-        kernel_rows.dhidden(acc, weight, targets, dnll, statistics, out_hidden)
+        kernel_rows.dhidden(acc, head, targets, dnll, statistics, out_hidden)
     elif want_dhidden:
-        kernel_rows.scale_rows(acc, dnll, statistics, out_hidden, per_sum=False)
-    return out_hidden, out_weight, weight.new_empty(0)
-
-
-def _sweep_tiles(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    acc: Tensor,
-    scaled: Tensor,
-    out_weight: Tensor,
-    tiles: Tiles,
-) -> None:
-    """acc = P @ weight (if not empty) and out_weight = P^T @ scaled (if not empty), tile by tile.
-
-    The target's entry of P is -1. In fp32 it is 0 in the first product, and the target's row of the head is
-    subtracted afterwards: among hundreds of small terms it would cost each of them a rounding at its size.
-    """
-    (num_rows, num_hidden), num_classes = hidden.shape, weight.shape[0]
-    num_sms = _device_facts(hidden.device)[1]
-    chunks = _spans(
-        num_rows, chunk_rows(num_rows, tiles.sweep_rows, min(tiles.sweep_cols, num_classes), num_sms)
-    )
-    rows = chunks[0][1]
-    cols = tiles.sweep_tile_cols(rows, num_sms)
-    width = _width(cols, num_classes)
-    logits = statistics.new_empty((0, 0) if tiles.gemm == "fused" else (rows, width))
-    workspace = hidden.new_empty((rows, width))
-    # Over several chunks a slice of dW is summed in fp32 and rounded at the end.
-    partial = statistics.new_empty((width if out_weight.numel() and len(chunks) > 1 else 0, num_hidden))
-    for first, last in _spans(num_classes, cols):
-        head = weight[first:last]
-        for top, bottom in chunks:
-            tile = workspace[: bottom - top, : last - first]
-            _write_probabilities(
-                hidden[top:bottom],
-                weight,
-                targets[top:bottom],
-                statistics[:, top:bottom],
-                logits,
-                tile,
-                tiles,
-                first,
-            )
-            if acc.numel():
-                _product(tile, head, acc[top:bottom], accumulate=first > 0)
-            if out_weight.numel() and tile.dtype is torch.float32:
-                kernel_fold.set_targets(tile, targets[top:bottom], first_col=first)
-            if partial.numel():
-                _product(tile.t(), scaled[top:bottom], partial[: last - first], accumulate=top > 0)
-            elif out_weight.numel():
-                _rounded_product(tile.t(), scaled, out_weight[first:last])
-        if partial.numel():
-            out_weight[first:last].copy_(partial[: last - first])
-
-
-def _write_probabilities(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    logits: Tensor,
-    tile: Tensor,
-    tiles: Tiles,
-    first: int,
-) -> None:
-    """tile = exp(z - m) / s for the classes from `first` on; -1, in fp32 0, at the target."""
-    size, width = tile.shape
-    if tiles.gemm == "fused":
-        kernel_gemm.probabilities(
-            hidden,
-            weight,
-            targets,
-            tile,
-            statistics[1],
-            statistics[2],
-            first_col=first,
-            num_cols=width,
-            tiles=tiles,
-            num_programs=_device_facts(hidden.device)[1],
-        )
-        return
-    z = logits[:size, :width]
-    _product(hidden, weight[first : first + width].t(), z, accumulate=False)
-    kernel_fold.probabilities(
-        z, targets, statistics[1], statistics[2], tile, first_col=first, block=tiles.fold_cols
-    )
+        kernel_rows.scale_rows(acc, dnll, statistics, out_hidden, **settings)
+    return out_hidden, out_weight, out_bias

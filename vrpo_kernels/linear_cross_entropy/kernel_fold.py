@@ -1,4 +1,4 @@
-"""Row kernels of the row-linear algorithm: fold a logit tile into the online softmax, finish the rows.
+"""Row kernels of the row-linear algorithm: fold a logit tile into the online softmax.
 
 State of row n, fp32: max_N (the reference m) and sum_N (s = sum of exp(z - m) over the classes seen so
 far *without the target*). A fold is the same machine code whether or not gradients are wanted:
@@ -7,13 +7,13 @@ differs between the modes is specialised on, so the nll cannot differ either. Th
 contraction off: roundings are those written here.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrpo_kernels.linear_cross_entropy.kernel_head import Head, before_cap, warps_for
 from vrpo_kernels.linear_cross_entropy.tiles import LOWEST
-from vrpo_kernels.triton_math import as_reference, exp, is_class, log_odds_of, scaled_exp, sum_lanes
+from vrpo_kernels.triton_math import as_reference, cap, exp, sum_lanes
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(LOWEST)
@@ -37,6 +37,18 @@ def _raise_reference(old_max, candidate, raise_by):
     return new_max, exp(old_max - new_max, True), raised & (old_max > _LOWEST)
 
 
+@triton.jit
+def _moved(moment, sum_n, old_max, new_max, factor):
+    """sum of e (logit - m) under the new m, from it and s under the old; at LOWEST nothing was seen."""
+    return (moment + tl.where(old_max > _LOWEST, old_max - new_max, 0.0) * sum_n) * factor
+
+
+@triton.jit
+def _moment(e, gap):
+    """e (logit - m), and 0 where e is, also at logit = -inf."""
+    return e * tl.where(e > 0.0, gap, 0.0)
+
+
 @triton.jit(do_not_specialize=["store_tile", "acc_ptr", "acc_cols", "stride_acc", "kept_cols"])
 def _fold_kernel(
     z_ptr,
@@ -54,17 +66,27 @@ def _fold_kernel(
     store_tile,
     acc_cols,
     kept_cols,
+    bias_ptr,
+    scale,
+    softcap,
+    top_ptr,
+    moment_ptr,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    METRICS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program owns one row of one logit tile: reads z once, writes E = exp(z - m) once.
+    """One program owns one row of one logit tile: reads z once, writes E = exp(logit - m) once.
 
     Grid (rows,); the row is walked in blocks of BLOCK_V, few registers, so that many programs share an
     SM and keep the memory busy. m rises only when a block beats it by `raise_by` (in nats): E then stays
     below exp(raise_by), and the correction of what was written under the old m (earlier blocks of this
     tile, `acc_cols` of the accumulator, `kept_cols` of kept E before this tile) is rare after the first
-    block.
-    FLOP: about 6 per logit. Bytes: 4 read + size of E written, per logit.
+    block. With a soft-cap E is multiplied by the cap's slope where it is written, not where it is summed.
+    METRICS: keeps the largest logit, and sum of E (logit - m), which moves with m (`_moved`).
+    FLOP: about 6 per logit, 20 with a soft-cap. Bytes: 4 read + size of E written, per logit.
     """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row) - first_col
@@ -75,16 +97,29 @@ def _fold_kernel(
     max_n = old_max
     lane_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
     EXACT: tl.constexpr = tile_ptr.dtype.element_ty == tl.float32
+    if METRICS:
+        top = tl.load(top_ptr + row)
+        lane_moment = tl.zeros((BLOCK_V,), dtype=tl.float32)
     for start in range(0, num_cols, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         z = tl.load(z_row + offs_v, mask=offs_v < num_cols, other=_NEG_INF)
+        z = before_cap(z, bias_ptr, first_col + offs_v, offs_v < num_cols, scale, HAS_BIAS, SCALED)
+        if HAS_CAP:
+            z, slope = cap(z, softcap, EXACT)
+            z = tl.where(offs_v < num_cols, z, _NEG_INF)  # capped, a logit that is none is -softcap
         z = tl.where(offs_v == target, _NEG_INF, z)
         candidate = tl.max(z, axis=0)
+        if METRICS:
+            top = tl.maximum(top, candidate)
         if not EXACT:
             candidate = as_reference(candidate)
         new_max, factor, rescale = _raise_reference(max_n, candidate, raise_by)
         e = exp(z - new_max, EXACT)
+        if METRICS:
+            lane_moment = _moved(lane_moment, lane_sum, max_n, new_max, factor) + _moment(e, z - new_max)
         lane_sum = lane_sum * factor + e
+        if HAS_CAP:
+            e = e * slope
         if rescale:
             tl.debug_barrier()  # other threads wrote these
             _rescale_row(tile_row, tl.minimum(start, stored), factor, BLOCK_D)
@@ -93,10 +128,17 @@ def _fold_kernel(
         max_n = new_max
 
     factor = exp(old_max - max_n, True)
-    total = tl.load(sum_ptr + row) * factor + sum_lanes(lane_sum, EXACT)
+    old_sum = tl.load(sum_ptr + row)
+    total = old_sum * factor + sum_lanes(lane_sum, EXACT)
+    if METRICS:
+        moment = _moved(tl.load(moment_ptr + row), old_sum, old_max, max_n, factor)
+        moment += sum_lanes(lane_moment, EXACT)
     tl.debug_barrier()  # every warp has read the old maximum and sum
     tl.store(max_ptr + row, max_n)
     tl.store(sum_ptr + row, total)
+    if METRICS:
+        tl.store(top_ptr + row, top)
+        tl.store(moment_ptr + row, moment)
     if (max_n > old_max) & (old_max > _LOWEST):
         _rescale_row(acc_ptr + row * stride_acc, acc_cols, factor, BLOCK_D)
         _rescale_row(tile_row - kept_cols, kept_cols, factor, BLOCK_D)
@@ -119,6 +161,11 @@ def _fold_blocks_kernel(
     store_tile,
     acc_cols,
     kept_cols,
+    top_ptr,
+    moment_ptr,
+    block_top_ptr,
+    block_moment_ptr,
+    METRICS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -138,12 +185,24 @@ def _fold_blocks_kernel(
     old_max = tl.load(max_ptr + row)
     tile_max = tl.max(block_max, axis=0)
     new_max, factor, rescale = _raise_reference(old_max, tile_max, raise_by)
-    total = tl.load(sum_ptr + row) * factor + tl.sum(block_sum * tl.exp(block_max - new_max), axis=0)
+    old_sum = tl.load(sum_ptr + row)
+    total = old_sum * factor + tl.sum(block_sum * tl.exp(block_max - new_max), axis=0)
+    if METRICS:
+        block_row = row * stride_block + offs_b
+        top = tl.max(tl.load(block_top_ptr + block_row, mask=in_b, other=_LOWEST), axis=0)
+        top = tl.maximum(tl.load(top_ptr + row), top)
+        block_moment = tl.load(block_moment_ptr + block_row, mask=in_b, other=0.0)
+        factor_b = tl.exp(block_max - new_max)
+        moment = tl.sum(_moved(block_moment, block_sum, block_max, new_max, factor_b), axis=0)
+        moment += _moved(tl.load(moment_ptr + row), old_sum, old_max, new_max, factor)
     # Up to 32 blocks the reductions above need no barrier of their own: without this one a late warp
     # would read the maximum that another has stored already, and skip its part of the corrections.
     tl.debug_barrier()
     tl.store(max_ptr + row, new_max)
     tl.store(sum_ptr + row, total)
+    if METRICS:
+        tl.store(top_ptr + row, top)
+        tl.store(moment_ptr + row, moment)
 
     tile_row = tile_ptr + row * stride_tile
     if (new_max > old_max) & (store_tile != 0):
@@ -158,122 +217,33 @@ def _fold_blocks_kernel(
         _rescale_row(tile_row - kept_cols, kept_cols, factor, BLOCK_D)
 
 
-@triton.jit
-def _finish_rows_kernel(statistics_ptr, nll_ptr, N, BLOCK_N: tl.constexpr):
-    """Grid (ceil(N / BLOCK_N),): nll = softplus(d)."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = offs_n < N
-    target_logit = tl.load(statistics_ptr + offs_n, mask=in_n, other=0.0)
-    max_n = tl.load(statistics_ptr + N + offs_n, mask=in_n, other=0.0)
-    sum_n = tl.load(statistics_ptr + 2 * N + offs_n, mask=in_n, other=1.0)
-    log_odds = log_odds_of(target_logit, max_n, sum_n)
-    # softplus(d) = max(d, 0) + log1p(exp(-|d|)); log1p(x) = x log(1 + x) / ((1 + x) - 1) is right to
-    # the last bits for every x in (0, 1], and Triton has no log1p that the interpreter can run.
-    small = exp(-tl.abs(log_odds), True)
-    one_plus = 1.0 + small
-    gap = one_plus - 1.0
-    log1p = tl.where(gap == 0.0, small, small * (tl.log(one_plus) / tl.where(gap == 0.0, 1.0, gap)))
-    tl.store(nll_ptr + offs_n, tl.maximum(log_odds, 0.0) + log1p, mask=in_n)
-
-
-@triton.jit
-def _finish_kept_kernel(
-    kept_ptr, target_ptr, sum_ptr, V, stride_kept, NORMALISE: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """Grid (rows,): kept E becomes s * (p - onehot) / q, by writing -s (or -1) at the target.
-
-    NORMALISE (fp16, where s can exceed 65504): the row is divided by s as well.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    kept_row = kept_ptr + row * stride_kept
-    total = tl.load(sum_ptr + row)
-    target = tl.load(target_ptr + row)
-    if NORMALISE:
-        scale = tl.where(total > 0.0, tl.div_rn(1.0, total), 0.0)
-        for start in range(0, V, BLOCK_V):
-            offs_v = start + tl.arange(0, BLOCK_V)
-            e = tl.load(kept_row + offs_v, mask=offs_v < V, other=0.0).to(tl.float32) * scale
-            e = tl.where(offs_v == target, -1.0, e)
-            tl.store(kept_row + offs_v, e.to(kept_ptr.dtype.element_ty), mask=offs_v < V)
-    else:
-        tl.store(kept_row + target, (-total).to(kept_ptr.dtype.element_ty), mask=is_class(target, V))
-
-
-@triton.jit
-def _probabilities_kernel(
-    z_ptr,
-    target_ptr,
-    max_ptr,
-    sum_ptr,
-    tile_ptr,
-    first_col,
-    num_cols,
-    stride_z,
-    stride_tile,
-    BLOCK_V: tl.constexpr,
-):
-    """Grid (rows, ceil(cols / BLOCK_V)), with the statistics known: exp(z - m) / s, and at the target -1.
-
-    q times it is p - onehot. In fp32 the target's entry is 0, until `_set_targets_kernel` writes it.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_v = offs_v < num_cols
-    target = tl.load(target_ptr + row) - first_col
-    max_n = tl.load(max_ptr + row)
-    sum_n = tl.load(sum_ptr + row)
-    z = tl.load(z_ptr + row * stride_z + offs_v, mask=in_v, other=_NEG_INF)
-    # m is a maximum up to the raise, but not of the target's column: that one could overflow.
-    z = tl.where(offs_v == target, _NEG_INF, z)
-    if tile_ptr.dtype.element_ty == tl.float32:
-        e = scaled_exp(z - max_n, tl.where(sum_n > 0.0, 1.0 / sum_n.to(tl.float64), 0.0))
-    else:
-        e = tl.exp(z - max_n) * tl.where(sum_n > 0.0, tl.div_rn(1.0, sum_n), 0.0)
-        e = tl.where(offs_v == target, -1.0, e)
-    tl.store(tile_ptr + row * stride_tile + offs_v, e.to(tile_ptr.dtype.element_ty), mask=in_v)
-
-
-@triton.jit
-def _set_targets_kernel(
-    tile_ptr, target_ptr, num_rows, first_col, num_cols, stride_tile, BLOCK_N: tl.constexpr
-):
-    """Grid (ceil(rows / BLOCK_N),): -1 at every target that lies in the tile."""
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = offs_n < num_rows
-    target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
-    minus_one = tl.full((BLOCK_N,), -1.0, dtype=tile_ptr.dtype.element_ty)
-    tl.store(tile_ptr + offs_n * stride_tile + target, minus_one, mask=in_n & is_class(target, num_cols))
-
-
-def _power_of_two(width: int, low: int, high: int) -> int:
-    return max(low, min(high, triton.next_power_of_2(width)))
-
-
-def _warps(block: int) -> int:
-    """Warps that leave each thread 16 fp32 values of a row: 64 registers, 32 warps on an SM."""
-    return _power_of_two(block // 512, 1, 16)
+def _metric_rows(metrics: Tensor, dummy: Tensor) -> tuple[Tensor, Tensor]:
+    """The two rows of metrics [2, rows], or of (0, rows) the dummy, which is then not touched."""
+    return (metrics[0], metrics[1]) if len(metrics) else (dummy, dummy)
 
 
 def fold(
     z: Tensor,
+    head: Head,
     targets: Tensor,
     tile: Tensor,
     acc: Tensor,
     max_N: Tensor,
     sum_N: Tensor,
+    metrics: Tensor,
     *,
     first_col: int,
-    block: int,
     raise_by: float,
     store_tile: bool,
     acc_cols: int,
     kept_cols: int,
+    block: int,
 ) -> None:
-    """Fold logits z [rows, cols] fp32, columns `first_col` on, into max_N, sum_N [rows] fp32.
+    """Fold the product z [rows, cols] fp32 of one tile into max_N, sum_N [rows] and metrics [2, rows], fp32.
 
-    tile, acc: where E goes and what is corrected when a maximum rises; any tensors of the right
-    dtype, alignment and stride when `store_tile` is false. block: columns of a step along the row, a power
-    of two, the same for every tile of a call.
+    If `store_tile`, writes E into tile [rows, cols] (input dtype). Where m rises, `acc_cols` columns of acc
+    [rows, D] fp32 and `kept_cols` columns left of the tile are corrected. block: columns of one step.
+    metrics: (0, rows) if not wanted.
     """
     _fold_kernel[(z.shape[0],)](
         z,
@@ -291,20 +261,26 @@ def fold(
         int(store_tile),
         acc_cols,
         kept_cols,
+        head.bias_or_dummy,
+        head.scale,
+        head.softcap,
+        *_metric_rows(metrics, sum_N),
+        **head.switches(),
+        METRICS=bool(len(metrics)),
         BLOCK_V=block,
         BLOCK_D=1024,
-        num_warps=_warps(block),
+        num_warps=warps_for(block),
         enable_fp_fusion=False,
     )
 
 
 def fold_blocks(
-    block_max: Tensor,
-    block_sum: Tensor,
+    blocks: Tensor,
     tile: Tensor,
     acc: Tensor,
     max_N: Tensor,
     sum_N: Tensor,
+    metrics: Tensor,
     *,
     num_cols: int,
     block_cols: int,
@@ -313,93 +289,29 @@ def fold_blocks(
     acc_cols: int,
     kept_cols: int,
 ) -> None:
-    """`fold` for the fused GEMM, from its (max, sum) per row and column block [rows, blocks] fp32."""
-    _fold_blocks_kernel[(block_max.shape[0],)](
-        block_max,
-        block_sum,
+    """`fold` for the fused GEMM, from what it left per row and column block, as `kernel_gemm.logits_fold`."""
+    _fold_blocks_kernel[(blocks.shape[1],)](
+        blocks[0],
+        blocks[1],
         tile,
         acc,
         max_N,
         sum_N,
         triton.cdiv(num_cols, block_cols),
         num_cols,
-        block_max.stride(0),
+        blocks.stride(1),
         tile.stride(0),
         acc.stride(0),
         raise_by,
         int(store_tile),
         acc_cols,
         kept_cols,
+        *_metric_rows(metrics, sum_N),
+        *_metric_rows(blocks[2:], sum_N),
+        METRICS=bool(len(metrics)),
         BLOCK_V=block_cols,
         BLOCK_D=1024,
-        BLOCKS=triton.next_power_of_2(block_max.shape[1]),
+        BLOCKS=triton.next_power_of_2(blocks.shape[2]),
         num_warps=2,
-        enable_fp_fusion=False,
-    )
-
-
-def finish_rows(statistics: Tensor, nll: Tensor) -> None:
-    """nll [N] from statistics [3, N] = (z_y, m, s), all fp32."""
-    num_rows = nll.shape[0]
-    _finish_rows_kernel[(triton.cdiv(num_rows, 128),)](
-        statistics, nll, num_rows, BLOCK_N=128, num_warps=4, enable_fp_fusion=False
-    )
-
-
-def finish_kept(kept: Tensor, targets: Tensor, sum_N: Tensor) -> None:
-    """Kept E [rows, V] receives its target entries: -s; in fp16 -1, with the row divided by s."""
-    normalise = kept.dtype is torch.float16
-    _finish_kept_kernel[(kept.shape[0],)](
-        kept,
-        targets,
-        sum_N,
-        kept.shape[1],
-        kept.stride(0),
-        NORMALISE=normalise,
-        BLOCK_V=4096,
-        num_warps=8 if normalise else 1,
-        enable_fp_fusion=False,
-    )
-
-
-def probabilities(
-    z: Tensor,
-    targets: Tensor,
-    max_N: Tensor,
-    sum_N: Tensor,
-    tile: Tensor,
-    *,
-    first_col: int,
-    block: int,
-) -> None:
-    """tile = exp(z - m) / s; -1, in fp32 0, at the target. z [rows, cols], max_N and sum_N [rows] fp32."""
-    _probabilities_kernel[(z.shape[0], triton.cdiv(z.shape[1], block))](
-        z,
-        targets,
-        max_N,
-        sum_N,
-        tile,
-        first_col,
-        z.shape[1],
-        z.stride(0),
-        tile.stride(0),
-        BLOCK_V=block,
-        num_warps=_warps(block),
-        enable_fp_fusion=False,
-    )
-
-
-def set_targets(tile: Tensor, targets: Tensor, *, first_col: int) -> None:
-    """tile[n, targets[n] - first_col] = -1 for the targets among its columns. tile [rows, cols]."""
-    num_rows, num_cols = tile.shape
-    _set_targets_kernel[(triton.cdiv(num_rows, 128),)](
-        tile,
-        targets,
-        num_rows,
-        first_col,
-        num_cols,
-        tile.stride(0),
-        BLOCK_N=128,
-        num_warps=4,
         enable_fp_fusion=False,
     )

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vrpo_kernels.linear_cross_entropy.kernel_head import Head, target_entry
 from vrpo_kernels.linear_cross_entropy.tiles import LOWEST, Tiles
-from vrpo_kernels.triton_math import as_reference
+from vrpo_kernels.triton_math import as_reference, cap, is_class
 
 _NEG_INF = tl.constexpr(float("-inf"))
 _LOWEST = tl.constexpr(LOWEST)
@@ -25,6 +26,79 @@ def _place(index, row_blocks, col_blocks, GROUP_N: tl.constexpr):
     rows = tl.minimum(row_blocks - first, GROUP_N)
     within = index % (GROUP_N * col_blocks)
     return first + within % rows, within // rows
+
+
+@triton.jit
+def _add_bias(z, bias_ptr, cols, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """z + bias[cols] by one more step of the product: ones in a single column of 16 times the bias in a row.
+
+    Exact but for the accumulator's rounding. Added in the epilogue, the bias would make Triton convert the
+    whole accumulator to another layout.
+    """
+    step = tl.arange(0, 16)
+    bias = tl.load(bias_ptr + cols)
+    bias = tl.where(step[:, None] == 0, bias[None, :], tl.zeros_like(bias)[None, :])
+    ones = tl.where(step[None, :] == 0, tl.full((BLOCK_N, 16), 1.0, bias.dtype), 0.0).to(bias.dtype)
+    return tl.dot(ones, bias, z, input_precision="ieee")
+
+
+@triton.jit
+def _halves(z, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Left and right half of z's columns; in the accumulator's layout no value moves."""
+    return tl.split(tl.permute(tl.reshape(z, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _slices(z, SLICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """z's columns in so many equal parts, from left to right."""
+    if SLICES == 1:
+        parts = (z,)
+    else:
+        left, right = _halves(z, BLOCK_N, BLOCK_V)
+        parts = _slices(left, SLICES // 2, BLOCK_N, BLOCK_V // 2)
+        parts = parts + _slices(right, SLICES // 2, BLOCK_N, BLOCK_V // 2)
+    return parts
+
+
+@triton.jit
+def _fold_slice(
+    z,
+    tile_ptr,
+    max_ptr,
+    block_max,
+    offs_n,
+    in_n,
+    start,
+    num_cols,
+    stride_tile,
+    raise_by,
+    store_tile,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    METRICS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(sum of e, sum of e (logit - block_max)) of the columns from `start` on; writes E if `store_tile`."""
+    offs_v = start + tl.arange(0, WIDTH)
+    if HAS_CAP:
+        none = z == _LOWEST
+        z, slope = cap(z, softcap, False)
+        z = tl.where(none, _NEG_INF, z)
+    e = tl.exp(z - block_max[:, None])
+    total = tl.sum(e, axis=1)
+    moment = total
+    if METRICS:
+        moment = tl.sum(e * tl.where(e > 0.0, z - block_max[:, None], 0.0), axis=1)
+    if store_tile != 0:
+        old_max = tl.load(max_ptr + offs_n, mask=in_n, other=0.0)
+        used = tl.where(block_max > old_max + raise_by, block_max, old_max)
+        # Two factors: exp(z - used) in one step would be a second exponential per logit.
+        e = e * tl.exp(block_max - used)[:, None]
+        if HAS_CAP:
+            e = e * slope
+        out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
+        tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
+    return total, moment
 
 
 @triton.jit
@@ -44,26 +118,77 @@ def _fold_block(
     stride_block,
     raise_by,
     store_tile,
+    softcap,
+    block_top_ptr,
+    block_moment_ptr,
+    HAS_CAP: tl.constexpr,
+    METRICS: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Epilogue of one [BLOCK_N, BLOCK_V] block of logits: statistics always, E if `store_tile`."""
+    """Epilogue of one [BLOCK_N, BLOCK_V] block of u: statistics; E, times the slope, if `store_tile`.
+
+    In SLICES of its columns, one after the other: see `Tiles.slices`.
+    """
     in_n = offs_n < num_rows
     offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
+    if SLICES > 1:
+        target = tl.where(is_class(target, num_cols), target, -1).to(tl.int32)
     use = (offs_v[None, :] < num_cols) & (offs_v[None, :] != target[:, None])
-    z = tl.where(use, z, _NEG_INF)
-    block_max = as_reference(tl.maximum(tl.max(z, axis=1), _LOWEST))
-    e = tl.exp(z - block_max[:, None])
+    # A bias may make -inf of u, whose capped logit is -softcap: what is no logit at all needs another mark.
+    z = tl.where(use, z, _LOWEST if HAS_CAP else _NEG_INF)
+    top = tl.maximum(tl.max(z, axis=1), _LOWEST)
+    if HAS_CAP:
+        # The cap is monotone. Of no logits at all it makes -softcap, which is above no other maximum.
+        top, _ = cap(top, softcap, False)
+    block_max = as_reference(top)
+    WIDTH: tl.constexpr = BLOCK_V // SLICES
+    parts = _slices(z, SLICES, BLOCK_N, BLOCK_V)
+    for i in tl.static_range(SLICES):
+        part_sum, part_moment = _fold_slice(
+            parts[i], tile_ptr, max_ptr, block_max, offs_n, in_n, block * BLOCK_V + i * WIDTH, num_cols,
+            stride_tile, raise_by, store_tile, softcap, HAS_CAP, METRICS, WIDTH,
+        )  # fmt: skip
+        if i == 0:
+            total, moment = part_sum, part_moment
+        else:
+            total, moment = total + part_sum, moment + part_moment
     statistics = offs_n * stride_block + block
     tl.store(block_max_ptr + statistics, block_max, mask=in_n)
-    tl.store(block_sum_ptr + statistics, tl.sum(e, axis=1), mask=in_n)
-    if store_tile != 0:
-        old_max = tl.load(max_ptr + offs_n, mask=in_n, other=0.0)
-        used = tl.where(block_max > old_max + raise_by, block_max, old_max)
-        # Two factors: exp(z - used) in one step would be a second exponential per logit.
-        e = e * tl.exp(block_max - used)[:, None]
-        out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
-        tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
+    tl.store(block_sum_ptr + statistics, total, mask=in_n)
+    if METRICS:
+        tl.store(block_top_ptr + statistics, top, mask=in_n)
+        tl.store(block_moment_ptr + statistics, moment, mask=in_n)
+
+
+@triton.jit
+def _known_slice(
+    z,
+    target,
+    entry,
+    log_sum,
+    tile_ptr,
+    offs_n,
+    in_n,
+    start,
+    num_cols,
+    stride_tile,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """exp(logit - log_sum) * slope, and the entry at the target, for the columns from `start` on."""
+    offs_v = start + tl.arange(0, WIDTH)
+    at_target = offs_v[None, :] == target[:, None]
+    if HAS_CAP:
+        z, slope = cap(z, softcap, False)
+        e = tl.where(at_target, entry[:, None], tl.exp(z - log_sum[:, None]) * slope)
+    else:
+        e = tl.where(at_target, -1.0, tl.exp(z - log_sum[:, None]))
+    out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
+    tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
 
 
 @triton.jit
@@ -79,18 +204,32 @@ def _known_block(
     first_col,
     num_cols,
     stride_tile,
+    softcap,
+    target_logit_ptr,
+    HAS_CAP: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Epilogue of one block with the statistics known: exp(z - m) / s, and -1 at the target."""
+    """Epilogue of one block with the statistics known: exp(logit - m) / s * slope; -slope at the target."""
     in_n = offs_n < num_rows
-    offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
+    if SLICES > 1:
+        target = tl.where(is_class(target, num_cols), target, -1).to(tl.int32)
     max_n = tl.load(max_ptr + offs_n, mask=in_n, other=float("inf"))  # rows past the end become 0
     sum_n = tl.load(sum_ptr + offs_n, mask=in_n, other=1.0)
     log_sum = tl.where(sum_n > 0.0, max_n + tl.log(sum_n), 0.0)  # s = 0 where there is no other class
-    e = tl.where(offs_v[None, :] == target[:, None], -1.0, tl.exp(z - log_sum[:, None]))
-    out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
-    tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
+    entry = log_sum
+    if HAS_CAP:
+        target_logit = tl.load(target_logit_ptr + offs_n, mask=in_n, other=0.0)
+        entry = target_entry(target_logit, softcap, True, tile_ptr.dtype.element_ty)
+    WIDTH: tl.constexpr = BLOCK_V // SLICES
+    parts = _slices(z, SLICES, BLOCK_N, BLOCK_V)
+    for i in tl.static_range(SLICES):
+        _known_slice(
+            parts[i], target, entry, log_sum, tile_ptr, offs_n, in_n, block * BLOCK_V + i * WIDTH, num_cols,
+            stride_tile, softcap, HAS_CAP, WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -110,11 +249,20 @@ def _finish_block(
     stride_block,
     raise_by,
     store_tile,
+    softcap,
+    first_extra_ptr,
+    second_extra_ptr,
+    HAS_CAP: tl.constexpr,
+    METRICS: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     KNOWN: tl.constexpr,
 ):
-    """Epilogue of one block: of the sweep if KNOWN (m in max_ptr, s in block_sum_ptr), else of the fold."""
+    """Epilogue of one block: of the sweep if KNOWN (m in max_ptr, s in block_sum_ptr), else of the fold.
+
+    The extra pointers: u_y of the rows if KNOWN, else where METRICS leave a block's maximum and moment.
+    """
     offs_n = (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     if KNOWN:
         _known_block(
@@ -129,6 +277,11 @@ def _finish_block(
             first_col,
             num_cols,
             stride_tile,
+            softcap,
+            first_extra_ptr,
+            HAS_CAP,
+            SLICES,
+            BLOCK_N,
             BLOCK_V,
         )
     else:
@@ -148,6 +301,13 @@ def _finish_block(
             stride_block,
             raise_by,
             store_tile,
+            softcap,
+            first_extra_ptr,
+            second_extra_ptr,
+            HAS_CAP,
+            METRICS,
+            SLICES,
+            BLOCK_N,
             BLOCK_V,
         )
 
@@ -169,6 +329,16 @@ def _logits_fold_descriptor_kernel(
     stride_block,
     raise_by,
     store_tile,
+    bias_ptr,
+    scale,
+    softcap,
+    first_extra_ptr,
+    second_extra_ptr,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    METRICS: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -191,6 +361,11 @@ def _logits_fold_descriptor_kernel(
             hidden = hidden_desc.load([row_block * BLOCK_N, start])
             weight = weight_desc.load([first_col + block * BLOCK_V, start])
             z = tl.dot(hidden, weight.T, z)
+        if HAS_BIAS:
+            cols = (block * BLOCK_V + tl.arange(0, BLOCK_V)) % num_cols
+            z = _add_bias(z, bias_ptr, first_col + cols, BLOCK_N, BLOCK_V)
+        if SCALED:
+            z = z * scale
         _finish_block(
             z,
             target_ptr,
@@ -207,6 +382,12 @@ def _logits_fold_descriptor_kernel(
             stride_block,
             raise_by,
             store_tile,
+            softcap,
+            first_extra_ptr,
+            second_extra_ptr,
+            HAS_CAP,
+            METRICS,
+            SLICES,
             BLOCK_N,
             BLOCK_V,
             KNOWN,
@@ -232,6 +413,16 @@ def _logits_fold_pointer_kernel(
     stride_block,
     raise_by,
     store_tile,
+    bias_ptr,
+    scale,
+    softcap,
+    first_extra_ptr,
+    second_extra_ptr,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    METRICS: tl.constexpr,
+    SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -258,6 +449,10 @@ def _logits_fold_pointer_kernel(
         hidden = tl.load(hidden_at + start, mask=in_d, other=0.0)
         weight = tl.load(weight_at + start, mask=in_d, other=0.0)
         z = tl.dot(hidden, weight.T, z, input_precision="ieee")
+    if HAS_BIAS:
+        z = _add_bias(z, bias_ptr, first_col + offs_v % num_cols, BLOCK_N, BLOCK_V)
+    if SCALED:
+        z = z * scale
     _finish_block(
         z,
         target_ptr,
@@ -274,6 +469,12 @@ def _logits_fold_pointer_kernel(
         stride_block,
         raise_by,
         store_tile,
+        softcap,
+        first_extra_ptr,
+        second_extra_ptr,
+        HAS_CAP,
+        METRICS,
+        SLICES,
         BLOCK_N,
         BLOCK_V,
         KNOWN,
@@ -288,12 +489,11 @@ def _fits_descriptor(tensor: Tensor) -> bool:
 
 def logits_fold(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
     tile: Tensor,
     max_N: Tensor,
-    block_max: Tensor,
-    block_sum: Tensor,
+    blocks: Tensor,
     *,
     first_col: int,
     num_cols: int,
@@ -302,59 +502,69 @@ def logits_fold(
     tiles: Tiles,
     num_programs: int,
 ) -> None:
-    """Logits of hidden [rows, D] against weight[first_col : first_col + num_cols], folded per block.
+    """Logits of hidden [rows, D] for the classes from first_col on, num_cols of them, folded per block.
 
-    Writes block_max, block_sum [rows, >= blocks] fp32 and, if `store_tile`, E into tile [rows, cols].
-    max_N [rows] fp32 is the state before this tile. num_programs: SMs of the device.
+    Writes blocks [2 or 4, rows, >= column blocks] fp32, per row and block a reference, the sum of exp(logit -
+    it) and, of four, the largest logit and the sum of exp(logit - reference) (logit - reference); the target
+    has no part in any. Writes E into tile [rows, cols] if `store_tile`. max_N [rows] fp32 is the state before
+    this tile. num_programs: SMs of the device.
     """
-    rows = (targets, tile, max_N, block_max, block_sum)
-    switches = (block_max.stride(0), raise_by, int(store_tile))
-    _launch(hidden, weight, rows, switches, first_col, num_cols, tiles, num_programs, known=False)
+    metrics = len(blocks) == 4
+    rows = (targets, tile, max_N, blocks[0], blocks[1])
+    switches = (blocks.stride(1), raise_by, int(store_tile))
+    extra = (blocks[2], blocks[3]) if metrics else (max_N, max_N)
+    constants = {"KNOWN": False, "METRICS": metrics}
+    _launch(hidden, head, rows, switches, extra, first_col, num_cols, tiles, num_programs, constants)
 
 
 def probabilities(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
+    statistics: Tensor,
     tile: Tensor,
-    max_N: Tensor,
-    sum_N: Tensor,
     *,
     first_col: int,
     num_cols: int,
     tiles: Tiles,
     num_programs: int,
 ) -> None:
-    """tile [rows, cols] = exp(z - m) / s with -1 at the target, from the same logits as `logits_fold`.
+    """tile [rows, cols] = exp(logit - m) / s * slope, -slope at the target, from the logits of `logits_fold`.
 
-    max_N, sum_N: [rows] fp32, m and s over the whole vocabulary.
+    statistics: [3, rows] fp32, u_y, m and s over the whole vocabulary.
     """
+    target_logits, max_N, sum_N = statistics
     rows = (targets, tile, max_N, sum_N, sum_N)
-    _launch(hidden, weight, rows, (0, 0.0, 1), first_col, num_cols, tiles, num_programs, known=True)
+    extra = (target_logits, target_logits)
+    constants = {"KNOWN": True, "METRICS": False}
+    _launch(hidden, head, rows, (0, 0.0, 1), extra, first_col, num_cols, tiles, num_programs, constants)
 
 
 def _launch(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     rows: tuple[Tensor, ...],
     switches: tuple[int, float, int],
+    extra: tuple[Tensor, Tensor],
     first_col: int,
     num_cols: int,
     tiles: Tiles,
     num_programs: int,
-    *,
-    known: bool,
+    constants: dict[str, bool],
 ) -> None:
     """One of the two kernels. rows: the tensors after the operands; switches: what follows stride_tile."""
     num_rows, num_hidden = hidden.shape
+    weight = head.weight
     common = (*rows, num_rows, first_col, num_cols, num_hidden)
-    strides = (rows[1].stride(0), *switches)
+    last = (rows[1].stride(0), *switches, head.bias_or_dummy, head.scale, head.softcap, *extra)
     shape = {
+        **constants,
+        **head.switches(),
+        "SLICES": tiles.slices if head.bias is not None or head.has_cap else 1,
         "BLOCK_N": tiles.block_rows,
         "BLOCK_V": tiles.block_cols,
         "BLOCK_D": tiles.block_hidden,
         "GROUP_N": tiles.group_rows,
-        "KNOWN": known,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         "enable_fp_fusion": False,
@@ -367,11 +577,11 @@ def _launch(
             TensorDescriptor.from_tensor(hidden, hidden_block),
             TensorDescriptor.from_tensor(weight, weight_block),
             *common,
-            *strides,
+            *last,
             NUM_PROGRAMS=num_programs,
             **shape,
         )
     else:
         _logits_fold_pointer_kernel[(blocks,)](
-            hidden, weight, *common, hidden.stride(0), weight.stride(0), *strides, **shape
+            hidden, weight, *common, hidden.stride(0), weight.stride(0), *last, **shape
         )

@@ -8,37 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vrpo_kernels.triton_math import exp, is_class, log_odds_of
+from vrpo_kernels.linear_cross_entropy.kernel_head import (
+    Head,
+    before_cap,
+    power_of_two,
+    row_factor,
+    tile_factor,
+)
+from vrpo_kernels.triton_math import is_class
 
 _ABSENT = tl.constexpr(torch.iinfo(torch.int64).min)  # op.ABSENT
-
-
-@triton.jit
-def _row_factor(statistics_ptr, dnll, row, N, PER_SUM: tl.constexpr, dtype: tl.constexpr):
-    """dnll * q [/ s] of one row of statistics [3, N] = (z_y, m, s), q = 1 - p_y, in fp32, or in fp64.
-
-    dtype: of the result it enters; for float32 it is fp64, because an error of a row's factor is one of all
-    its entries. PER_SUM: that is kept E, whose target entry is -s rounded to dtype. Dividing
-    by that very number makes the entry's share exactly -1, and costs the others one rounding more.
-    """
-    target_logit = tl.load(statistics_ptr + row)
-    max_n = tl.load(statistics_ptr + N + row)
-    sum_n = tl.load(statistics_ptr + 2 * N + row)
-    divisor = sum_n.to(dtype).to(tl.float32)
-    if dtype == tl.float32:
-        target_logit, max_n, sum_n = target_logit.to(tl.float64), max_n.to(tl.float64), sum_n.to(tl.float64)
-        divisor = sum_n
-        dnll = dnll.to(tl.float64)
-    log_odds = log_odds_of(target_logit, max_n, sum_n)
-    if dtype == tl.float32:
-        small = tl.exp(-tl.abs(log_odds))
-        factor = dnll * (tl.where(log_odds >= 0.0, 1.0, small) / (1.0 + small))
-    else:
-        small = exp(-tl.abs(log_odds), True)
-        factor = dnll * tl.div_rn(tl.where(log_odds >= 0.0, 1.0, small), 1.0 + small)
-    if PER_SUM:
-        factor = tl.where(divisor > 0.0, factor / divisor, 0.0)
-    return factor
 
 
 @triton.jit
@@ -51,9 +30,13 @@ def _target_logits_kernel(
     D,
     stride_hidden,
     stride_weight,
+    bias_ptr,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (rows,): z_y = hidden_n . weight_y in fp32; 0 for an absent target, NaN for one out of range."""
+    """Grid (rows,): u_y = scale (hidden_n . weight_y + bias_y) in fp32; 0 if absent, NaN out of range."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     hidden_row = hidden_ptr + row * stride_hidden
@@ -65,8 +48,9 @@ def _target_logits_kernel(
         in_d = offs_d < width
         hidden = tl.load(hidden_row + offs_d, mask=in_d, other=0.0).to(tl.float32)
         total += hidden * tl.load(weight_row + offs_d, mask=in_d, other=0.0).to(tl.float32)
-    known = is_class(target, V) | (target == _ABSENT)
-    tl.store(out_ptr + row, tl.where(known, tl.sum(total, axis=0), float("nan")))
+    here = is_class(target, V)
+    logit = before_cap(tl.sum(total, axis=0), bias_ptr, target, here, scale, HAS_BIAS, SCALED)
+    tl.store(out_ptr + row, tl.where(here | (target == _ABSENT), logit, float("nan")))
 
 
 @triton.jit
@@ -92,15 +76,20 @@ def _scale_rows_kernel(
     stride_value,
     stride_dnll,
     stride_out,
+    softcap,
+    scale,
+    HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
     PER_SUM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (rows, ceil(D / BLOCK_D)): out = value * dnll * q [/ s], in fp32, rounded once."""
+    """Grid (rows, ceil(D / BLOCK_D)): out = value * factor of the row's tile, in fp32, rounded once."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = offs_d < D
     dnll = tl.load(dnll_ptr + row * stride_dnll)
-    factor = _row_factor(statistics_ptr, dnll, row, N, PER_SUM, out_ptr.dtype.element_ty)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    factor = tile_factor(statistics_ptr, dnll, row, N, softcap, scale, HAS_CAP, SCALED, PER_SUM, dtype, dtype)
     value = tl.load(value_ptr + row * stride_value + offs_d, mask=in_d, other=0.0).to(factor.dtype)
     out = (value * factor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * stride_out + offs_d, out, mask=in_d)
@@ -121,51 +110,64 @@ def _dhidden_kernel(
     stride_weight,
     stride_dnll,
     stride_out,
+    softcap,
+    scale,
+    HAS_CAP: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (rows, ceil(D / BLOCK_D)): out = dnll * q * (expected - weight[target]), rounded once."""
+    """Grid (rows, ceil(D / BLOCK_D)): out = dnll * q * scale * (expected - slope * weight[target]), rounded
+    once.
+    """
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_d = offs_d < D
     target = tl.load(target_ptr + row)
     dnll = tl.load(dnll_ptr + row * stride_dnll)
-    factor = _row_factor(statistics_ptr, dnll, row, N, False, out_ptr.dtype.element_ty)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    factor, slope, _ = row_factor(statistics_ptr, dnll, row, N, softcap, scale, HAS_CAP, SCALED, dtype)
     expected = tl.load(expected_ptr + row * stride_expected + offs_d, mask=in_d, other=0.0)
     head_row = weight_ptr + target * stride_weight + offs_d
     head = tl.load(head_row, mask=offs_d < tl.where(is_class(target, V), D, 0), other=0.0).to(tl.float32)
-    out = factor * (expected.to(factor.dtype) - head.to(factor.dtype))
+    head = head.to(factor.dtype)
+    if HAS_CAP:
+        head = head * slope
+    out = factor * (expected.to(factor.dtype) - head)
     tl.store(out_ptr + row * stride_out + offs_d, out.to(out_ptr.dtype.element_ty), mask=in_d)
-
-
-def _power_of_two(width: int, low: int, high: int) -> int:
-    return max(low, min(high, triton.next_power_of_2(width)))
 
 
 def _rows_by_hidden(tensor: Tensor) -> tuple[tuple[int, int], int]:
     """(grid, BLOCK_D) of the kernels that walk an [rows, D] tensor."""
-    block = _power_of_two(tensor.shape[1], 128, 1024)
+    block = power_of_two(tensor.shape[1], 128, 1024)
     return (tensor.shape[0], triton.cdiv(tensor.shape[1], block)), block
 
 
-def target_logits(hidden: Tensor, weight: Tensor, targets: Tensor, out: Tensor) -> None:
-    """out[n] = hidden[n] . weight[targets[n]] in fp32, in one fixed order; 0 if absent, NaN out of range."""
+def target_logits(hidden: Tensor, head: Head, targets: Tensor, out: Tensor) -> None:
+    """out[n] = scale * (hidden[n] . weight[y] + bias[y]), y = targets[n], in fp32, in one fixed order.
+
+    Before the soft-cap; 0 if absent, NaN out of range.
+    """
     _target_logits_kernel[(hidden.shape[0],)](
         hidden,
-        weight,
+        head.weight,
         targets,
         out,
-        weight.shape[0],
+        head.weight.shape[0],
         hidden.shape[1],
         hidden.stride(0),
-        weight.stride(0),
-        BLOCK_D=_power_of_two(hidden.shape[1], 128, 1024),
+        head.weight.stride(0),
+        head.bias_or_dummy,
+        head.scale,
+        HAS_BIAS=head.bias is not None,
+        SCALED=head.scaled,
+        BLOCK_D=power_of_two(hidden.shape[1], 128, 1024),
         num_warps=4,
         enable_fp_fusion=False,
     )
 
 
 def finish_expected(acc: Tensor, sum_N: Tensor) -> None:
-    """acc = E @ weight [rows, D] fp32 becomes the mean head row among the other classes, in place."""
+    """acc = (E D) @ weight [rows, D] fp32 becomes `expected` of the contract, in place."""
     grid, block = _rows_by_hidden(acc)
     _finish_expected_kernel[grid](
         acc,
@@ -178,8 +180,20 @@ def finish_expected(acc: Tensor, sum_N: Tensor) -> None:
     )
 
 
-def scale_rows(value: Tensor, dnll: Tensor, statistics: Tensor, out: Tensor, *, per_sum: bool) -> None:
-    """out[n] = value[n] * dnll[n] * q[n] [/ s[n]] for [N, D] tensors, one rounding at the end."""
+def scale_rows(
+    value: Tensor,
+    dnll: Tensor,
+    statistics: Tensor,
+    out: Tensor,
+    *,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    per_sum: bool,
+) -> None:
+    """out[n] = value[n] * dnll[n] * q[n] * scale [/ s[n]] for [N, D] tensors, one rounding at the end.
+
+    For what is multiplied with, or came from, tiles of out's dtype with the target's entry in them.
+    """
     grid, block = _rows_by_hidden(value)
     _scale_rows_kernel[grid](
         value,
@@ -191,6 +205,10 @@ def scale_rows(value: Tensor, dnll: Tensor, statistics: Tensor, out: Tensor, *, 
         value.stride(0),
         dnll.stride(0),
         out.stride(0),
+        softcap,
+        scale,
+        HAS_CAP=softcap != 0.0,
+        SCALED=scale != 1.0,
         PER_SUM=per_sum,
         BLOCK_D=block,
         num_warps=4,
@@ -200,28 +218,32 @@ def scale_rows(value: Tensor, dnll: Tensor, statistics: Tensor, out: Tensor, *, 
 
 def dhidden(
     expected: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
     dnll: Tensor,
     statistics: Tensor,
     out: Tensor,
 ) -> None:
-    """out[n] = dnll[n] * q[n] * (expected[n] - weight[targets[n]]), [N, D], one rounding at the end."""
+    """out[n] = dnll[n] q[n] scale (expected[n] - slope[n] weight[targets[n]]), [N, D], one rounding."""
     grid, block = _rows_by_hidden(expected)
     _dhidden_kernel[grid](
         expected,
-        weight,
+        head.weight,
         targets,
         dnll,
         statistics,
         out,
         expected.shape[0],
-        weight.shape[0],
+        head.weight.shape[0],
         expected.shape[1],
         expected.stride(0),
-        weight.stride(0),
+        head.weight.stride(0),
         dnll.stride(0),
         out.stride(0),
+        head.softcap,
+        head.scale,
+        HAS_CAP=head.has_cap,
+        SCALED=head.scaled,
         BLOCK_D=block,
         num_warps=4,
         enable_fp_fusion=False,

@@ -236,6 +236,32 @@ def _(
     return _head_gradients(weight, want_dweight, want_dbias)
 
 
+@torch.library.custom_op("vrpo_kernels::linear_cross_entropy_rebase_kept", mutates_args=("kept",))
+def _rebase_kept(
+    kept: Tensor,
+    targets: Tensor,
+    local: Tensor,
+    joined: Tensor,
+    num_classes: int,
+    softcap: float,
+    backend: str,
+) -> Tensor:
+    """(3, N) statistics with which `_dweight` takes the tiles that a shard of the head kept.
+
+    The shard's tiles hold the target's entry, and in fp16 all entries, relative to its own sums; here they
+    come under those of the whole head, in place. Only the Triton backend needs it: the tiles of the C++
+    backend wait for the statistics of backward.
+
+    local, joined: (3, N) statistics of this shard and of the whole head. num_classes: of this shard.
+    """
+    return backend_module(backend).rebase_kept(kept, targets, local, joined, num_classes, softcap)
+
+
+@_rebase_kept.register_fake
+def _(kept, targets, local, joined, num_classes, softcap, backend):
+    return torch.empty_like(joined)
+
+
 @torch.library.custom_op("vrpo_kernels::linear_cross_entropy_sweep", mutates_args=())
 def _sweep(
     dnll: Tensor,

@@ -45,7 +45,7 @@ def vocab_parallel_linear_cross_entropy(
         bias: (V_rank,), this rank's part of the bias, or None, the same on every rank.
         softcap, scale: as `linear_cross_entropy`, the same on every rank.
         backend, gemm, kept_tile_bytes: as `linear_cross_entropy`; backends "triton" and "cpu". Beyond the
-            budget, and always with "triton": 2 units forward, 2 backward.
+            budget: 2 units forward, 2 backward.
     Returns:
         nll (N,) float32, the same bits on every rank.
     Numerics:
@@ -77,11 +77,9 @@ def vocab_parallel_linear_cross_entropy(
             "or the Triton backend (see vrpo_kernels.describe())"
         )
     # Unlike on one device, the hidden gradient is always formed in forward: its parts are summed in fp32.
-    # Triton's kept tiles hold the target's entry relative to the shard's own sums, so they are not kept here.
     plan = dataclasses.replace(
         plan,
         want_dhidden=torch.is_grad_enabled() and hidden.requires_grad,
-        keep_tiles=plan.keep_tiles and plan.backend != "triton",
     )
     return _VocabParallel.apply(hidden, weight, bias, targets, first_class, settings, group, plan)
 
@@ -172,9 +170,15 @@ class _VocabParallel(torch.autograd.Function):
             True,
         )
         own_place = _own_place(first_class, weight.shape[0], group, local)
-        statistics = _join(local, targets, own_place, group)
+        statistics = tile_statistics = _join(local, targets, own_place, group)
+        if plan.keep_tiles and plan.backend == "triton":
+            tile_statistics = op._rebase_kept(
+                kept, here, local, statistics, weight.shape[0], settings[0], plan.backend
+            )
         ctx.settings, ctx.group, ctx.plan = settings, group, plan
-        ctx.save_for_backward(hidden, weight, bias, here, statistics, local, expected, kept, kept_shift)
+        ctx.save_for_backward(
+            hidden, weight, bias, here, statistics, local, expected, kept, kept_shift, tile_statistics
+        )
         return torch.nn.functional.softplus(_log_odds(statistics, settings[0]), threshold=1e9).float()
 
     @staticmethod
@@ -183,7 +187,7 @@ class _VocabParallel(torch.autograd.Function):
 
 
 def _backward(ctx, saved, dnll):
-    hidden, weight, bias, targets, statistics, local, expected, kept, kept_shift = saved
+    hidden, weight, bias, targets, statistics, local, expected, kept, kept_shift, tile_statistics = saved
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
     plan = ctx.plan
     settings = (*ctx.settings, plan.backend)
@@ -198,7 +202,7 @@ def _backward(ctx, saved, dnll):
         dhidden = dhidden.to(hidden.dtype)
     if plan.keep_tiles:
         dweight, dbias = op._dweight(
-            dnll, hidden, weight, targets, statistics, kept, kept_shift, *settings, plan.gemm,
+            dnll, hidden, weight, targets, tile_statistics, kept, kept_shift, *settings, plan.gemm,
             need_weight, need_bias,
         )  # fmt: skip
     elif need_weight or need_bias:
