@@ -86,6 +86,37 @@ def test_linear_cross_entropy__weight_of_any_strides(name, backend, kept_tile_by
     assert_close(head_results(ours, weight_view=view), head_results(plain, weight_view=view))
 
 
+BIAS_VIEWS = {
+    "strided": lambda b: b.view(V, 2)[:, 0],
+    "expanded": lambda b: b[:1].expand(V),
+    "reversed": lambda b: b[:V].flip(0),
+    "negated": lambda b: torch._neg_view(b[:V]),
+    "overlapping-the-weight": None,
+}
+
+
+@both_backends
+@pytest.mark.parametrize("kept_tile_bytes", [2**30, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", BIAS_VIEWS)
+def test_linear_cross_entropy__bias_of_any_strides(name, backend, kept_tile_bytes):
+    def gradients(nll_of):
+        weight, numbers = WEIGHT.clone().requires_grad_(), torch.linspace(-1, 1, 2 * V).requires_grad_()
+        view = BIAS_VIEWS[name]
+        nll = nll_of(weight, weight[:, 3] if view is None else view(numbers))
+        nll.backward(UPSTREAM)
+        return nll.detach(), weight.grad, torch.zeros(1) if view is None else numbers.grad
+
+    def ours(weight, bias):
+        options = {"backend": backend, "kept_tile_bytes": kept_tile_bytes}
+        return linear_cross_entropy(HIDDEN, weight, TARGETS, bias=bias, softcap=2.0, scale=0.5, **options)
+
+    def torchs(weight, bias):
+        logits = 2 * torch.tanh(0.5 * F.linear(HIDDEN, weight, bias) / 2)
+        return F.cross_entropy(logits, TARGETS, reduction="none")
+
+    assert_close(gradients(ours), gradients(torchs))
+
+
 @both_backends
 @pytest.mark.parametrize(
     "upstream",
