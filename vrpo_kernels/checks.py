@@ -63,13 +63,20 @@ def _traced() -> bool:
     return any(level.key() == functorch.TransformType.Vmap for level in stack)
 
 
+def _first_outside(index_N: Tensor, size: int) -> int | None:
+    """Where the first index outside of [0, size) stands."""
+    if not index_N.numel():
+        return None
+    lowest, highest = torch.aminmax(index_N)
+    if int(lowest) >= 0 and int(highest) < size:
+        return None
+    return int(((index_N < 0) | (index_N >= size)).nonzero()[0, 0])
+
+
 def require_targets(targets: Tensor, num_classes: int) -> None:
     """Require every target to lie in [0, V), naming the first row that breaks it. Reads values."""
-    if not targets.numel():
-        return
-    lowest, highest = torch.aminmax(targets)
-    if int(lowest) < 0 or int(highest) >= num_classes:
-        row = int(((targets < 0) | (targets >= num_classes)).nonzero()[0, 0])
+    row = _first_outside(targets, num_classes)
+    if row is not None:
         raise ValueError(
             f"targets must lie in [0, {num_classes}), got {int(targets[row])} in row {row}; leave rows "
             "without a target out"
@@ -96,9 +103,8 @@ register_loop(known_targets)
 
 def require_rows(name: str, row_N: Tensor, num_rows: int) -> None:
     """Require all different indices in [0, num_rows), naming the first that is not. Reads values."""
-    wrong = ((row_N < 0) | (row_N >= num_rows)).nonzero()[:, 0]
-    if len(wrong):
-        place = int(wrong[0])
+    place = _first_outside(row_N, num_rows)
+    if place is not None:
         raise ValueError(f"{name} must lie in [0, {num_rows}), got {int(row_N[place])} at index {place}")
     count = torch.bincount(row_N, minlength=1)
     if int(count.max()) > 1:
