@@ -5,7 +5,7 @@ Replaces: MDLMCrossEntropyLoss.forward and BlockDiffusionCrossEntropyLoss.forwar
     hidden states and the head's weight instead of logits: `last_hidden(model, **batch)`.
 Faster: the head meets the tokens that count only.
 Memory: no (B, L, V) logits, nor their gradient, nor `full_tensor()` of either.
-CPU toy, forward + backward: 4.9 times as fast, 58 instead of 198 MiB (results.csv).
+CPU toy, forward + backward: 5.3 times as fast, 44 instead of 198 MiB (results.csv).
 """
 
 import torch
