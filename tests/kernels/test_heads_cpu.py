@@ -452,3 +452,72 @@ def test_forward__absent_targets_leave_all_classes_to_the_sums(head, gemm, dtype
     )  # fmt: skip
     assert from_kept[0].numel() == 0
     torch.testing.assert_close(from_kept[1].double(), expected, rtol=0, atol=roundoff.item())
+
+
+# ---- heads of real models --------------------------------------------------------------------------------
+
+REAL = {
+    "Dream": (3584, 152064, None),
+    "LLaDA2-mini": (2048, 157184, None),
+    "DiffusionGemma": (2304, 262144, 30.0),
+}
+
+
+def _wide_head(num_classes, size, generator):
+    """(V, D) bf16 in a second or two: 1024 drawn rows, each repeat of them with its own order and signs."""
+    block = torch.randn(1024, size, generator=generator) * 2.5 * size**-0.5
+    head = torch.empty(num_classes, size, dtype=torch.bfloat16)
+    for first in range(0, num_classes, 1024):
+        rows = head[first : first + 1024]
+        signs = torch.randint(2, (size,), generator=generator) * 2 - 1
+        rows.copy_((block.roll(first // 1024 * 7 + 1, dims=1) * signs)[: len(rows)])
+    return head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+def test_linear_cross_entropy__heads_of_real_models_within_policy(name):
+    """8 rows in bf16, by the processor's own route, against float64 over chunks of the head."""
+    size, num_classes, softcap = REAL[name]
+    generator = torch.Generator().manual_seed(3)
+    weight = _wide_head(num_classes, size, generator)
+    hidden = torch.randn(8, size, generator=generator).bfloat16()
+    targets = torch.randint(num_classes, (8,), generator=generator)
+    targets[0] = num_classes - 1
+    upstream = testing.wide_range_upstream(8, generator)
+    form = {"bias": None, "softcap": softcap, "scale": 1.0}
+
+    leaves = hidden.detach().requires_grad_(), weight.requires_grad_()
+    nll, metrics = linear_cross_entropy(*leaves, targets, **form, return_metrics=True, backend="cpu")
+    nll.backward(upstream)
+    weight = weight.detach()
+
+    chunks = [slice(first, first + 16384) for first in range(0, num_classes, 16384)]
+    logits = torch.cat([exact_logits(hidden, weight[part], **form) for part in chunks], dim=1)
+    truth = logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
+    dlogits = logits.softmax(1).scatter_add(1, targets[:, None], -torch.ones(8, 1, dtype=torch.float64))
+    dlogits *= upstream.double()[:, None]
+    if softcap:
+        dlogits *= 1 - (logits / softcap) ** 2
+    dhidden = sum(dlogits[:, part] @ weight[part].double() for part in chunks)
+
+    baseline_leaf = hidden.detach().requires_grad_()
+    reference.linear_cross_entropy(baseline_leaf, weight, targets, None, softcap or 0.0).backward(upstream)
+    nll32 = torch.cat([F.linear(hidden.float(), weight[part].float()) for part in chunks], dim=1)
+    nll32 = softcap * (nll32 / softcap).tanh() if softcap else nll32
+    nll32 = nll32.logsumexp(1) - nll32.gather(1, targets[:, None])[:, 0]
+    some = torch.cat([targets, torch.randint(num_classes, (500,), generator=generator)])
+    testing.assert_ratios(
+        {
+            "nll": testing.fp32_error_ratio(nll.detach(), truth, nll32),
+            "dhidden": testing.matrix_error_ratio(leaves[0].grad, dhidden, baseline_leaf.grad),
+            "dweight": testing.matrix_error_ratio(
+                leaves[1].grad[some],
+                dlogits[:, some].T @ hidden.double(),
+                dlogits[:, some].bfloat16().T @ hidden,
+            ),
+        }
+    )
+    entropy = torch.special.entr(logits.softmax(1)).sum(1)
+    torch.testing.assert_close(metrics.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(metrics.log_sum_exp.double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
