@@ -5,6 +5,8 @@
 // lanes of a vector are rows, so maxima and sums need no horizontal step, and the same memory, now E = exp(z - m),
 // is an operand of the next matmuls as it stands. The target's column is kept out of every sum (E = 0): with
 // d = m + log s - z_y, nll = softplus(d) and 1 - p_y = sigmoid(d) keep their accuracy when p_y is close to 1.
+// A bias, scale and soft-cap act on the tile between the matmuls (linear_cross_entropy_logits.h); with a soft-cap the
+// next matmuls take E D, D = dlogit / du, and the sums E.
 // Every mode calls the same matmuls and the same fold on the same shapes, so nll has the same bits in all of them.
 
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -167,8 +167,8 @@ class RowReader {
 };
 
 // Running sums of a chunk of rows: shift m, total s = sum of e, e = exp(logit - m); for metrics, if wanted, the
-// largest u / scale and the moment sum of e (logit - m). factor: what a tile's fold found that earlier sums of the row, and
-// accumulators, are to be multiplied with.
+// largest u / scale and the moment, sum of e (logit - m). factor: what a tile's fold found that earlier sums of the
+// row, and accumulators, are to be multiplied with.
 struct RowSums {
   std::vector<float> shift, total, factor, largest, moment;
   RowSums(int64_t size, bool metrics)
