@@ -3,6 +3,8 @@
 `test_triton_interpreter.py` runs it in a child process.
 """
 
+import math
+
 import pytest
 import torch
 from interpreter_support import KEEP, MARKS, RECOMPUTE, make_inputs, make_op, small_tiles
@@ -10,10 +12,13 @@ from interpreter_support import KEEP, MARKS, RECOMPUTE, make_inputs, make_op, sm
 from vrpo_kernels import testing
 from vrpo_kernels.linear_cross_entropy import (
     kernel,
+    kernel_rows,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
+    op,
     reference,
 )
+from vrpo_kernels.linear_cross_entropy.metrics import cap_slope, capped
 
 pytestmark = MARKS
 FORMS = [("cublas", torch.float32), ("cublas", torch.float16), ("fused", torch.float16)]
@@ -222,3 +227,48 @@ def test_linear_cross_entropy__a_target_out_of_range_makes_nan_of_its_row_only(g
     for rows in (dhidden, swept[0]):
         assert rows[3].isnan().all() and rows[others].isfinite().all()
     assert all(value.isnan().all() for value in (*kept, *swept[1:]))  # every class has a share of that row
+
+
+def test_scale_rows__kept_tiles_are_divided_by_the_very_number_that_stands_at_the_target():
+    # Tiles hold -s * slope rounded to their dtype; dividing by s would leave the target's share off.
+    value = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).half()
+    target_logit = torch.linspace(-6, 6, 40)
+    sums = 1.0 + torch.arange(1, 41) * 2.0**-11 * 0.97
+    statistics = torch.stack([target_logit, torch.full((40,), 3.0), sums])
+    dnll = torch.linspace(-1, 1, 40)
+    out = torch.empty_like(value)
+    kernel_rows.scale_rows(value, dnll, statistics, out, softcap=4.0, scale=0.7, per_sum=True)
+    logit, slope = capped(target_logit.double(), 4.0), cap_slope(target_logit.double(), 4.0)
+    factor = dnll.double() * torch.sigmoid(3.0 - logit + sums.double().log()) * 0.7
+    entry = (sums * slope.float()).half().double()
+    scaled = (value.double() * (factor / by)[:, None] for by in (entry / slope, sums.double()))
+    rounded, exact = ((out != wanted.half()).double().mean() for wanted in scaled)
+    assert rounded < 0.05 < 0.1 < exact
+
+
+def test_scale_rows__a_target_whose_slope_has_no_bits_left_does_not_scale_the_others():
+    # Slopes of 1e-7 are 1 or 2 steps of fp16's denormals: what they are rounded to says nothing.
+    value = torch.ones(3, 128, dtype=torch.float16)
+    statistics = torch.tensor([[35.0, 36.0, 500.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+    out = torch.empty_like(value)
+    kernel_rows.scale_rows(value, torch.ones(3), statistics, out, softcap=4.0, scale=1.0, per_sum=False)
+    log_odds = 1.0 - capped(statistics[0].double(), 4.0) + math.log(2.0)
+    torch.testing.assert_close(out[:, 0].double(), torch.sigmoid(log_odds), rtol=2.0**-10, atol=0.0)
+
+
+def test_operators__of_a_whole_head_pass_opcheck():
+    hidden, weight, targets, dnll = make_inputs(2, 9, 8, torch.float16)
+    bias = weight[:, 0].contiguous()
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    head, settings = (4.0, 0.7), ("triton", "cublas")
+    forward = (hidden, weight, bias, targets, *head, *settings, True, True, True)
+    _, statistics, expected, kept, shift, _ = op._forward(*forward)
+    known = (dnll, hidden, weight, targets, statistics)
+    for operator, arguments in (
+        (op._forward, (*leaves, *forward[3:])),
+        (op._dhidden, (dnll, expected, statistics, weight, targets, *head, "triton")),
+        (op._dweight, (*known, kept, shift, *head, *settings, True, True)),
+        (op._sweep, (*known[:3], bias, *known[3:], *head, *settings, True, True, True)),
+        (op._rebase_kept, (kept, targets, statistics, statistics, 9, head[0], "triton")),
+    ):
+        torch.library.opcheck(operator, arguments)
