@@ -104,7 +104,8 @@ def elbo_from_logits(
     Numerics: logits are read at masked rows only, sums in fp32 per row and fp64 per sequence, in one order.
     Errors: ValueError naming the argument, what it got and what it needs. On CUDA and inside torch.compile,
         where looking at values would mean waiting, NaN instead: of every sequence if cu_seqlens are no
-        boundaries, of its sequence for a masked first token under shift (see `set_debug`).
+        boundaries or num_masked is wrong, of its sequence for a masked first token under shift (see
+        `set_debug`).
     Source: arXiv 2505.19223, Eq. (12)-(15).
     """
     checks.require_floating("logits", logits)

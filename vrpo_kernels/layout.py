@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     token_N: index into the flattened tokens.
     row_N: index into the flattened hidden states or logits; no two are equal.
     target_N: the token at each position.
-    factor_N: what each row's result is to be multiplied by: None for 1, or 1 and NaN.
+    factor_N: what each row's result is to be multiplied by: None for 1, or 1 and NaN, (N,) or 0-dim.
     """
 
     token_N: Tensor
@@ -80,18 +80,18 @@ def find_rows(
         boundary_S1: of `find_sequences`; needed with shift only.
         shift: the model predicts position i at i - 1.
     Errors: ValueError for a wrong count and, with shift, for a wanted first token, where values are checked;
-        elsewhere factor_N is NaN at such a token.
+        elsewhere factor_N is NaN everywhere or at such a token.
     """
     wanted_T = wanted.reshape(-1)
-    token_N = _true_positions(wanted_T, name, num_wanted)
+    token_N, factor = _true_positions(wanted_T, name, num_wanted)
     target_N = tokens.reshape(-1)[token_N]
     if not shift:
-        return Rows(token_N, token_N, target_N, None)
+        return Rows(token_N, token_N, target_N, factor)
     segment_N = torch.searchsorted(boundary_S1[1:], token_N, right=True)
     is_first_N = boundary_S1[segment_N] == token_N
     factor_N = None
     if not checks.values_are_checked(wanted.device):
-        factor_N = torch.where(is_first_N, torch.nan, 1.0)
+        factor_N = torch.where(is_first_N, torch.nan, 1.0 if factor is None else factor)
     elif bool(is_first_N.any()):
         raise ValueError(
             f"{name} must be False at the first token of a sequence if shift is True, because no position "
@@ -102,13 +102,20 @@ def find_rows(
     return Rows(token_N, row_N, target_N, factor_N)
 
 
-def _true_positions(wanted_T: Tensor, name: str, num_wanted: int | None) -> Tensor:
-    """Indices of the True elements, ascending."""
+def _true_positions(wanted_T: Tensor, name: str, num_wanted: int | None) -> tuple[Tensor, Tensor | None]:
+    """Indices of the True elements, ascending; and a factor, NaN if there are not num_wanted of them, where
+    nobody may look.
+    """
     if num_wanted is None:
-        return wanted_T.nonzero()[:, 0]
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(wanted_T):
+            raise ValueError(f"under torch.func.vmap over {name}, num_{name} must say how many are True")
+        return wanted_T.nonzero()[:, 0], None
+    factor = None
     if checks.values_are_checked(wanted_T.device):
         checks.require_same("value", f"num_{name}", num_wanted, f"{name}.sum()", int(wanted_T.sum()))
-    return torch.nonzero_static(wanted_T, size=num_wanted)[:, 0]
+    else:
+        factor = torch.where(wanted_T.sum() == num_wanted, 1.0, torch.nan)
+    return torch.nonzero_static(wanted_T, size=num_wanted, fill_value=0)[:, 0], factor
 
 
 def times(value: Tensor, factor: Tensor | None) -> Tensor:

@@ -55,7 +55,8 @@ def token_logps(
     Numerics: as in `linear_cross_entropy`; each element is written once, so runs are bitwise equal.
     Errors: ValueError naming the argument, what it got and what it needs. On CUDA and inside torch.compile,
         where looking at values would mean waiting, NaN instead: of everything if cu_seqlens are no
-        boundaries, of its own element for a wanted first token under shift (see `set_debug`).
+        boundaries, of every element it reads for a wrong num_wanted, of its own element for a wanted first
+        token under shift (see `set_debug`).
     Source: arXiv 2505.19223, Eq. (14)-(15), one term.
     """
     checks.require_plain("hidden", hidden)

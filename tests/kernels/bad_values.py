@@ -13,11 +13,14 @@ import torch
 from vrpo_kernels import (
     checks,
     cross_entropy,
+    elbo_from_hidden,
+    elbo_from_logits,
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
     mask_select,
     pack_masked,
+    token_logps,
     token_weight_sums,
 )
 from vrpo_kernels.testing import assert_bitwise_equal
@@ -228,3 +231,22 @@ def test_mask_select__bad_values_write_nothing_out_of_bounds(name, bad, by_rank)
     assert position.shape == (4,) and position.min() >= -1 and position.max() < 6
     with checks.set_debug(True), pytest.raises(ValueError, match=f"{name} must be in"):
         mask_select(**draw, **options)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("wrong", [-1, 1])
+def test_counts__a_wrong_number_of_rows_is_nan_in_all_of_them(wrong, shift, backend):
+    hidden, weight = torch.randn(2, 4, 16), torch.randn(9, 16)
+    tokens = torch.arange(8).view(2, 4)
+    wanted = torch.tensor([[False, True, True, False], [False, False, True, True]])
+    options = {"shift": shift, "backend": backend}
+    elbo = elbo_from_hidden(hidden, weight, tokens, wanted, torch.ones(2), num_masked=4 + wrong, **options)
+    assert elbo.isnan().all()
+    logits = hidden @ weight.T
+    elbo = elbo_from_logits(logits, tokens, wanted, torch.ones(2), num_masked=4 + wrong, **options)
+    assert elbo.isnan().all()
+    logp = token_logps(hidden, weight, tokens, wanted, num_wanted=4 + wrong, **options)
+    assert logp[wanted].isnan().sum() >= 3 and not (logp[wanted] < 0).any()
+    right = token_logps(hidden, weight, tokens, wanted, num_wanted=4, **options)
+    assert (right[wanted] < 0).all() and (right[~wanted] == 0).all()

@@ -405,3 +405,19 @@ def test_functional_call__per_sample_gradients_of_a_module():
     # Without a transform a functional call is a call.
     got = torch.func.functional_call(head, parameters, (HIDDEN, TARGETS, "cpu"))
     assert_bitwise_equal(got, head(HIDDEN, TARGETS, "cpu"))
+
+
+# What torch says of its own nonzero_static and searchsorted under vmap.
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:torch.searchsorted")
+def test_vmap__over_masks_needs_their_number():
+    several = torch.stack([MASKED, ~MASKED.flip(1)])
+    logits = torch.randn(2, 3, V)
+
+    def elbos(masked, **known):
+        return elbo_from_logits(logits, TOKENS, masked, torch.ones(2), **known)
+
+    with pytest.raises(ValueError, match="num_masked must say how many are True"):
+        torch.func.vmap(elbos)(several)
+    several = torch.stack([MASKED, MASKED.flip(1)])
+    got = torch.func.vmap(lambda masked: elbos(masked, num_masked=4))(several)
+    assert_close(got, torch.stack([elbos(masked) for masked in several]))
