@@ -28,6 +28,7 @@ from vrpo_kernels.testing import assert_bitwise_equal
 pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 BAD_TARGETS = [-(2**63), -100, -1, 9, 2**40, 2**63 - 1]
 OTHERS = [0, 1, 3]  # rows of four beside the bad one
@@ -120,6 +121,41 @@ def test_linear_cross_entropy__a_bad_target_is_nan_in_its_row_and_the_head(wrong
     assert nll[2].isnan() and dhidden[2].isnan().all() and dweight.isnan().all()
     assert_bitwise_equal(nll[OTHERS], want[OTHERS])
     assert_bitwise_equal(dhidden[OTHERS], dwant[OTHERS])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("wrong", BAD_TARGETS)
+def test_linear_cross_entropy__metrics_of_a_bad_target_are_nan(wrong, backend):
+    options = {"bias": torch.linspace(-1, 1, 9), "softcap": 3.0, "return_metrics": True, "backend": backend}
+    nll, metrics = linear_cross_entropy(*head(), torch.tensor([0, 8, wrong, 3]), **options)
+    want, others = linear_cross_entropy(*head(), torch.tensor([0, 8, 1, 3]), **options)
+    assert nll[2].isnan() and metrics.entropy[2].isnan() and metrics.log_sum_exp[2].isnan()
+    assert not metrics.top1[2]
+    assert_bitwise_equal(nll[OTHERS], want[OTHERS])
+    for found, right in zip(metrics, others, strict=True):
+        assert_bitwise_equal(found[OTHERS], right[OTHERS])
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+@pytest.mark.parametrize("kept_tile_bytes", [2**30, 0], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("where", ["hidden", "upstream"])
+def test_linear_cross_entropy__a_bad_number_stays_in_its_row(where, value, kept_tile_bytes, gemm):
+    def gradients(row):
+        hidden, weight = (part.half() for part in head())
+        upstream = torch.ones(4)
+        if row is not None:
+            (hidden if where == "hidden" else upstream)[row] = value
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        options = {"backend": "triton", "gemm": gemm, "kept_tile_bytes": kept_tile_bytes}
+        nll = linear_cross_entropy(*leaves, torch.tensor([0, 8, 1, 3]), **options)
+        nll.backward(upstream)
+        return nll.detach(), leaves[0].grad, leaves[1].grad
+
+    (nll, dhidden, dweight), (want, dwant, _) = gradients(2), gradients(None)
+    assert_bitwise_equal(nll[OTHERS], want[OTHERS])
+    assert_bitwise_equal(dhidden[OTHERS], dwant[OTHERS])
+    assert not dhidden[2].isfinite().any() and not dweight.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
