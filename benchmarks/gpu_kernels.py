@@ -12,7 +12,8 @@ run ahead pays that. Rows go to kernels.csv, where the time goes inside one call
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,32 +55,55 @@ def sizes(bench: Bench) -> list[Size]:
     return [*llada, *others]
 
 
-Result = tuple[Tensor, Tensor | None, Tensor | None]
-"""(nll, dhidden, dweight); None where a gradient was not asked for."""
+def other_heads(bench: Bench) -> list[Size]:
+    """Heads with a soft-cap or a bias, at the first size."""
+    first = sizes(bench)[0]
+    return [replace(first, head=head) for head in ("softcap", "bias")]
+
+
+Result = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""(nll, dhidden, dweight, dbias); None where a gradient was not asked for."""
+
+
+def _settings(head: Head, gemm: str, bias: Tensor | None) -> dict[str, object]:
+    """Keyword arguments of the ops; those of a head only where it has them."""
+    settings = {"backend": head.bench.backend, "gemm": gemm}
+    if head.size.head != "plain":
+        settings |= {"bias": bias, "softcap": head.softcap}
+    return settings
+
+
+def _leaves(head: Head, need_weight: bool) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """hidden, weight, bias, and those of them that want a gradient."""
+    hidden, weight = head.hidden.detach().requires_grad_(), head.weight.detach().requires_grad_(need_weight)
+    bias = None if head.bias is None else head.bias.detach().requires_grad_(need_weight)
+    wanted = [leaf for leaf in (hidden, weight, bias) if leaf is not None and leaf.requires_grad]
+    return hidden, weight, bias, wanted
+
+
+def _result(nll: Tensor, gradients: tuple[Tensor, ...]) -> Result:
+    return nll.detach(), *gradients, *[None] * (3 - len(gradients))
 
 
 def _one_pass(head: Head, gemm: str, need_weight: bool, kept_tile_bytes: int) -> Result:
-    hidden, weight = head.hidden.detach().requires_grad_(), head.weight.detach().requires_grad_(need_weight)
-    options = {"backend": head.bench.backend, "gemm": gemm, "kept_tile_bytes": kept_tile_bytes}
+    hidden, weight, bias, wanted = _leaves(head, need_weight)
+    options = {**_settings(head, gemm, bias), "kept_tile_bytes": kept_tile_bytes}
     nll = linear_cross_entropy(hidden, weight, head.targets, **options)
-    wanted = (hidden, weight) if need_weight else (hidden,)
-    gradients = torch.autograd.grad(nll, wanted, head.dnll)
-    return nll.detach(), gradients[0], gradients[1] if need_weight else None
+    return _result(nll, torch.autograd.grad(nll, wanted, head.dnll))
 
 
 def _no_gradient(head: Head, gemm: str) -> Result:
-    options = {"backend": head.bench.backend, "gemm": gemm}
-    return linear_cross_entropy(head.hidden, head.weight, head.targets, **options), None, None
+    nll = linear_cross_entropy(head.hidden, head.weight, head.targets, **_settings(head, gemm, head.bias))
+    return _result(nll, ())
 
 
 def _replay(head: Head, gemm: str) -> Result:
     """Both passes: statistics without gradients, then gradients from them."""
-    options = {"backend": head.bench.backend, "gemm": gemm}
-    hidden, weight = head.hidden.detach().requires_grad_(), head.weight.detach().requires_grad_()
+    hidden, weight, bias, wanted = _leaves(head, True)
+    options = _settings(head, gemm, bias)
     nll, statistics = linear_cross_entropy_statistics(hidden, weight, head.targets, **options)
     value, _drift = linear_cross_entropy_replay(hidden, weight, head.targets, nll, statistics, **options)
-    gradients = torch.autograd.grad(value, (hidden, weight), head.dnll)
-    return nll.detach(), *gradients
+    return _result(nll, torch.autograd.grad(value, wanted, head.dnll))
 
 
 MODES: dict[str, tuple[int, Callable[[Head, str], Result]]] = {
@@ -90,6 +114,7 @@ MODES: dict[str, tuple[int, Callable[[Head, str], Result]]] = {
     "replay, both passes": (4, _replay),
 }
 """mode -> (matmul units, forward and backward)."""
+MODES_OF_OTHER_HEADS = ("no gradient", "frozen head", "trained, tiles kept")
 
 
 def same_bits(first: Result, second: Result) -> bool:
@@ -207,9 +232,9 @@ class WorkList:
         shape = {"N": size.rows, "D": size.hidden, "V": size.classes, "case": size.case}
         return {"op": "linear_cross_entropy", "dtype": self.bench.dtype_name, **shape, **more}
 
-    def modes(self, size: Size, gemm: str) -> Iterator[Task]:
-        """Every mode in one form."""
-        for mode in MODES:
+    def modes(self, size: Size, gemm: str, modes: Iterable[str] = MODES) -> Iterator[Task]:
+        """Modes in one form."""
+        for mode in modes:
             name = f"N={size.rows} D={size.hidden} V={size.classes}, {size.case}: {mode}, {gemm}"
             columns = self.columns(size, provider="vrpo", mode=mode, gemm=gemm)
             yield Task(name, columns, lambda mode=mode: mode_row(*self.problems.get(size), mode, gemm))
@@ -244,7 +269,8 @@ class WorkList:
 def tasks(bench: Bench) -> Iterator[Task]:
     """The work list, a generator: a head is made when its first task runs.
 
-    The default form of every size goes first; both forms of the first size, which the tables compare.
+    The default form of every size goes first; both forms of the first size, which the tables compare. Heads
+    with a soft-cap or a bias come behind the plain ones, in three modes.
     """
     work, default = WorkList(bench), default_form(bench)
     (other,) = set(FORMS) - {default}
@@ -252,6 +278,8 @@ def tasks(bench: Bench) -> Iterator[Task]:
     if bench.warm:
         for size, gemm in itertools.product((first, *more), (default, other)):
             yield from work.modes(size, gemm)
+        for size in other_heads(bench):
+            yield from work.modes(size, default, MODES_OF_OTHER_HEADS)
         return
     yield from work.around(first)
     yield from work.modes(first, default)
@@ -263,6 +291,8 @@ def tasks(bench: Bench) -> Iterator[Task]:
         yield from work.modes(size, default)
         if size == HOST_SIZE:
             yield from work.host(size, default)
+    for size in other_heads(bench):
+        yield from work.modes(size, default, MODES_OF_OTHER_HEADS)
     if bench.tiny:
         yield from work.host(first, default)
     for size in more:

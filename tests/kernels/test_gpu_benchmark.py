@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_stages
+from benchmarks.cases import HEADS
 from benchmarks.gpu_bench import BESIDE, TIMES, Bench, Task
 from benchmarks.gpu_process import Child, Log
 from benchmarks.gpu_profile import summary
@@ -283,16 +284,20 @@ bench.run([Task("one", {{}}, lambda: {{"a": 1}}), Task("two", {{}}, lambda: os.k
     assert row["a"] == "1" and row["date"] and row["git"] and row["device"]
 
 
-def test_head__tells_right_results_from_wrong_ones(tmp_path):
+@pytest.mark.parametrize("kind", list(HEADS))
+def test_head__tells_right_results_from_wrong_ones(tmp_path, kind):
     bench = tiny_bench(tmp_path)
-    head = Head(bench, Size(40, 32, 500))
-    hidden, weight = head.hidden.double().requires_grad_(), head.weight.double().requires_grad_()
-    nll = reference.linear_cross_entropy(hidden, weight, head.targets)
-    dhidden, dweight = torch.autograd.grad(nll, (hidden, weight), head.dnll.double())
+    head = Head(bench, Size(40, 32, 500, peaked=kind == "softcap", head=kind))
+    leaves = [head.hidden, head.weight, *([] if head.bias is None else [head.bias])]
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    bias = leaves[2] if kind == "bias" else None
+    nll = reference.linear_cross_entropy(*leaves[:2], head.targets, bias, head.softcap or 0.0)
+    dhidden, dweight, *dbias = torch.autograd.grad(nll, leaves, head.dnll.double())
     nll = nll.detach()
-    right = head.errors(nll.float(), dhidden.half(), dweight.half())
+    right = head.errors(nll.float(), dhidden.half(), dweight.half(), *(part.half() for part in dbias))
     assert right["verdict"] == "ok" and float(right["nll_err"]) < 1e-6
     assert float(right["dX_err"]) < 4e-4 and float(right["dW_err"]) < 4e-4
+    assert ("db_err" in right) == (kind == "bias")
     scaled = dweight.clone()
     scaled[head.target_classes] *= 1.01
     for wrong in (
@@ -301,8 +306,29 @@ def test_head__tells_right_results_from_wrong_ones(tmp_path):
         (None, dhidden * 1.01, None),
         (None, None, dweight * 1.01),
         (None, None, scaled),
+        *((None, None, None, part * 1.01) for part in dbias),
     ):
         assert head.errors(*wrong)["verdict"] == "RED"
+
+
+@needs_triton
+def test_kernels__heads_come_behind_all_plain_sizes_in_the_default_form(tmp_path, monkeypatch):
+    from benchmarks import gpu_kernels
+
+    monkeypatch.setattr(gpu_kernels, "default_form", lambda bench: "fused")
+    bench = tiny_bench(tmp_path, tiny=False)
+    names = [task.name for task in gpu_kernels.tasks(bench)]
+    capped = [name for name in names if "softcap" in name]
+    assert [name.split(": ")[1].rpartition(", ")[0] for name in capped] == list(
+        gpu_kernels.MODES_OF_OTHER_HEADS
+    )
+    assert all("N=4096 D=4096" in name for name in capped)
+    first, last = (
+        names.index(capped[0]),
+        max(names.index(n) for n in names if "N=16384" in n and "fused" in n),
+    )
+    assert last < first
+    assert sum("bias" in name for name in names) == len(capped)
 
 
 def test_profile_summary__counts_overlapping_kernels_once():
@@ -366,7 +392,8 @@ def test_gpu__the_timed_stages_run_on_a_cpu_from_end_to_end(tmp_path):
     found = rows_of(tmp_path / "kernels.csv")
     assert sum(row["provider"] == "vrpo, host included" for row in found) == 5
     kernels = [row for row in found if row["provider"] == "vrpo"]
-    assert len(kernels) == 10 and {row["verdict"] for row in kernels} == {"ok"}
+    assert sum("softcap" in row["case"] for row in kernels) == 3
+    assert len(kernels) == 16 and {row["verdict"] for row in kernels} == {"ok"}
     assert {row["repeats"] for row in kernels} == {"same bits"} and {row["git"] for row in kernels} == {
         "abc123"
     }
