@@ -76,7 +76,7 @@ def cap(u, softcap, EXACT: tl.constexpr):
 
     With t = exp(-2 |u| / softcap), tanh = (1 - t) / (1 + t), and the derivative is 4 t / (1 + t)^2, which
     does not cancel where the cap saturates. u in fp64, or in fp32: if EXACT (for fp32 results), the logit is
-    within 2.5 roundings, else within 4, in fewer instructions. -inf gives (-softcap, 0), as the formula does.
+    within 4.5 roundings, else within 8, in fewer instructions. -inf gives (-softcap, 0), as the formula does.
     """
     if u.dtype == tl.float64:
         t = tl.exp(-2.0 * tl.abs(u) / softcap)

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from interpreter_support import KEEP, MARKS, RECOMPUTE, make_inputs, make_op, small_tiles
 
 from vrpo_kernels import testing
@@ -19,6 +21,7 @@ from vrpo_kernels.linear_cross_entropy import (
     reference,
 )
 from vrpo_kernels.linear_cross_entropy.metrics import cap_slope, capped
+from vrpo_kernels.triton_math import cap
 
 pytestmark = MARKS
 FORMS = [("cublas", torch.float32), ("cublas", torch.float16), ("fused", torch.float16)]
@@ -272,3 +275,44 @@ def test_operators__of_a_whole_head_pass_opcheck():
         (op._rebase_kept, (kept, targets, statistics, statistics, 9, head[0], "triton")),
     ):
         torch.library.opcheck(operator, arguments)
+
+
+@triton.jit
+def _cap_kernel(u_ptr, logit_ptr, slope_ptr, softcap, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    logit, slope = cap(tl.load(u_ptr + offs), softcap, EXACT)
+    tl.store(logit_ptr + offs, logit)
+    tl.store(slope_ptr + offs, slope)
+
+
+def _capped(u, softcap, exact):
+    logit, slope = torch.empty_like(u), torch.empty_like(u)
+    _cap_kernel[(1,)](u, logit, slope, softcap, EXACT=exact, BLOCK=u.numel())
+    return logit, slope
+
+
+@pytest.mark.parametrize("softcap", [30.0, 0.5, 1e5])
+@pytest.mark.parametrize(
+    ("exact", "dtype", "roundings"),
+    [(True, torch.float32, 4.5), (False, torch.float32, 8.0), (True, torch.float64, 0.1)],
+    ids=["exact", "fast", "fp64"],
+)
+def test_cap__is_tanh_and_its_derivative_without_cancellation(softcap, exact, dtype, roundings):
+    x = torch.cat([torch.linspace(-40, 40, 2**15), torch.logspace(-8, 1.6, 2**15)]).double()
+    u = (x * softcap).to(dtype)
+    x = u.double() / softcap
+    logit, slope = _capped(u, softcap, exact)
+    relative = torch.where(x == 0, 0.0, (logit - softcap * x.tanh()) / (softcap * x.tanh()))
+    assert relative.abs().max() <= roundings * 2.0**-24
+    # A rounding of x, and in `fast` two and one of log2 e, weigh 2 |x| in its exponential.
+    truth = x.cosh() ** -2
+    allowed = (roundings + 2 * x.abs() * (0.0 if dtype is torch.float64 else 1 if exact else 3)) * 2.0**-24
+    assert ((slope - truth).abs() / truth <= allowed + 1e-12).all()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_cap__of_infinities_and_nan(exact):
+    u = torch.tensor([float("-inf"), float("inf"), float("nan"), 0.0])
+    logit, slope = _capped(u, 30.0, exact)
+    assert logit[[0, 1, 3]].tolist() == [-30.0, 30.0, 0.0] and logit[2].isnan()
+    assert slope[[0, 1, 3]].tolist() == [0.0, 0.0, 1.0] and slope[2].isnan()

@@ -1,7 +1,8 @@
 """What is saved for backward, and the registration with torch.library. The public functions are in `api.py`.
 
 No tiles, pointers or arithmetic here: a backend is a module (`cpu.py`, `kernel.py`) with the functions
-`resolve_gemm`, `kept_shapes`, `forward`, `target_logits`, `dhidden`, `dweight` and `sweep`.
+`resolve_gemm`, `kept_shapes`, `forward`, `target_logits`, `dhidden`, `dweight` and `sweep`; `kernel.py` has
+`rebase_kept` too.
 
 Everywhere, with u_nv = scale * (hidden_n . weight_v + bias_v):
 
