@@ -1,7 +1,8 @@
 """A model of what `linear_cross_entropy` costs on a GPU: waves of output blocks, and bytes.
 
 Each launch of the Triton backend is written down with the tiles in force (`linear_cross_entropy/tiles.py`),
-in the order of `kernel.py`, and costed by one of two rules:
+in the order of `kernel_forward.py` and `kernel_sweep.py` (a test holds its products to theirs), for a plain
+head, and costed by one of two rules:
 
     matrix product   max(waves * time of one block, bytes / bandwidth)
                      waves = ceil(blocks / SMs), time of one block = 2 * rows * cols * K / (rate / SMs)
@@ -153,7 +154,7 @@ class Model:
         return 100 * MODES[mode] * self.unit_ms() / self.ms(mode)
 
     def _forward(self, *, want_dhidden: bool, store: bool) -> Iterator[Launch]:
-        """As `kernel.forward`."""
+        """As `kernel.forward` and `kernel_forward.forward_tiles`."""
         head, tiles, num_sms = self.head, self.tiles, self.device.num_sms
         rows = chunk_rows(head.rows, tiles.rows, min(tiles.cols, head.classes), num_sms)
         chunks = _spans(head.rows, rows)
@@ -180,7 +181,7 @@ class Model:
         yield self._gradient_product("E^T @ X", head.classes, head.hidden, head.rows, out_bytes=HALF)
 
     def _sweep(self) -> Iterator[Launch]:
-        """As `kernel.sweep` for both gradients."""
+        """As `kernel.sweep` and `kernel_sweep.sweep_tiles` for both gradients."""
         head, tiles, num_sms = self.head, self.tiles, self.device.num_sms
         rows = chunk_rows(head.rows, tiles.sweep_rows, min(tiles.sweep_cols, head.classes), num_sms)
         chunks = _spans(head.rows, rows)

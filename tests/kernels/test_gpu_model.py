@@ -1,9 +1,11 @@
 """`python -m benchmarks model`: waves by hand, launches against a profile, what was measured beside it."""
 
+import importlib.util
 import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import bench_model
 from benchmarks.gpu_model import DEVICES, EPILOGUE_PS, LAUNCH_US, MODES, Head, Model
@@ -41,6 +43,79 @@ def profiled_launches(mode, form):
 def test_launches__are_those_of_the_profile(mode, form):
     model = Model(H100, LLADA, tiles=replace(PROFILED, gemm=form))
     assert len(model.launches(mode)) == profiled_launches(mode, form)
+
+
+class Recording(Model):
+    """Notes rows, columns and K of every product."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.products = []
+
+    def _product(self, rows, cols, inner, *, out_bytes):
+        self.products.append((rows, cols, inner))
+        return 0.0
+
+    def _fused(self, rows, cols, *, store):
+        self.products.append((rows, cols, self.head.hidden))
+        return 0.0
+
+
+def backend_products(monkeypatch, head, form, sweep):
+    """The same of the Triton backend's loops, on tensors without memory."""
+    from vrpo_kernels.linear_cross_entropy import kernel_forward, kernel_sweep
+    from vrpo_kernels.linear_cross_entropy.kernel_head import Head as KernelHead
+
+    found = []
+
+    def product(a, b, out, **_):
+        found.append((a.shape[0], b.shape[1], a.shape[1]))
+
+    def fused(hidden, *_, num_cols, **__):
+        found.append((hidden.shape[0], num_cols, hidden.shape[1]))
+
+    for module in (kernel_forward, kernel_sweep):
+        monkeypatch.setattr(module, "device_facts", lambda device: ((9, 0), 132))
+        monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(kernel_sweep, "rounded_product", product)
+    for module, name in (
+        (kernel_forward.kernel_gemm, "logits_fold"),
+        (kernel_forward.kernel_gemm, "probabilities"),
+    ):
+        monkeypatch.setattr(module, name, fused)
+    for module, name in (
+        (kernel_forward.kernel_fold, "fold"),
+        (kernel_forward.kernel_fold, "fold_blocks"),
+        (kernel_sweep.kernel_known, "probabilities"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    half = torch.bfloat16
+    hidden, weight = empty(head.rows, head.hidden, dtype=half), empty(head.classes, head.hidden, dtype=half)
+    shared = (hidden, KernelHead(weight, None, 0.0, 1.0), empty(head.rows, dtype=torch.int64))
+    expected, statistics, nothing = empty(head.rows, head.hidden), empty(3, head.rows), empty(0, 0)
+    tiles = tiles_for((9, 0), 2, form)
+    if sweep:
+        kernel_sweep.sweep_tiles(*shared, statistics, expected, hidden, weight, empty(0), empty(0), tiles)
+    else:
+        kernel_forward.forward_tiles(*shared, statistics, expected, nothing, nothing, tiles)
+    return found
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package `triton` is not installed"
+)
+@pytest.mark.parametrize("form", ["fused", "cublas"])
+@pytest.mark.parametrize("rows", [100, 512, 4096, 4100, 16384])
+@pytest.mark.parametrize("sweep", [False, True])
+def test_products__are_those_of_the_backend_with_the_tiles_in_force(monkeypatch, sweep, rows, form):
+    head = Head(rows, 4096, 126464)
+    model = Recording(H100, head, form)
+    list(model._sweep() if sweep else model._forward(want_dhidden=True, store=True))
+    assert model.products == backend_products(monkeypatch, head, form, sweep) and len(model.products) >= 2
 
 
 def test_unit__counts_waves_by_hand():
