@@ -11,7 +11,7 @@ import importlib.util
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -373,6 +373,23 @@ def test_fold__no_warp_stores_a_new_maximum_before_all_have_read_the_old(case: C
 
 
 GEMMS = (kernel_gemm._logits_fold_descriptor_kernel, kernel_gemm._logits_fold_pointer_kernel)
+
+
+def _reductions(case: Case) -> set[str]:
+    """Operand types, layouts written out, of all reductions of a kernel."""
+    text = _compile(case, case.arches[-1]).asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg.*)$", text, re.MULTILINE))
+    operands = re.findall(r"\}\) : \((tensor<[^)]*>)\) -> ", text)
+    return {re.sub(r"#\w+(?=[,>})])", lambda name: layouts.get(name[0], name[0]), it) for it in operands}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name) for case in CASES if case.constants.get("METRICS")]
+)
+def test_fold__metrics_leave_the_order_of_every_sum_alone(case: Case):
+    # nll has the same bits with and without them: where a sum's terms lie decides in which order they add up.
+    without = replace(case, constants={**case.constants, "METRICS": False})
+    assert _reductions(case) == _reductions(without) != set()
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if c.kernel in GEMMS])
