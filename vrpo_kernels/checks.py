@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from vrpo_kernels.autograd import register_loop
+from vrpo_kernels import autograd
 
 _debug = False
 
@@ -83,22 +83,23 @@ def require_targets(targets: Tensor, num_classes: int) -> None:
         )
 
 
-@torch.library.custom_op("vrpo_kernels::known_targets", mutates_args=())
 def known_targets(targets: Tensor, num_classes: int) -> Tensor:
     """targets (N,) for code that cannot take bad ones: -1 in their place, or ValueError where values are
-    checked. An op, so that it looks at run time also in what torch.compile has traced.
+    checked. In what torch.compile has traced, and under torch.func transforms, it looks at run time.
     """
+    look = _known_op if autograd.is_managed() else _known
+    return look(targets, num_classes)
+
+
+def _known(targets: Tensor, num_classes: int) -> Tensor:
     if values_are_checked(targets.device):
         require_targets(targets, num_classes)
     return in_range(targets, num_classes)
 
 
-@known_targets.register_fake
-def _(targets, num_classes):
-    return torch.empty_like(targets)
-
-
-register_loop(known_targets)
+_known_op = torch.library.custom_op("vrpo_kernels::known_targets", _known, mutates_args=())
+_known_op.register_fake(lambda targets, num_classes: torch.empty_like(targets))
+autograd.register_loop(_known_op)
 
 
 def require_rows(name: str, row_N: Tensor, num_rows: int) -> None:

@@ -29,27 +29,23 @@ def _check_values(target_N: Tensor, row_N: Tensor | None, num_rows: int, num_cla
             checks.require_rows("rows", row_N, num_rows)
 
 
-@torch.library.custom_op("vrpo_kernels::cross_entropy_checked", mutates_args=())
-def _checked(
-    target_N: Tensor, row_N: Tensor | None, num_rows: int, num_classes: int
-) -> tuple[Tensor, Tensor]:
+def _known(target_N: Tensor, row_N: Tensor | None, num_rows: int, num_classes: int) -> tuple[Tensor, Tensor]:
     """(targets, rows) with -1 where they are out of range, unless values are checked: then ValueError."""
     _check_values(target_N, row_N, num_rows, num_classes)
     row_N = torch.arange(num_rows, device=target_N.device) if row_N is None else row_N
     return checks.in_range(target_N, num_classes), checks.in_range(row_N, num_rows)
 
 
-@_checked.register_fake
-def _(target_N, row_N, num_rows, num_classes):
-    return torch.empty_like(target_N), torch.empty_like(target_N)
-
-
-autograd.register_loop(_checked)
+# The same for torch.compile and torch.func, so that it looks at run time.
+_known_op = torch.library.custom_op("vrpo_kernels::cross_entropy_known", _known, mutates_args=())
+_known_op.register_fake(lambda target_N, *_: (torch.empty_like(target_N), torch.empty_like(target_N)))
+autograd.register_loop(_known_op)
 
 
 def _by_formula(logits_MV: Tensor, target_N: Tensor, row_N: Tensor | None) -> Tensor:
     """nll_N in plain PyTorch, differentiable as often and in whatever mode is wanted."""
-    target_N, known_N = _checked(target_N, row_N, *logits_MV.shape)
+    look = _known_op if autograd.is_managed() else _known
+    target_N, known_N = look(target_N, row_N, *logits_MV.shape)
     rows = logits_MV if row_N is None else logits_MV.index_select(0, known_N.clamp(min=0))
     # At least fp32, so that its nll is exact too.
     rows = rows.to(torch.promote_types(logits_MV.dtype, torch.float32))
