@@ -12,6 +12,9 @@ from vrpo_kernels.linear_cross_entropy import reference
 
 ROWS = 256
 """Rows that are checked; the fp64 logits of LLaDA's head are then 0.26 GB, those of 4096 rows 4 GB."""
+LARGE_HEAD, CLASSES = 2**27, 4096
+"""Numbers in a head beyond which, on a CPU, the gradients of about so many classes are checked, those of all
+targets among them: fp64 copies of LLaDA's whole head would take 4 GB each, five of them at a time."""
 
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """nll (N,), dhidden (N, D), dweight (V, D), dbias (V,); None where a gradient is not wanted."""
@@ -43,15 +46,21 @@ class Gate:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = _only_first_rows_count(inputs)
         part = inputs.first(ROWS)
-        self._truth = _differentiate(part, torch.float64)
-        self._baseline32 = _differentiate(part, torch.float32)[0]
-        self._baseline = _differentiate(part, inputs.weight.dtype)
+        self._classes = _checked_classes(part)
+        self._truth = self._of_checked_classes(_differentiate(part, torch.float64))
+        self._baseline32 = _differentiate(part, torch.float32, only_nll=True)[0]
+        self._baseline = self._of_checked_classes(_differentiate(part, inputs.weight.dtype))
+
+    def _of_checked_classes(self, results: Results) -> Results:
+        nll, dhidden, *of_classes = results
+        return nll, dhidden, *(one if one is None else one[self._classes] for one in of_classes)
 
     def judge(self, op: Op) -> Verdict:
         """Runs op forward and backward on the whole problem, the gradient of all other rows being zero, so
         that what is judged is what is timed; and holds nll, dhidden and dweight to the policy.
         """
-        nll, dhidden, dweight, dbias = full_pass(op, self.inputs, "trained head")
+        results = full_pass(op, self.inputs, "trained head")
+        nll, dhidden, dweight, dbias = self._of_checked_classes(results)
         first = slice(0, ROWS)
         nll, dhidden = nll[first].float(), dhidden[first]
         ratios = {
@@ -71,12 +80,23 @@ def _only_first_rows_count(inputs: Inputs) -> Inputs:
     return replace(inputs, upstream=upstream)
 
 
-def _differentiate(part: Inputs, dtype: torch.dtype) -> Results:
+def _checked_classes(part: Inputs) -> Tensor | slice:
+    """All classes, or of a large head on a CPU the targets and evenly spaced others."""
+    num_classes = len(part.weight)
+    if part.weight.numel() <= LARGE_HEAD or part.weight.is_cuda:
+        return slice(None)
+    spaced = torch.arange(0, num_classes, max(1, num_classes // CLASSES), device=part.targets.device)
+    return torch.cat([part.targets, spaced]).unique()
+
+
+def _differentiate(part: Inputs, dtype: torch.dtype, *, only_nll: bool = False) -> Results:
     """The formula's results with operands of this dtype."""
     operands = [part.hidden, part.weight, *([] if part.bias is None else [part.bias])]
     leaves = [one.detach().to(dtype).requires_grad_() for one in operands]
     bias = leaves[2] if len(leaves) > 2 else None
     nll = reference.linear_cross_entropy(*leaves[:2], part.targets, bias, part.softcap or 0.0)
+    if only_nll:
+        return nll.detach(), None, None, None
     gradients = torch.autograd.grad(nll, leaves, part.upstream.to(nll.dtype))
     return nll.detach(), *gradients, *([] if len(gradients) > 2 else [None])
 

@@ -156,6 +156,28 @@ def test_gate__judges_the_whole_problem_by_its_first_rows():
     assert verdict.ratios["nll"] <= 1 < min(verdict.ratios["dhidden"], verdict.ratios["dweight"])
 
 
+def test_gate__of_a_large_head_checks_the_targets_and_others(monkeypatch):
+    monkeypatch.setattr(gate, "LARGE_HEAD", 16 * 299)
+    monkeypatch.setattr(gate, "CLASSES", 30)
+    inputs = make_inputs(Case(20, 16, 300, torch.float32, "cpu", head="bias"))
+    judge = gate.Gate(inputs)
+    checked = set(judge._classes.tolist())
+    assert set(inputs.targets.tolist()) <= checked and 30 <= len(checked) <= 50
+    assert judge.judge(reference.linear_cross_entropy).note == ""
+
+    def wrong(classes):
+        def op(hidden, weight, targets, bias):
+            keep = torch.ones(len(weight), 1)
+            keep[classes] = 0.0
+            half = weight * keep + (weight * (1 - keep)).detach()  # no gradient of these classes
+            return reference.linear_cross_entropy(hidden, half, targets, bias)
+
+        return judge.judge(op).ratios["dweight"]
+
+    assert wrong(inputs.targets[3:4]) > 1 and wrong(torch.tensor([0])) > 1
+    assert wrong(torch.tensor([next(n for n in range(300) if n not in checked)])) <= 1
+
+
 class _SwapUpstream(torch.autograd.Function):
     @staticmethod
     def forward(ctx, nll):
