@@ -184,7 +184,7 @@ class Bench:
             if row["column"]:
                 row |= _figures(timings[_key(row["provider"], row["head"], row["column"])], unit)
         for name in (*plain, *others):
-            row = {"provider": f"bare {name}", "head": "plain", "column": "unit"}
+            row = {"provider": f"bare {name}", "head": next(iter(self.inputs)), "column": "unit"}
             self.rows.append({**row, **_figures(timings[name], unit)})
         rate = 2 * self.case.num_rows * self.case.size * self.case.num_classes / unit.quantile(0) / 1e6
         print(f"  unit: {best}, {unit.quantile(0.5):.2f} ms, at best {rate:.0f} GFLOP/s", flush=True)
