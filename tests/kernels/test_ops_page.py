@@ -70,11 +70,15 @@ def test_ops_page__elbos_and_log_probabilities_are_the_formulas(names):
     torch.testing.assert_close(names["dream_elbo"], shifted.sum(1) / names["t"], **close)
     cooled = picked(names, log_p(names, of=lambda logits: logits / 0.7))
     torch.testing.assert_close(names["policy"], cooled, **close)
+    every = log_p(names).gather(-1, names["tokens"][..., None]).squeeze(-1)
+    torch.testing.assert_close(names["every_logp"], every, **close)
     capped = picked(names, log_p(names, of=lambda logits: 30 * torch.tanh(0.9 * logits / 30)))
     torch.testing.assert_close(names["elbo"], capped.sum(1) / names["t"], **close)
     hits = (log_p(names).argmax(-1) == names["tokens"])[names["masked"]]
     assert names["accuracy"] == hits.float().mean()
     assert names["states"].shape == (2, 8, 16) and names["states"].requires_grad
+    seen = picked(names, names["model"](names["tokens"]).log_softmax(-1))
+    torch.testing.assert_close(names["loss"], -(seen.sum(1) / names["t"]).sum() / 16, **close)
 
 
 def test_ops_page__log_sum_exp_and_entropy_are_those_of_the_logits(names):
@@ -102,6 +106,26 @@ def changed_nll(names, which):
         return F.cross_entropy(logits + names["c"] * one_hot, targets, reduction="none")
     allowed = torch.arange(logits.shape[1]) != names["mask_id"]
     return F.cross_entropy(logits.where(allowed, -torch.inf), names["targets"], reduction="none")
+
+
+def test_ops_page__a_temperature_after_a_soft_cap_is_in_both_arguments(names):
+    head = (names["hidden"], names["weight"], names["tokens"], names["masked"])
+    got = vrpo_kernels.token_logps(*head, scale=1 / 0.7, softcap=5.0 / 0.7)
+    want = picked(names, log_p(names, of=lambda logits: 5 * torch.tanh(logits / 5) / 0.7))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_ops_page__a_bias_forbids_a_class_with_the_right_value_and_gradient(names):
+    assert names["wanted"].any()
+    allowed = torch.arange(40) != names["mask_id"]
+    want = log_p(names, of=lambda logits: logits.where(allowed, -torch.inf))
+    want = want.gather(-1, names["tokens"][..., None]).squeeze(-1)[names["wanted"]]
+    got = names["logp_without"][names["wanted"]]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    leaves, upstream = (names["hidden"], names["weight"]), torch.linspace(-1, 1, len(want))
+    wanted = torch.autograd.grad(want, leaves, upstream)
+    found = torch.autograd.grad(got, leaves, upstream, retain_graph=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["nll_bumped", "nll_without"])
