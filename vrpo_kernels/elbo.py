@@ -139,7 +139,7 @@ def elbo_from_hidden(
         hidden: (B, L, D) padded, or (T, D) packed, after the final norm; float32, bfloat16 or float16.
         weight: (V, D), the head, same dtype and device.
         bias, softcap, scale: the rest of the head, as in `linear_cross_entropy`: (V,) or None, a bound on the
-            logits or None (Gemma), a factor of the logits (1 / temperature).
+            logits or None (Gemma), a factor of the logits before that bound.
         tokens, masked, row_weights, cu_seqlens, num_masked, shift, backend: as in
             `elbo_from_logits`.
     Returns:

@@ -13,13 +13,14 @@ _WITHOUT_LOGITS = "take the hidden states from the model's body and use the embe
 def last_hidden(model: nn.Module, *args: Any, head: nn.Module | None = None, **kwargs: Any) -> Tensor:
     """What the model hands to its head: the hidden states after the final norm, (B, L, D).
 
-        last_hidden(model, input_ids) @ head.weight.T  ==  model(input_ids).logits
+        head(last_hidden(model, input_ids))  ==  model(input_ids).logits
 
     Calls `model(*args, **kwargs)` as it is, wrapped or not (PEFT, DDP), with a forward-pre-hook on the head
     that keeps the hidden states and gives the head zero rows: no logits are computed, no memory is taken for
     them. The hook is gone when the call returns or raises. Gradients flow through the result. The weight for
-    the op that follows is `model.get_output_embeddings().weight`; a LoRA adapter *on the head* is not in it:
-    pass `head.weight + head.get_delta_weight("default")`.
+    the op that follows is `model.get_output_embeddings().weight`, and its bias, if it has one, goes to
+    `bias=`. A LoRA adapter *on the head* is not in the weight: pass
+    `head.weight + head.get_delta_weight("default")`.
 
     Works for models loaded with trust_remote_code (LLaDA's `model.transformer.ff_out`, Dream's `lm_head`),
     for transformers' own and for `vrpo`'s. What such a model does *after* its head is not in the hidden

@@ -36,7 +36,7 @@ def token_logps(
         bias, softcap: the rest of the head, as in `linear_cross_entropy`: (V,) or None; a bound on the logits
             or None (Gemma).
         scale: factor of the logits before the soft-cap. Policy-gradient code divides logits by a sampling
-            temperature: scale = 1 / temperature.
+            temperature T: scale = 1 / T, and with a soft-cap c, which comes before T, also softcap = c / T.
         tokens: (B, L) or (T,) int64. Read at wanted positions only.
         wanted: bool, like tokens: whose log-probability is asked for.
         shift: True for a model that predicts token i at position i - 1 (Dream): row i - 1 is read, nothing is

@@ -39,16 +39,16 @@ def linear_cross_entropy(
             selected. Under autocast, cast as `torch.nn.functional.linear` would cast it. N = 0 is allowed.
         weight: (V, D), the head, same dtype and device; V >= 1. No DTensor: gather it first.
         targets: (N,) int64 in [0, V).
-        bias: (V,), same dtype and device as weight, or None.
+        bias: (V,), same dtype and device as weight, or None. -inf takes a class out if there is no soft-cap.
         softcap: bound on the logits' size, > 0 (Gemma's `final_logit_softcapping`), or None.
-        scale: factor of the logits before the soft-cap, > 0: 1 / temperature, or a model's logit scale.
+        scale: factor of the logits before the soft-cap, > 0: 1 / temperature, or a model's logit scale. (A
+            temperature T comes after a soft-cap c: pass scale = 1 / T, softcap = c / T.)
         return_metrics: also return entropy, log-sum-exp and top-1 hit of every row, from the same pass.
         backend: "auto", "triton", "cpu" or "reference" (see `vrpo_kernels.choose`).
         gemm: matrix multiplication inside the backend. "auto" depends on dtype and machine model only. Other
             names (`cpu.GEMMS`) change the last bits, so a run must keep one choice on all its processes.
         kept_tile_bytes: budget in bytes for the N x V tiles that a trained head keeps from forward to
-            backward.
-            Beyond it the tiles are computed again (one more unit, no memory).
+            backward. Beyond it the tiles are computed again (one more unit, no memory).
     Returns:
         nll (N,) float32 (float64 for float64), nats, >= 0, differentiable in hidden, weight and bias. With
         return_metrics a pair (nll, RowMetrics), the second part not differentiable.
