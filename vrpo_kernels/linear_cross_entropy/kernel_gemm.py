@@ -61,8 +61,20 @@ def _slices(z, SLICES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexp
 
 
 @triton.jit
-def _fold_slice(
-    z,
+def _exponentials(z, block_max, softcap, HAS_CAP: tl.constexpr):
+    """(e, logit, slope) of a slice of u; the slope only under a soft-cap."""
+    slope = z
+    if HAS_CAP:
+        none = z == _LOWEST
+        z, slope = cap(z, softcap, False)
+        z = tl.where(none, _NEG_INF, z)
+    return tl.exp(z - block_max[:, None]), z, slope
+
+
+@triton.jit
+def _store_slice(
+    e,
+    slope,
     tile_ptr,
     max_ptr,
     block_max,
@@ -72,33 +84,19 @@ def _fold_slice(
     num_cols,
     stride_tile,
     raise_by,
-    store_tile,
-    softcap,
     HAS_CAP: tl.constexpr,
-    METRICS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(sum of e, sum of e (logit - block_max)) of the columns from `start` on; writes E if `store_tile`."""
+    """Writes E from column `start` on, under the reference that `kernel_fold._fold_blocks_kernel` expects."""
     offs_v = start + tl.arange(0, WIDTH)
+    old_max = tl.load(max_ptr + offs_n, mask=in_n, other=0.0)
+    used = tl.where(block_max > old_max + raise_by, block_max, old_max)
+    # Two factors: exp(z - used) in one step would be a second exponential per logit.
+    e = e * tl.exp(block_max - used)[:, None]
     if HAS_CAP:
-        none = z == _LOWEST
-        z, slope = cap(z, softcap, False)
-        z = tl.where(none, _NEG_INF, z)
-    e = tl.exp(z - block_max[:, None])
-    total = tl.sum(e, axis=1)
-    moment = total
-    if METRICS:
-        moment = tl.sum(e * tl.where(e > 0.0, z - block_max[:, None], 0.0), axis=1)
-    if store_tile != 0:
-        old_max = tl.load(max_ptr + offs_n, mask=in_n, other=0.0)
-        used = tl.where(block_max > old_max + raise_by, block_max, old_max)
-        # Two factors: exp(z - used) in one step would be a second exponential per logit.
-        e = e * tl.exp(block_max - used)[:, None]
-        if HAS_CAP:
-            e = e * slope
-        out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
-        tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
-    return total, moment
+        e = e * slope
+    out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
+    tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
 
 
 @triton.jit
@@ -147,20 +145,29 @@ def _fold_block(
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     parts = _slices(z, SLICES, BLOCK_N, BLOCK_V)
     for i in tl.static_range(SLICES):
-        part_sum, part_moment = _fold_slice(
-            parts[i], tile_ptr, max_ptr, block_max, offs_n, in_n, block * BLOCK_V + i * WIDTH, num_cols,
-            stride_tile, raise_by, store_tile, softcap, HAS_CAP, METRICS, WIDTH,
-        )  # fmt: skip
+        e, logit, slope = _exponentials(parts[i], block_max, softcap, HAS_CAP)
         if i == 0:
-            total, moment = part_sum, part_moment
+            statistics = offs_n * stride_block + block
+            tl.store(block_max_ptr + statistics, block_max, mask=in_n)
+            total = tl.sum(e, axis=1)
         else:
-            total, moment = total + part_sum, moment + part_moment
-    statistics = offs_n * stride_block + block
-    tl.store(block_max_ptr + statistics, block_max, mask=in_n)
-    tl.store(block_sum_ptr + statistics, total, mask=in_n)
-    if METRICS:
-        tl.store(block_top_ptr + statistics, top, mask=in_n)
-        tl.store(block_moment_ptr + statistics, moment, mask=in_n)
+            total += tl.sum(e, axis=1)
+        if METRICS:
+            part = tl.sum(e * tl.where(e > 0.0, logit - block_max[:, None], 0.0), axis=1)
+            if i == 0:
+                moment = part
+            else:
+                moment += part
+        if i == SLICES - 1:
+            tl.store(block_sum_ptr + statistics, total, mask=in_n)
+            if METRICS:
+                tl.store(block_top_ptr + statistics, top, mask=in_n)
+                tl.store(block_moment_ptr + statistics, moment, mask=in_n)
+        if store_tile != 0:
+            _store_slice(
+                e, slope, tile_ptr, max_ptr, block_max, offs_n, in_n, block * BLOCK_V + i * WIDTH, num_cols,
+                stride_tile, raise_by, HAS_CAP, WIDTH,
+            )  # fmt: skip
 
 
 @triton.jit
