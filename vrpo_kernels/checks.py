@@ -172,19 +172,22 @@ def require_same(what: str, name_a: str, a: object, name_b: str, b: object) -> N
 
 
 def require_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> None:
-    """The contract of a linear head: hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None, one
-    dtype, one device.
-    """
+    """The contract of a linear head with targets: `require_linear`, and targets (N,) int64."""
+    require_linear(hidden, weight, bias)
+    require_dim("targets", targets, "N")
+    require_int64("targets", targets)
+    require_same("size N", "hidden", hidden.shape[0], "targets", targets.shape[0])
+    require_same("device", "hidden", hidden.device, "targets", targets.device)
+
+
+def require_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """hidden (N, D), weight (V, D), V >= 1, bias (V,) or None, one dtype, one device."""
     require_dim("hidden", hidden, "N", "D")
     require_dim("weight", weight, "V", "D")
-    require_dim("targets", targets, "N")
     require_floating("hidden", hidden)
-    require_int64("targets", targets)
     require_same("dtype", "hidden", hidden.dtype, "weight", weight.dtype)
     require_same("size D", "hidden", hidden.shape[1], "weight", weight.shape[1])
-    require_same("size N", "hidden", hidden.shape[0], "targets", targets.shape[0])
     require_same("device", "hidden", hidden.device, "weight", weight.device)
-    require_same("device", "hidden", hidden.device, "targets", targets.device)
     if weight.shape[0] == 0:
         raise ValueError(f"weight must have at least one row (V >= 1), got {_describe(weight)}")
     if bias is not None:

@@ -493,6 +493,25 @@ def test_plan__states_units_and_bytes():
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden": torch.zeros(2, 3, 4)}, r"hidden must have shape \(N, D\)"),
+        ({"weight": torch.zeros(7, 5)}, "same size D"),
+        ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, "same dtype"),
+        ({"weight": torch.zeros(0, 4)}, "at least one row"),
+        ({"bias": torch.zeros(6)}, "same size V"),
+        ({"backend": "fast"}, "backend"),
+    ],
+)
+def test_plan__refuses_what_the_call_refuses(changed, message):
+    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(7, 4)} | changed
+    with pytest.raises(ValueError, match=message):
+        plan_linear_cross_entropy(**arguments)
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(targets=torch.zeros(3, dtype=torch.int64), **arguments)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x, w, y: (x[0], w, y), r"hidden must have shape \(N, D\), got \(8,\)"),

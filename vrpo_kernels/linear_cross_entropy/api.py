@@ -6,7 +6,7 @@ from torch import Tensor
 from vrpo_kernels import checks
 from vrpo_kernels.linear_cross_entropy import op, reference
 from vrpo_kernels.linear_cross_entropy.metrics import RowMetrics, row_metrics
-from vrpo_kernels.linear_cross_entropy.plan import KEPT_TILE_BYTES, plan_linear_cross_entropy
+from vrpo_kernels.linear_cross_entropy.plan import KEPT_TILE_BYTES, make_plan
 
 
 def linear_cross_entropy(
@@ -72,9 +72,7 @@ def linear_cross_entropy(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.require_head(hidden, weight, targets, bias)
     settings = checks.logit_settings(softcap, scale)
-    plan = plan_linear_cross_entropy(
-        hidden, weight, bias=bias, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes
-    )
+    plan = make_plan(hidden, weight, bias, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes)
     if plan.backend == "reference":
         formula = reference.with_metrics if return_metrics else reference.linear_cross_entropy
         result = reference.exactly(formula, hidden, weight, targets, bias, *settings)
@@ -118,7 +116,7 @@ def linear_cross_entropy_statistics(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.require_head(hidden, weight, targets, bias)
     settings = checks.logit_settings(softcap, scale)
-    plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
+    plan = make_plan(hidden, weight, None, backend=backend, gemm=gemm)
     if plan.backend == "reference":
         return reference.exactly(reference.statistics, hidden, weight, targets, bias, *settings)
     nll, statistics, *_ = op.forward(
@@ -172,7 +170,7 @@ def linear_cross_entropy_replay(
         checks.require_same("dtype", name, known.dtype, "the first pass's results", wide)
         checks.require_same("device", name, known.device, "hidden", hidden.device)
     statistics = statistics.contiguous()  # the backends read its three rows one after the other
-    plan = plan_linear_cross_entropy(hidden, weight, backend=backend, gemm=gemm)
+    plan = make_plan(hidden, weight, None, backend=backend, gemm=gemm)
     if plan.backend == "reference":
         head = (hidden, weight, targets, bias)
         fresh = reference.exactly(reference.linear_cross_entropy, *head, softcap, scale)

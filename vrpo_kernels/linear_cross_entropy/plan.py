@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vrpo_kernels import backend as backends
+from vrpo_kernels import checks
 from vrpo_kernels.linear_cross_entropy import cpu
 
 KEPT_TILE_BYTES = 2**30
@@ -72,8 +73,23 @@ def plan_linear_cross_entropy(
     gradient beside it, it needs tiles all the same (1 + 0 kept, 1 + 1 computed again). Soft-cap and scale
     change nothing here.
 
-    Args, Errors: as `linear_cross_entropy`.
+    Args, Errors: as `linear_cross_entropy`. Dtypes count as they are: under autocast, which casts before it
+    computes, pass tensors of the dtype that it casts to.
     """
+    checks.require_linear(hidden, weight, bias)
+    return make_plan(hidden, weight, bias, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes)
+
+
+def make_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    backend: str,
+    gemm: str,
+    kept_tile_bytes: int = KEPT_TILE_BYTES,
+) -> Plan:
+    """`plan_linear_cross_entropy` of tensors that are checked."""
     chosen = backends.choose(
         "linear_cross_entropy", device=hidden.device.type, dtype=hidden.dtype, requested=backend
     )

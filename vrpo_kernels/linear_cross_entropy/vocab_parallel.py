@@ -14,7 +14,7 @@ from vrpo_kernels import autograd, checks
 from vrpo_kernels.linear_cross_entropy import op
 from vrpo_kernels.linear_cross_entropy.api import _autocast
 from vrpo_kernels.linear_cross_entropy.metrics import cap_slope, capped
-from vrpo_kernels.linear_cross_entropy.plan import KEPT_TILE_BYTES, Plan, plan_linear_cross_entropy
+from vrpo_kernels.linear_cross_entropy.plan import KEPT_TILE_BYTES, Plan, make_plan
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -68,9 +68,7 @@ def vocab_parallel_linear_cross_entropy(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.require_head(hidden, weight, targets, bias)
     settings = checks.logit_settings(softcap, scale)
-    plan = plan_linear_cross_entropy(
-        hidden, weight, bias=bias, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes
-    )
+    plan = make_plan(hidden, weight, bias, backend=backend, gemm=gemm, kept_tile_bytes=kept_tile_bytes)
     if plan.backend == "reference":
         raise ValueError(
             "vocab_parallel_linear_cross_entropy: backend 'reference' has no sharded form; it needs the C++ "
