@@ -27,6 +27,8 @@ BENCHMARKS = {
 def main() -> int:
     """Dispatch to the module's `main(arguments)`."""
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        if sys.argv[1:] and sys.argv[1] not in ("-h", "--help"):
+            print(f"python -m benchmarks: no benchmark is called {sys.argv[1]!r}\n", file=sys.stderr)
         print(__doc__)
         for name, (_, summary) in BENCHMARKS.items():
             print(f"  {name:12s} {summary}")

@@ -38,7 +38,10 @@ def git(repository: Path, *command: str) -> bytes:
 
 def commit_of(repository: Path, revision: str) -> str:
     """Full hash of a revision."""
-    return git(repository, "rev-parse", "--verify", f"{revision}^{{commit}}").decode().strip()
+    try:
+        return git(repository, "rev-parse", "--verify", f"{revision}^{{commit}}").decode().strip()
+    except BuildError as error:
+        raise BuildError(f"{revision!r} must be a commit of {repository} ({error})") from error
 
 
 def copy_revision(repository: Path, revision: str, cache: Path) -> Path:

@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """One CPU thread is timed by its CPU time, which other processes disturb less than the wall clock."""
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("these benchmarks need the package pytest-benchmark: pip install vrpo[test]")
+    if config.getoption("device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda needs a GPU and a torch built for it; torch sees none here")
     # Saved figures of another machine are a reason to look, not to end in a traceback.
     warning = "pytest_benchmark.logger.PytestBenchmarkWarning"
     config.addinivalue_line("filterwarnings", f"default::{warning}")

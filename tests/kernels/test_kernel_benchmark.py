@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, gate, kernels_plan, record
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.cases import COLUMNS, HEADS, MODELS, Case, make_inputs
 from benchmarks.providers import PROVIDERS, Provider, stages
 from benchmarks.timing import interleaved
@@ -357,3 +357,10 @@ def test_commands__that_the_pages_name_exist():
     assert named <= set(BENCHMARKS) and {"compare", "kernels", "model", "liger-view"} <= named
     for module, _ in BENCHMARKS.values():
         assert importlib.util.find_spec(module), module
+
+
+def test_main__names_what_it_does_not_have(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "kernel"])
+    assert main() == 2
+    printed = capsys.readouterr()
+    assert "no benchmark is called 'kernel'" in printed.err and "kernels" in printed.out

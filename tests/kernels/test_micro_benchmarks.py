@@ -47,6 +47,13 @@ def test_registry__has_a_benchmark_of_every_public_operation():
         assert len(modes) > 1 or "backward" in modes.pop(), op
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_suite__says_that_there_is_no_gpu():
+    done = run_suite("--device", "cuda")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--device cuda needs a GPU" in done.stderr
+
+
 def test_suite__saves_every_benchmark_with_machine_and_commit(saved):
     found = {(one["extra_info"]["op"], one["extra_info"]["mode"]) for one in saved["benchmarks"]}
     assert found == {(micro.op, micro.mode) for micro in MICROS}
