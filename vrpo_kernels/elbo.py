@@ -102,10 +102,11 @@ def elbo_from_logits(
         elbo (B,) or (S,), float32 (float64 for float64), nats, <= 0 for weights >= 0; exactly 0 for a
         sequence without masked positions. Differentiable in logits.
     Numerics: logits are read at masked rows only, sums in fp32 per row and fp64 per sequence, in one order.
-    Errors: ValueError naming the argument, what it got and what it needs. On CUDA and inside torch.compile,
-        where looking at values would mean waiting, NaN instead: of every sequence if cu_seqlens are no
-        boundaries or num_masked is wrong, of its sequence for a masked first token under shift (see
-        `set_debug`).
+    Errors: ValueError naming the argument, what it got and what it needs; a masked token outside of [0, V) is
+        told as `targets`, with its row among the masked ones. On CUDA and inside torch.compile, where
+        looking at values would mean waiting, NaN instead: of every sequence if cu_seqlens are no boundaries
+        or num_masked is wrong, of its sequence for a masked first token under shift and, on CUDA, for a
+        token outside of [0, V) (see `set_debug`).
     Source: arXiv 2505.19223, Eq. (12)-(15).
     """
     checks.require_floating("logits", logits)

@@ -53,10 +53,11 @@ def token_logps(
         With return_metrics a pair (logp, RowMetrics), each field like tokens, 0 or False where not wanted,
         not differentiable.
     Numerics: as in `linear_cross_entropy`; each element is written once, so runs are bitwise equal.
-    Errors: ValueError naming the argument, what it got and what it needs. On CUDA and inside torch.compile,
-        where looking at values would mean waiting, NaN instead: of everything if cu_seqlens are no
-        boundaries, of every element it reads for a wrong num_wanted, of its own element for a wanted first
-        token under shift (see `set_debug`).
+    Errors: ValueError naming the argument, what it got and what it needs; a wanted token outside of [0, V) is
+        told as `targets`, with its row among the wanted ones. On CUDA and inside torch.compile, where
+        looking at values would mean waiting, NaN instead: of everything if cu_seqlens are no boundaries, of
+        every element it reads for a wrong num_wanted, of its own element for a wanted first token under
+        shift and, on CUDA, for a token outside of [0, V) (see `set_debug`).
     Source: arXiv 2505.19223, Eq. (14)-(15), one term.
     """
     checks.require_plain("hidden", hidden)
