@@ -89,16 +89,22 @@ class Head {
     if (!bias.has_value()) return;
     const Tensor fp32 = bias->to(at::kFloat).contiguous();
     std::copy_n(fp32.const_data_ptr<float>(), num_classes, bias_.begin());
+    if (form != Form::kCapped) return;
+    // -inf has the logit -softcap, as the formula says; in a tile u must not be -inf, which stands for a target.
+    for (float& value : bias_) value = value == kMinusInfinity ? kFarBelow : value;
   }
   // u of class v from h . w, for the target
   float u(float product, int64_t v) const {
-    return bias_.empty() ? product : static_cast<float>(map.scale * (static_cast<double>(product) + bias_[v]));
+    if (bias_.empty()) return product;
+    return bias_[v] == kFarBelow ? kMinusInfinity
+                                 : static_cast<float>(map.scale * (static_cast<double>(product) + bias_[v]));
   }
   // The bias of class v and those after it, up to a multiple of kSubtotal, 0 where there is none; null for a plain
   // head.
   const float* bias(int64_t v) const { return bias_.empty() ? nullptr : bias_.data() + v; }
 
  private:
+  static constexpr float kFarBelow = -1e38f;
   std::vector<float> bias_;
 };
 
@@ -212,7 +218,8 @@ inline void finish_rows(int64_t n0, int64_t rows, const RowSums& sums, const Log
 class KnownRows {
  public:
   KnownRows(const Tensor& dnll, const Statistics& known)
-      : shift(round_up(dnll.size(0), kLanes), 0.0f), coefficient(shift.size(), 0.0f), at_target(shift.size(), 0.0f),
+      : shift(round_up(dnll.size(0), kLanes), -kMinusInfinity), coefficient(shift.size(), 0.0f),
+        at_target(shift.size(), 0.0f),
         exact_coefficient_(dnll.size(0)), exact_at_target_(dnll.size(0)) {
     const Tensor g = dnll.contiguous();
     for (int64_t n = 0; n < dnll.size(0); ++n) {
@@ -240,7 +247,8 @@ class KnownRows {
     });
   }
 
-  std::vector<float> shift, coefficient, at_target;  // padded to whole vectors
+  // Padded to whole vectors. A lane without a row has e = 0 by its shift: a bias could make 0 * infinity of it.
+  std::vector<float> shift, coefficient, at_target;
 
  private:
   std::vector<double> exact_coefficient_, exact_at_target_;

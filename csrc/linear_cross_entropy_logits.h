@@ -15,13 +15,12 @@ enum class Form {
   kCapped,
 };
 
-// One logit in double: there are N of them per call, and they meet large numbers. A class whose u is -inf stays out
-// (logit -inf, also below a soft-cap).
+// One logit in double: there are N of them per call, and they meet large numbers.
 struct LogitMap {
   double softcap, scale;  // softcap 0: none
 
   double logit(double u) const {
-    return softcap == 0 || u == -std::numeric_limits<double>::infinity() ? u : softcap * std::tanh(u / softcap);
+    return softcap == 0 ? u : softcap * std::tanh(u / softcap);
   }
   // dlogit / du = sech^2(u / softcap), without the cancellation of 1 - tanh^2.
   double slope(double u) const {
@@ -81,7 +80,7 @@ VRPO_INLINE Floats signed_softcap(Floats unscaled, const VectorMap& map) {
 }
 
 // e = exp(above), above = logit - subtract, and slope = dlogit / du from u / scale below a soft-cap:
-// sech^2 = 4 t / (1 + t)^2 = t (1 + tanh)^2. A class whose u is -inf stays out: e = 0.
+// sech^2 = 4 t / (1 + t)^2 = t (1 + tanh)^2. Where u is -inf stood a target, which stays out: e = 0.
 template <int kCount>
 VRPO_INLINE void capped_exp(const Floats (&unscaled)[kCount], const VectorMap& map, Floats subtract,
                             Floats (&above)[kCount], Floats (&e)[kCount], Floats (&slope)[kCount]) {

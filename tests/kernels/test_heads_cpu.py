@@ -388,9 +388,9 @@ def test_linear_cross_entropy__any_head_passes_nan_on_and_hides_no_overflow(head
 
 
 @FUSED
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_bias__of_minus_infinity_takes_a_class_out(softcap, gemm, dtype):
-    (hidden, weight, targets, upstream), form = make_inputs(30, 600, 24, dtype, head=(True, softcap, 1.5))
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_bias__of_minus_infinity_takes_a_class_out(scale, gemm, dtype):
+    (hidden, weight, targets, upstream), form = make_inputs(30, 600, 24, dtype, head=(True, None, scale))
     targets.clamp_(max=598)
     form["bias"][599] = float("-inf")
     found = gradients(fused(gemm), hidden, weight, targets, upstream, **form)
@@ -398,6 +398,49 @@ def test_bias__of_minus_infinity_takes_a_class_out(softcap, gemm, dtype):
     expected = gradients(fused(gemm), hidden, weight[:599], targets, upstream, **shorter)
     testing.assert_bitwise_equal(found[0], expected[0], "nll")
     assert (found[2][599] == 0).all() and found[3][599] == 0
+
+
+@FUSED
+@pytest.mark.parametrize("out", [slice(599, 600), slice(0, 512), slice(0, 600)], ids=["one", "tile", "all"])
+@pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
+def test_bias__of_minus_infinity_is_at_the_softcap_as_in_the_formula(budget, out, gemm, dtype):
+    """tanh(-inf) is -1: such a class has the logit -softcap. It used to be left out."""
+    inputs, form = make_inputs(30, 600, 24, dtype, head=(True, 3.0, 1.5))
+    inputs[2][:3] = torch.tensor([599, 0, 555])
+    form["bias"][out] = float("-inf")
+    nll, *grads = gradients(fused(gemm, budget), *inputs, **form)
+    z = exact_logits(*inputs[:2], **form)
+    torch.testing.assert_close(nll, F.cross_entropy(z, inputs[2], reduction="none").float())
+    expected = gradients(
+        lambda x, w, y, **form: linear_cross_entropy(x, w, y, backend="reference", **form), *inputs, **form
+    )
+    for part, wanted in zip(grads, expected[1:], strict=True):
+        torch.testing.assert_close(part, wanted, rtol=0.02, atol=0.01 * float(wanted.abs().max()))
+    _, metrics = linear_cross_entropy(*inputs[:3], **form, return_metrics=True, backend="cpu", gemm=gemm)
+    entropy = torch.special.entr(z.softmax(1)).sum(1).float()
+    torch.testing.assert_close(metrics.entropy, entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(metrics.log_sum_exp, z.logsumexp(1).float())
+
+
+@pytest.mark.parametrize("bias", [88.5, 88.7, 89.0, 266.0])
+@FUSED
+def test_linear_cross_entropy__a_large_bias_makes_no_nan_of_lanes_without_rows(bias, gemm, dtype):
+    """35 rows leave lanes empty, whose logits are the bias alone: its exponential overflows."""
+    inputs, form = make_inputs(35, 600, 24, dtype, head=(True, None, 1.0))
+    form["bias"] = torch.full_like(form["bias"], bias)
+    for part in gradients(fused(gemm, 0), *inputs, **form):
+        assert part.isfinite().all()
+
+
+@FUSED
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_replay__a_target_that_is_out_does_not_drift(softcap, gemm, dtype):
+    (hidden, weight, targets, _), form = make_inputs(40, 600, 24, dtype, head=(True, softcap, 1.5))
+    form["bias"][targets[0]] = float("-inf")
+    form |= {"backend": "cpu", "gemm": gemm}
+    known = linear_cross_entropy_statistics(hidden, weight, targets, **form)
+    _, drift = linear_cross_entropy_replay(hidden, weight, targets, *known, **form)
+    assert drift == 0
 
 
 @FUSED

@@ -23,7 +23,9 @@ ABSENT = torch.iinfo(torch.int64).min
 
 def drift(target_logit: Tensor, statistics: Tensor) -> Tensor:
     """() float32: the largest difference between a row's target logit now and in the first pass."""
-    difference = (target_logit - statistics[0]).abs().float()
+    before = statistics[0]
+    # Two infinities are alike: a target that is out (bias -inf) has the same logit in both passes.
+    difference = torch.where(target_logit == before, 0.0, (target_logit - before).abs()).float()
     return torch.cat([difference, difference.new_zeros(1)]).amax()  # N = 0 has drift 0
 
 
