@@ -433,6 +433,47 @@ def test_linear_cross_entropy__a_large_bias_makes_no_nan_of_lanes_without_rows(b
 
 
 @FUSED
+def test_metrics__of_logits_far_apart_are_finite(gemm, dtype):
+    """exp of a difference beyond 709 overflows in float64."""
+    (hidden, weight, targets, _), form = make_inputs(40, 600, 24, dtype, head=(True, None, 1e4))
+    targets[0] = exact_logits(hidden, weight, **form)[0].argmax()
+    _, metrics = linear_cross_entropy(hidden, weight, targets, **form, return_metrics=True, gemm=gemm)
+    z = exact_logits(hidden, weight, **form)
+    entropy = torch.special.entr(z.softmax(1)).sum(1).float()
+    torch.testing.assert_close(metrics.entropy, entropy, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(metrics.log_sum_exp, z.logsumexp(1).float(), rtol=1e-6, atol=0.0)
+    assert torch.equal(metrics.top1, z.argmax(1) == targets)
+
+
+@FUSED
+def test_metrics__of_a_target_that_is_out_are_those_of_the_others(gemm, dtype):
+    (hidden, weight, targets, _), form = make_inputs(40, 600, 24, dtype, head=(True, None, 1.0))
+    targets[:] = 7
+    form["bias"][7] = float("-inf")
+    nll, metrics = linear_cross_entropy(hidden, weight, targets, **form, return_metrics=True, gemm=gemm)
+    z = exact_logits(hidden, weight, **form)
+    entropy = torch.special.entr(z.softmax(1)).sum(1).float()
+    torch.testing.assert_close(metrics.entropy, entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(metrics.log_sum_exp, z.logsumexp(1).float())
+    assert (nll == float("inf")).all() and not metrics.top1.any()
+    form["bias"][:] = float("-inf")
+    nll, metrics = linear_cross_entropy(hidden, weight, targets, **form, return_metrics=True, gemm=gemm)
+    assert nll.isnan().all() and metrics.entropy.isnan().all()
+
+
+@FUSED
+def test_metrics__classes_at_the_softcap_share_the_first_place(gemm, dtype):
+    """0.05 lies between two float32 numbers, and the target's logit must be rounded as the others' are."""
+    (hidden, weight, *_), form = make_inputs(40, 600, 24, dtype, head=(False, 0.05, 100.0))
+    highest = exact_logits(hidden, weight, None, None, 1.0).topk(2, dim=1).indices
+    for place in range(2):
+        found = linear_cross_entropy(
+            hidden, weight, highest[:, place], **form, return_metrics=True, gemm=gemm
+        )
+        assert found[1].top1.all()
+
+
+@FUSED
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_replay__a_target_that_is_out_does_not_drift(softcap, gemm, dtype):
     (hidden, weight, targets, _), form = make_inputs(40, 600, 24, dtype, head=(True, softcap, 1.5))

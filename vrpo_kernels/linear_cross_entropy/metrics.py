@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 
 class RowMetrics(NamedTuple):
@@ -34,6 +33,16 @@ def cap_slope(logit: Tensor, softcap: float) -> Tensor:
     return 4 * t / (1 + t) ** 2
 
 
+def softplus(log_odds: Tensor) -> Tensor:
+    """log(1 + exp(log_odds)) of float64, also where exp overflows: above 40 it is log_odds itself."""
+    return torch.nn.functional.softplus(log_odds, threshold=40.0)
+
+
+def _weighted(probability: Tensor, nats: Tensor) -> Tensor:
+    """probability * nats, 0 where the probability is: a class that is out has infinitely many nats."""
+    return torch.where(probability == 0, 0.0, probability * nats)
+
+
 def row_metrics(statistics: Tensor, metrics: Tensor, softcap: float) -> RowMetrics:
     """RowMetrics from what `op._forward` returns.
 
@@ -49,16 +58,17 @@ def row_metrics(statistics: Tensor, metrics: Tensor, softcap: float) -> RowMetri
         softcap: 0 for none.
     """
     target_logit, shift, total = statistics.double()
-    highest, spread = metrics.double()
+    highest, spread = metrics[0], metrics[1].double()
     target_logit = capped(target_logit, softcap)
-    alone = total == 0  # V = 1: the target is the only class
-    log_total = torch.where(alone, 0.0, total.log())
-    log_odds = torch.where(alone, float("-inf"), (shift - target_logit) + log_total)
-    nll, rest = softplus(log_odds, threshold=1e9), softplus(-log_odds, threshold=1e9)
-    others = (log_total - spread / total).clamp(min=0.0)
-    entropy = torch.sigmoid(-log_odds) * nll + torch.sigmoid(log_odds) * (rest + others)
+    alone = total == 0  # V = 1, or all other classes out: the target is the only one
+    log_others = torch.where(alone, float("-inf"), shift + total.log())
+    log_odds = torch.where(alone, float("-inf"), (shift - target_logit) + total.log())
+    others = torch.where(alone, 0.0, total.log() - spread / total).clamp(min=0.0)
+    entropy = _weighted(torch.sigmoid(-log_odds), softplus(log_odds))
+    entropy += _weighted(torch.sigmoid(log_odds), softplus(-log_odds) + others)
+    none = alone & (target_logit == float("-inf"))  # no class at all: no distribution either
     return RowMetrics(
-        entropy=torch.where(alone, 0.0, entropy).float(),
-        log_sum_exp=(target_logit + nll).float(),
-        top1=alone | (target_logit >= highest),
+        entropy=torch.where(none, torch.nan, entropy).float(),
+        log_sum_exp=torch.logaddexp(target_logit, log_others).float(),
+        top1=alone | (target_logit.float() >= highest),  # both in fp32: at the cap they are equal
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from vrpo_kernels import autograd, checks
 from vrpo_kernels.linear_cross_entropy import op
 from vrpo_kernels.linear_cross_entropy.api import _autocast
-from vrpo_kernels.linear_cross_entropy.metrics import cap_slope, capped
+from vrpo_kernels.linear_cross_entropy.metrics import cap_slope, capped, softplus
 from vrpo_kernels.linear_cross_entropy.plan import KEPT_TILE_BYTES, Plan, make_plan
 
 
@@ -177,7 +177,7 @@ class _VocabParallel(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, here, statistics, local, expected, kept, kept_shift, tile_statistics
         )
-        return torch.nn.functional.softplus(_log_odds(statistics, settings[0]), threshold=1e9).float()
+        return softplus(_log_odds(statistics, settings[0])).float()
 
     @staticmethod
     def backward(ctx, dnll):
