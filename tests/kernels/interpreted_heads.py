@@ -199,6 +199,28 @@ def test_linear_cross_entropy__classes_forbidden_by_their_bias(gemm):
     torch.testing.assert_close(capped.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("budget", [KEEP, RECOMPUTE])
+@pytest.mark.parametrize(("gemm", "dtype"), FORMS)
+def test_linear_cross_entropy__a_bias_that_is_no_number_makes_nan_of_all_it_enters(gemm, dtype, budget):
+    # Gradients of kept tiles were 0 left of the tile that held it.
+    hidden, weight, targets, upstream = make_inputs(3, 140, 16, dtype)
+    targets[:] = torch.tensor([0, 70, 139])
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, torch.zeros(140, dtype=dtype))]
+    with torch.no_grad():
+        leaves[2][100] = math.nan
+    nll = make_op(gemm, budget)(hidden, weight, targets, bias=leaves[2])
+    for value in (nll, *torch.autograd.grad(nll, leaves, upstream)):
+        assert value.isnan().all()
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_linear_cross_entropy__a_target_that_overflows_is_not_certain(gemm):
+    hidden, weight, targets, _ = make_inputs(3, 70, 16, torch.float16)
+    bias = torch.zeros(70, dtype=torch.float16)
+    bias[targets[0]] = math.inf
+    assert make_op(gemm)(hidden, weight, targets, bias=bias).isnan().all()
+
+
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__one_class_costs_nothing_under_any_head(gemm):
     hidden, weight, targets, upstream = make_inputs(3, 1, 8, torch.float16)

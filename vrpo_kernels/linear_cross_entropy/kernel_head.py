@@ -146,12 +146,12 @@ def tile_factor(
             divisor = tl.where(rounded >= least, rounded / slope, sum_n)
         else:
             divisor = tl.where(rounded >= least, rounded / slope, 1.0)
-        factor = tl.where(divisor > 0.0, factor / divisor, 0.0)
+        factor = tl.where(divisor == 0.0, 0.0, factor / divisor)  # NaN stays
     elif PER_SUM:
         divisor = sum_n.to(TILE).to(factor.dtype)
         if dtype == tl.float32:
             divisor = sum_n
-        factor = tl.where(divisor > 0.0, factor / divisor, 0.0)
+        factor = tl.where(divisor == 0.0, 0.0, factor / divisor)  # NaN stays
     return factor
 
 

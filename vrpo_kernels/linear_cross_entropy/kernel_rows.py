@@ -50,7 +50,9 @@ def _target_logits_kernel(
         total += hidden * tl.load(weight_row + offs_d, mask=in_d, other=0.0).to(tl.float32)
     here = is_class(target, V)
     logit = before_cap(tl.sum(total, axis=0), bias_ptr, target, here, scale, HAS_BIAS, SCALED)
-    tl.store(out_ptr + row, tl.where(here | (target == _ABSENT), logit, float("nan")))
+    # +inf is an overflow, which exp(m - inf) = 0 would hide behind nll = 0.
+    known = (here | (target == _ABSENT)) & (logit != float("inf"))
+    tl.store(out_ptr + row, tl.where(known, logit, float("nan")))
 
 
 @triton.jit
