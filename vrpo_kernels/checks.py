@@ -197,6 +197,9 @@ def require_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -
         require_same("device", "bias", bias.device, "weight", weight.device)
 
 
+_LEAST_FLOAT32, _LARGEST_FLOAT32 = 2.0**-126, torch.finfo(torch.float32).max
+
+
 def logit_settings(softcap: float | None, scale: float) -> tuple[float, float]:
     """(softcap, 0 for None; scale), both checked: what turns hidden . weight + bias into logits."""
     for name, value in (("softcap", softcap), ("scale", scale)):
@@ -205,4 +208,6 @@ def logit_settings(softcap: float | None, scale: float) -> tuple[float, float]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             allowed = " or None" if name == "softcap" else ""
             raise ValueError(f"{name} must be a finite number > 0{allowed}, got {value!r}")
+        if not _LEAST_FLOAT32 <= value <= _LARGEST_FLOAT32:  # the backends would compute with 0 or infinity
+            raise ValueError(f"{name} must be a normal number of float32, 1.2e-38 to 3.4e38, got {value!r}")
     return 0.0 if softcap is None else float(softcap), float(scale)

@@ -120,6 +120,20 @@ def test_linear_cross_entropy__autocast_casts_the_bias_too():
 
 
 @pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(V, dtype=torch.float64), "bias and weight must have the same dtype"),
+        (torch.zeros(V, dtype=torch.int64), "bias and weight must have the same dtype"),
+        ([0.0] * V, "bias must be a tensor, got list"),
+    ],
+)
+def test_linear_cross_entropy__autocast_casts_no_bias_that_linear_refuses(bias, message):
+    hidden, weight, targets, _ = _inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+        linear_cross_entropy(hidden, weight, targets, bias=bias)
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"softcap": 0.0}, "softcap must be a finite number > 0 or None, got 0.0"),
@@ -130,6 +144,9 @@ def test_linear_cross_entropy__autocast_casts_the_bias_too():
         ({"scale": 0.0}, "scale must be a finite number > 0, got 0.0"),
         ({"scale": -1.0}, "scale"),
         ({"scale": None}, "scale"),
+        ({"scale": 1e-50}, "scale must be a normal number of float32, 1.2e-38 to 3.4e38, got 1e-50"),
+        ({"softcap": 1e39}, "softcap must be a normal number of float32"),
+        ({"softcap": 10**400}, "softcap must be a normal number of float32"),
         ({"scale": True}, "scale"),
         ({"bias": torch.zeros(V - 1)}, r"bias and weight must have the same size V, got 10 and 11"),
         ({"bias": torch.zeros(V, 1)}, r"bias must have shape \(V\)"),

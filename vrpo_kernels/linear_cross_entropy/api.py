@@ -39,7 +39,8 @@ def linear_cross_entropy(
             selected. Under autocast, cast as `torch.nn.functional.linear` would cast it. N = 0 is allowed.
         weight: (V, D), the head, same dtype and device; V >= 1. No DTensor: gather it first.
         targets: (N,) int64 in [0, V).
-        bias: (V,), same dtype and device as weight, or None. -inf takes a class out if there is no soft-cap.
+        bias: (V,), same dtype and device as weight, or None. -inf takes a class out if there is no soft-cap;
+            below one its logit is -softcap.
         softcap: bound on the logits' size, > 0 (Gemma's `final_logit_softcapping`), or None.
         scale: factor of the logits before the soft-cap, > 0: 1 / temperature, or a model's logit scale. (A
             temperature T comes after a soft-cap c: pass scale = 1 / T, softcap = c / T.)
@@ -183,13 +184,14 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     """What autocast does to the arguments of F.linear: float inputs become the autocast dtype, float64
     stays.
     """
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
+    parts = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in parts.items():
         checks.require_plain(name, tensor)
     device = hidden.device.type
     if (
         device == "meta"
         or not torch.is_autocast_enabled(device)
-        or torch.float64 in (hidden.dtype, weight.dtype)
+        or any(part.dtype is torch.float64 or not part.is_floating_point() for part in parts.values())
     ):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
