@@ -16,6 +16,7 @@ from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.cases import COLUMNS, HEADS, MODELS, Case, make_inputs
 from benchmarks.providers import PROVIDERS, Provider, stages
 from benchmarks.timing import interleaved
+from vrpo_kernels import testing
 from vrpo_kernels.linear_cross_entropy import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +155,19 @@ def test_gate__judges_the_whole_problem_by_its_first_rows():
 
     verdict = judge.judge(weights_swapped)
     assert verdict.ratios["nll"] <= 1 < min(verdict.ratios["dhidden"], verdict.ratios["dweight"])
+
+
+def test_gate__allows_what_the_policy_allows_of_a_wide_head():
+    inputs = make_inputs(Case(5, 8192, 40, torch.bfloat16, "cpu"))
+
+    def op(hidden, weight, targets):
+        return reference.linear_cross_entropy(hidden.float(), weight.float(), targets) * (1 + 1e-5)
+
+    nll, dhidden, dweight, _ = gate.full_pass(op, inputs, "trained head")
+    expected = testing.linear_cross_entropy_ratios(
+        nll, dhidden, dweight, inputs.hidden, inputs.weight, inputs.targets, inputs.upstream
+    )
+    assert gate.Gate(inputs).judge(op).ratios == pytest.approx(expected)
 
 
 def test_gate__of_a_large_head_checks_the_targets_and_others(monkeypatch):
