@@ -79,8 +79,9 @@ def cap(u, softcap, EXACT: tl.constexpr):
     within 4.5 roundings, else within 8, in fewer instructions. -inf gives (-softcap, 0), as the formula does.
     """
     if u.dtype == tl.float64:
-        t = tl.exp(-2.0 * tl.abs(u) / softcap)
-        tanh = (1.0 - t) / (1.0 + t)
+        x = tl.abs(u) / softcap
+        t = tl.exp(-2.0 * x)
+        tanh = tl.where(x < 1e-4, x - x * x * x / 3.0, (1.0 - t) / (1.0 + t))  # 1 - t cancels for small x
         slope = 4.0 * t / ((1.0 + t) * (1.0 + t))
         logit = tl.where(u < 0.0, -softcap * tanh, softcap * tanh)
     elif EXACT:

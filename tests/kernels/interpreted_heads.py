@@ -33,6 +33,7 @@ HEADS = {
     "softcap_of_the_logits": {"softcap": 5.0},
     "tiny_softcap": {"softcap": 0.5},
     "huge_softcap": {"softcap": 1e5},
+    "softcap_that_is_none": {"softcap": 1e20},  # 1 - 1e-20 is 1 in float64 too
     "everything": {"bias": 2.0, "softcap": 4.0, "scale": 0.7},
     "everything_saturated": {"bias": 2.0, "softcap": 3.0, "scale": 10.0},
 }
