@@ -40,6 +40,8 @@ def last_hidden(model: nn.Module, *args: Any, head: nn.Module | None = None, **k
     if kwargs.get("labels") is not None:
         raise ValueError("labels must be left out: without logits there is no loss to compute")
     module = _find_head(model) if head is None else head
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"head must be the module that makes logits, got {type(module).__name__}")
     if isinstance(module, nn.Embedding):
         raise ValueError(
             f"the head must be a module that the model calls on hidden states, got {type(module).__name__}: "

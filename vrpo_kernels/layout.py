@@ -110,6 +110,8 @@ def _true_positions(wanted_T: Tensor, name: str, num_wanted: int | None) -> tupl
         if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(wanted_T):
             raise ValueError(f"under torch.func.vmap over {name}, num_{name} must say how many are True")
         return wanted_T.nonzero()[:, 0], None
+    if isinstance(num_wanted, (bool, float)):
+        raise ValueError(f"num_{name} must be an integer, got {num_wanted!r}")
     factor = None
     if checks.values_are_checked(wanted_T.device):
         checks.require_same("value", f"num_{name}", num_wanted, f"{name}.sum()", int(wanted_T.sum()))

@@ -179,11 +179,12 @@ def test_last_hidden__keeps_no_graph_without_gradients():
         (Functional(), {}, "never ran"),
         (Twice(), {}, "must run once"),
         (DreamLike(), {"head": nn.Linear(8, 31)}, "never ran"),
+        (DreamLike(), {"head": torch.zeros(31, 8)}, "head must be the module that makes logits, got Tensor"),
         (DreamLike(), {"labels": TOKENS}, "labels must be left out"),
         (nn.Linear(3, 3), {}, "get_output_embeddings"),
         (torch.compile(DreamLike(), backend="eager"), {}, "must not be compiled around its head"),
     ],
-    ids=["tied", "functional", "twice", "foreign-head", "labels", "no-method", "compiled"],
+    ids=["tied", "functional", "twice", "foreign-head", "tensor", "labels", "no-method", "compiled"],
 )
 def test_last_hidden__says_why_it_cannot(model, options, message):
     with pytest.raises(ValueError, match=message):

@@ -161,10 +161,11 @@ def test_token_logps__twice_gives_the_same_bits(backend):
         ({"tokens": torch.zeros(B, L)}, "tokens must be int64"),
         ({"weight": torch.zeros(V, D + 1)}, "size D"),
         ({"num_wanted": 1}, "num_wanted"),
+        ({"num_wanted": 5.0}, "num_wanted must be an integer, got 5.0"),
         ({"cu_seqlens": torch.tensor([0, L])}, "packed"),
         ({"tokens": torch.full((B, L), V)}, "targets"),
     ],
-    ids=["ids", "shape", "float-tokens", "weight", "count", "padded-with-cu", "token-out-of-range"],
+    ids=["ids", "shape", "float-tokens", "weight", "count", "float", "padded-with-cu", "token-outside"],
 )
 def test_token_logps__says_what_is_wrong(change, message):
     case = Case()
