@@ -85,7 +85,7 @@ class Head {
   Head(const OptionalTensor& bias, double softcap, double scale, int64_t num_classes)
       : map{softcap, scale},
         form(softcap != 0 ? Form::kCapped : bias.has_value() || scale != 1 ? Form::kAffine : Form::kPlain),
-        bias_(form == Form::kPlain ? 0 : round_up(num_classes, kSubtotal), 0.0f) {
+        bias_(bias.has_value() ? round_up(num_classes, kSubtotal) : 0, 0.0f) {
     if (!bias.has_value()) return;
     const Tensor fp32 = bias->to(at::kFloat).contiguous();
     std::copy_n(fp32.const_data_ptr<float>(), num_classes, bias_.begin());
@@ -95,12 +95,11 @@ class Head {
   }
   // u of class v from h . w, for the target
   float u(float product, int64_t v) const {
-    if (bias_.empty()) return product;
+    if (bias_.empty()) return form == Form::kPlain ? product : static_cast<float>(map.scale * product);
     return bias_[v] == kFarBelow ? kMinusInfinity
                                  : static_cast<float>(map.scale * (static_cast<double>(product) + bias_[v]));
   }
-  // The bias of class v and those after it, up to a multiple of kSubtotal, 0 where there is none; null for a plain
-  // head.
+  // The bias of class v and those after it, up to a multiple of kSubtotal, 0 beyond the last; null where there is none.
   const float* bias(int64_t v) const { return bias_.empty() ? nullptr : bias_.data() + v; }
 
  private:

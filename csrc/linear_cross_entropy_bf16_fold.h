@@ -22,7 +22,7 @@ struct Lanes {
 // e = exp(logit - subtract) for a panel z [classes, kWidth] of h . w. With a soft-cap's slope it goes out by row, and
 // times multiply by class; sum += the fp32 sums of e over classes, moment += those of e (logit - subtract) for
 // metrics. z has rows of -inf up to the next multiple of kSubtotal.
-template <int kGroups, Form kForm, bool kMetrics>
+template <int kGroups, Form kForm, bool kMetrics, bool kOut>
 VRPO_AVX512_BF16 void exponentials(const float* z, int64_t classes, const float* bias, const LogitMap& logit_map,
                                    const Lanes<kGroups>& subtract, const Lanes<kGroups>& multiply, Lanes<kGroups>& sum,
                                    Lanes<kGroups>& moment, const Probabilities& out) {
@@ -38,23 +38,27 @@ VRPO_AVX512_BF16 void exponentials(const float* z, int64_t classes, const float*
         for (int i = 0; i < kTogether; ++i) value[i] = unscaled<kForm>(load(from + i * kWidth), bias, v0 + v + i);
         shifted_exp<kForm>(value, map, subtract.group[g], above, e, slope);
         for (int i = 0; i < kTogether; ++i) {
+          // Rounded before it is summed, whatever else becomes of it: no product contracted into the sum.
+          asm("" : "+v"(e[i]));
           subtotal += e[i];
           if constexpr (kMetrics) submoment += e[i] * (above[i] < -100.0f ? Floats{} : above[i]);  // not 0 * -inf
-          if constexpr (kForm == Form::kCapped) e[i] *= slope[i];
+          if constexpr (kOut && kForm == Form::kCapped) e[i] *= slope[i];
         }
-        for (int i = 0; i < kTogether; i += 2) {
-          pairs[(v + i) / 2] = pair(to_bf16((__m512)e[i]), to_bf16((__m512)e[i + 1]));
-        }
-        if (out.by_class != nullptr) {
-          BFloat16* to = out.by_class + (v0 + v) * out.by_class_stride + g * kLanes;
-          for (int i = 0; i < kTogether; ++i, to += out.by_class_stride) {
-            if (v0 + v + i < classes) store_rounded(to, e[i] * multiply.group[g]);
+        if constexpr (kOut) {
+          for (int i = 0; i < kTogether; i += 2) {
+            pairs[(v + i) / 2] = pair(to_bf16((__m512)e[i]), to_bf16((__m512)e[i + 1]));
+          }
+          if (out.by_class != nullptr) {
+            BFloat16* to = out.by_class + (v0 + v) * out.by_class_stride + g * kLanes;
+            for (int i = 0; i < kTogether; ++i, to += out.by_class_stride) {
+              if (v0 + v + i < classes) store_rounded(to, e[i] * multiply.group[g]);
+            }
           }
         }
       }
       sum.group[g] += subtotal;
       if constexpr (kMetrics) moment.group[g] += submoment;
-      if (out.by_row != nullptr) {
+      if (kOut && out.by_row != nullptr) {
         transpose(pairs);
         for (int64_t lane = 0; lane < kLanes; ++lane) {
           _mm512_storeu_si512(out.by_row + (g * kLanes + lane) * kTile + v0, pairs[lane]);
@@ -94,7 +98,11 @@ VRPO_AVX512_BF16 void fold(const float* z, int64_t classes, const float* bias, c
     one.group[g] = splat(1.0f);
   }
   Lanes<kGroups> sum{}, moment{};
-  exponentials<kGroups, kForm, kMetrics>(z, classes, bias, logit_map, subtract, one, sum, moment, out);
+  if (out.by_row != nullptr || out.by_class != nullptr) {
+    exponentials<kGroups, kForm, kMetrics, true>(z, classes, bias, logit_map, subtract, one, sum, moment, out);
+  } else {
+    exponentials<kGroups, kForm, kMetrics, false>(z, classes, bias, logit_map, subtract, one, sum, moment, out);
+  }
   for (int g = 0; g < kGroups; ++g) {
     const Floats before = load(total + g * kLanes), scale = load(factor + g * kLanes);
     if constexpr (kMetrics) {
@@ -114,7 +122,7 @@ VRPO_AVX512_BF16 void weigh(const float* z, int64_t classes, const float* bias, 
     subtract.group[g] = load(shift + g * kLanes);
     multiply.group[g] = load(coefficient + g * kLanes);
   }
-  exponentials<kGroups, kForm, false>(z, classes, bias, map, subtract, multiply, unused, unused, out);
+  exponentials<kGroups, kForm, false, true>(z, classes, bias, map, subtract, multiply, unused, unused, out);
 }
 
 // The function of the same name for rows of bf16.

@@ -9,7 +9,7 @@ namespace vrpo {
 struct Tile {
   float* z;
   int64_t stride, classes;
-  const float* bias;  // of its first class on; null for a plain head
+  const float* bias;  // of its first class on; null where there is none
 };
 
 // Lanes [first, last): moves the shift, turns z into e = exp(logit - m), with a soft-cap times its slope, and adds to

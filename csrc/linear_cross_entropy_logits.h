@@ -32,11 +32,12 @@ struct LogitMap {
 
 // The same for the lanes of a vector.
 struct VectorMap {
-  Floats scale, softcap, to_exponent;
+  Floats scale, softcap, to_ratio, to_exponent;
 
   explicit VectorMap(const LogitMap& map)
       : scale(splat(static_cast<float>(map.scale))),
         softcap(splat(static_cast<float>(map.softcap))),
+        to_ratio(map.softcap == 0 ? Floats{} : splat(static_cast<float>(map.scale / map.softcap))),
         to_exponent(map.softcap == 0 ? Floats{} : splat(static_cast<float>(-2 / M_LN2 * map.scale / map.softcap))) {}
 };
 
@@ -60,47 +61,94 @@ VRPO_INLINE void exp2_parts(const Floats (&y)[kCount], Floats (&power)[kCount], 
   VRPO_EACH g[i] = g[i] * f[i] + 6.93147188e-1f;
 }
 
-// From u / scale: tanh |u / softcap| and t = exp(-2 |u / softcap|) = 2^y. tanh = (1 - t) / (1 + t), where
-// 1 - t = (1 - power) - power f g keeps its relative accuracy near 0.
+// |tanh x| and sech^2 x from |x| = |u / softcap| and t = exp(-2 |x|) = 2^y: tanh = (1 - t) / (1 + t), where
+// 1 - t = (1 - power) - power f g keeps its relative accuracy near 0; sech^2 = 4 t / (1 + t)^2 = t (1 + tanh)^2 keeps
+// its own where tanh is almost 1.
 template <int kCount>
-VRPO_INLINE void tanh_parts(const Floats (&unscaled)[kCount], const VectorMap& map, Floats (&tanh)[kCount],
-                            Floats (&t)[kCount]) {
+VRPO_INLINE void tanh_by_exp(const Floats (&unscaled)[kCount], const VectorMap& map, Floats (&tanh)[kCount],
+                             Floats (&slope)[kCount]) {
   Floats y[kCount], power[kCount], f[kCount], g[kCount];
-  VRPO_EACH y[i] = (Floats)((Ints)unscaled[i] & 0x7fffffff) * map.to_exponent;
+  VRPO_EACH y[i] = (Floats)((Ints)unscaled[i] & INT32_MAX) * map.to_exponent;
   VRPO_EACH y[i] = y[i] < -127.0f ? splat(-127.0f) : y[i];  // NaN stays
   exp2_parts(y, power, f, g);
   VRPO_EACH f[i] = power[i] * f[i];
-  VRPO_EACH t[i] = f[i] * g[i] + power[i];
-  VRPO_EACH tanh[i] = ((1.0f - power[i]) - f[i] * g[i]) / (t[i] + 1.0f);
+  VRPO_EACH y[i] = f[i] * g[i] + power[i];
+  VRPO_EACH tanh[i] = ((1.0f - power[i]) - f[i] * g[i]) / (y[i] + 1.0f);
+  VRPO_EACH slope[i] = tanh[i] + 1.0f;
+  VRPO_EACH slope[i] = y[i] * slope[i] * slope[i];
 }
 
-// softcap with the sign of u
-VRPO_INLINE Floats signed_softcap(Floats unscaled, const VectorMap& map) {
-  return (Floats)(((Ints)unscaled & INT32_MIN) | (Ints)map.softcap);
+// Whether the sign bit of every lane of every vector is set. By halves: taken out lane by lane, the lanes would cost
+// more than the test saves.
+template <int kCount>
+VRPO_INLINE bool all_negative(const Ints (&value)[kCount]) {
+  using Half = int64_t __attribute__((vector_size(sizeof(Ints) / 2)));
+  using Quarter = int64_t __attribute__((vector_size(sizeof(Ints) / 4)));
+  Ints both = value[0];
+  VRPO_EACH both &= value[i];
+  Half half[2];
+  std::memcpy(half, &both, sizeof(both));
+  half[0] &= half[1];
+  Quarter quarter[2];
+  std::memcpy(quarter, half, sizeof(half[0]));
+  quarter[0] &= quarter[1];
+  constexpr int64_t kSigns = INT64_MIN | INT64_C(0x80000000);
+  return (quarter[0][0] & quarter[0][1] & kSigns) == kSigns;
 }
 
-// e = exp(above), above = logit - subtract, and slope = dlogit / du from u / scale below a soft-cap:
-// sech^2 = 4 t / (1 + t)^2 = t (1 + tanh)^2. Where u is -inf stood a target, which stays out: e = 0.
+// a where the mask has all bits set, b where it has none: without a comparison, which gcc takes apart lane by lane
+// where the processor's vectors are shorter than Floats.
+VRPO_INLINE Floats blend(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }
+
+// tanh x and dlogit / du = sech^2 x of x = u / softcap, from u / scale. Up to |x| = 3/4, which is where almost all
+// logits of a trained head lie, without a division or an exponential: tanh x = x + x^3 P(x^2), P by Remez' algorithm,
+// to 2^-29 relative; and 1 - tanh^2 does not cancel yet. Only where a lane lies beyond, the other formula runs too, and
+// each lane takes the one of its own x: its bits do not depend on its neighbours. Where u is -inf stood a target,
+// which stays out: tanh is -inf there, and exp(logit) 0.
+template <int kCount>
+VRPO_INLINE void softcap_parts(const Floats (&unscaled)[kCount], const VectorMap& map, Floats (&tanh)[kCount],
+                               Floats (&slope)[kCount]) {
+  constexpr int32_t kLimit = 0x3f100000;  // the bits of 0.75^2: those of floats >= 0 are ordered as they are
+  Floats x[kCount], square[kCount], p[kCount];
+  Ints below[kCount];
+  VRPO_EACH x[i] = unscaled[i] * map.to_ratio;
+  VRPO_EACH square[i] = x[i] * x[i];
+  VRPO_EACH below[i] = (Ints)square[i] - kLimit;  // < 0 up to there
+  VRPO_EACH p[i] = square[i] * 1.73693484e-3f - 7.65725368e-3f;
+  VRPO_EACH p[i] = p[i] * square[i] + 2.14520332e-2f;
+  VRPO_EACH p[i] = p[i] * square[i] - 5.38927240e-2f;
+  VRPO_EACH p[i] = p[i] * square[i] + 1.33326941e-1f;
+  VRPO_EACH p[i] = p[i] * square[i] - 3.33333151e-1f;
+  VRPO_EACH square[i] = square[i] * x[i];
+  VRPO_EACH tanh[i] = p[i] * square[i] + x[i];
+  VRPO_EACH slope[i] = 1.0f - tanh[i] * tanh[i];
+  if (__builtin_expect(all_negative(below), true)) return;
+  Floats exact[kCount], exact_slope[kCount];
+  tanh_by_exp(unscaled, map, exact, exact_slope);
+  VRPO_EACH exact[i] = (Floats)((Ints)exact[i] | ((Ints)unscaled[i] & INT32_MIN));
+  VRPO_EACH exact[i] = unscaled[i] == kMinusInfinity ? unscaled[i] : exact[i];
+  VRPO_EACH below[i] >>= 31;
+  VRPO_EACH tanh[i] = blend(below[i], tanh[i], exact[i]);
+  VRPO_EACH slope[i] = blend(below[i], slope[i], exact_slope[i]);
+}
+
+// e = exp(above), above = logit - subtract, and slope = dlogit / du from u / scale below a soft-cap; 0 at a target.
 template <int kCount>
 VRPO_INLINE void capped_exp(const Floats (&unscaled)[kCount], const VectorMap& map, Floats subtract,
                             Floats (&above)[kCount], Floats (&e)[kCount], Floats (&slope)[kCount]) {
-  Floats t[kCount], power[kCount], f[kCount], g[kCount];
-  tanh_parts(unscaled, map, above, t);
-  VRPO_EACH slope[i] = above[i] + 1.0f;
-  VRPO_EACH slope[i] = t[i] * slope[i] * slope[i];
-  VRPO_EACH above[i] = signed_softcap(unscaled[i], map) * above[i] - subtract;
+  Floats power[kCount], f[kCount], g[kCount];
+  softcap_parts(unscaled, map, above, slope);
+  VRPO_EACH above[i] = map.softcap * above[i] - subtract;
   VRPO_EACH e[i] = above[i] * 1.44269504088896341f;
   VRPO_EACH e[i] = e[i] < -127.0f ? splat(-127.0f) : e[i];
   exp2_parts(e, power, f, g);
   VRPO_EACH e[i] = (g[i] * f[i] + 1.0f) * power[i];
-  VRPO_EACH e[i] = unscaled[i] == kMinusInfinity ? Floats{} : e[i];
 }
 
 // u / scale from h . w. The bias is added first, and by itself: where the two cancel, u is as exact as they are.
 template <Form kForm>
 VRPO_INLINE Floats unscaled(Floats z, const float* bias, int64_t v) {
-  if constexpr (kForm == Form::kPlain) return z;
-  return z + bias[v];
+  return kForm == Form::kPlain || bias == nullptr ? z : z + bias[v];
 }
 
 // The same for any head, without a slope where there is no soft-cap.
@@ -123,9 +171,9 @@ VRPO_INLINE Floats to_logit(Floats unscaled, const VectorMap& map) {
   if constexpr (kForm == Form::kPlain) return unscaled;
   if constexpr (kForm == Form::kAffine) return unscaled * map.scale;
   const Floats one[1] = {unscaled};
-  Floats tanh[1], t[1];
-  tanh_parts(one, map, tanh, t);
-  return unscaled == kMinusInfinity ? unscaled : signed_softcap(unscaled, map) * tanh[0];
+  Floats tanh[1], slope[1];
+  softcap_parts(one, map, tanh, slope);
+  return map.softcap * tanh[0];
 }
 
 // The shift m follows the largest logit lazily: it moves only when a tile exceeds it by more than this, because each
