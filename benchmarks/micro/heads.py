@@ -135,7 +135,6 @@ def _prepare_replay(where: Where) -> Prepared:
     return Prepared(run, lambda: problem.check(*run()))
 
 
-@functools.cache
 def _group(device: str) -> "dist.ProcessGroup":
     """A group of this process alone."""
     if not dist.is_initialized():
