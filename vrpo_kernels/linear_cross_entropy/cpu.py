@@ -37,11 +37,10 @@ def gemms(dtype: torch.dtype) -> tuple[str, ...]:
 def resolve_gemm(requested: str, dtype: torch.dtype, device: torch.device | None = None) -> str:
     """ "auto" -> the matrix multiplication for this machine; explicit names are checked.
 
-    "auto" is "bf16" for bfloat16 inputs on AMD processors with AVX512_BF16 and on processors with AMX (there
-    argued, not measured), else "onednn" on AMD processors with AVX-512 and "fp32" elsewhere: a pure function
-    of processor and dtype, never of a timing, so that every process and every resumed run on equal machines
-    takes the same one (the choice changes the last bits). `probe_gemms` measures; a better choice is then
-    set by hand.
+    "auto" is "bf16" for bfloat16 inputs on processors with AMX and on AMD processors with AVX512_BF16, else
+    "onednn" on AMD processors with AVX-512 and "fp32" elsewhere: a pure function of processor and dtype,
+    never of a timing, so that every process and every resumed run on equal machines takes the same one (the
+    choice changes the last bits). `probe_gemms` measures; a better choice is then set by hand.
 
     Errors:
         ValueError if the name is unknown, or cannot run with this dtype or on this processor.
