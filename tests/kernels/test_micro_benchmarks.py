@@ -26,14 +26,6 @@ def run_suite(*options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_group_is_left():
-    """The sharded head's benchmark starts a group, which would be in the way of other files' tests."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The JSON file of one run of the whole suite."""
