@@ -258,6 +258,13 @@ ODD = st.one_of(
 UNTOUCHED = {"output_dir", "use_cpu", "push_to_hub", "log_level", "log_level_replica", "ddp_backend", "tf32"}
 
 
+@pytest.mark.parametrize("name", ["fsdp_config", "deepspeed", "accelerator_config"])
+@pytest.mark.parametrize("value", [2, True, 1.0])
+def test_config__a_number_is_no_file_of_settings(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        config(tmp_path, **{name: value})
+
+
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fields=st.dictionaries(

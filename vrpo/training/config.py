@@ -101,6 +101,11 @@ class DiffusionConfig(TrainingArguments):
         check_numbers(self)
         if self.deepspeed and not is_deepspeed_available():
             raise ValueError("deepspeed needs the package deepspeed: pip install deepspeed, or use fsdp")
+        # transformers opens what is neither, and open(2) is stderr, which it then closes.
+        for name in ("fsdp_config", "deepspeed", "accelerator_config"):
+            value = getattr(self, name, None)
+            if isinstance(value, int | float):
+                raise ValueError(f"{name} must be a dictionary or the path of a JSON file, got {value!r}")
         if not isinstance(self.report_to, str | list | tuple | None):
             raise ValueError(f"report_to must be a name or a list of names, got {self.report_to!r}")
         try:
