@@ -7,8 +7,9 @@ to the same policy and marked where they exceed it; so is ours on a GPU, whose t
 add. Providers that cannot run show why. Rows are appended to results/kernels.csv: on a GPU after every stage
 of `providers.py`, all stages of a case before the next. units_p50 is median over median; units_p20, units_p80
 are percentiles of the ratio round by round, each round with its own unit. peak_MiB is memory above the inputs
-during one call. On a CPU: N=512 D=1024 V=32768, one thread and all, heads timed together; on CUDA LLaDA's
-head; --model has heads of models.
+during one call. On a CPU: N=512 D=1024 V=32768, one thread and all, heads timed together, the note of ours
+being what a head costs above the plain one round by round, with a 95 % interval; on CUDA LLaDA's head;
+--model has heads of models.
 """
 
 import argparse
@@ -37,6 +38,7 @@ FIELDS = (
     *("units_min", "units_p20", "units_p50", "units_p80", "unit_ms_min", "peak_MiB"),
     *("nll_error", "policy_ratio", "note"),
 )
+ABOVE_PLAIN = " above the plain head"
 NO_TIME, LOST = "not run: no time left", "the device was lost"
 
 
@@ -183,12 +185,20 @@ class Bench:
         for row in self.rows:
             if row["column"]:
                 row |= _figures(timings[_key(row["provider"], row["head"], row["column"])], unit)
+                row["note"] = row["note"] or self._above_plain(row, timings, unit)
         for name in (*plain, *others):
             row = {"provider": f"bare {name}", "head": next(iter(self.inputs)), "column": "unit"}
             self.rows.append({**row, **_figures(timings[name], unit)})
         rate = 2 * self.case.num_rows * self.case.size * self.case.num_classes / unit.quantile(0) / 1e6
         print(f"  unit: {best}, {unit.quantile(0.5):.2f} ms, at best {rate:.0f} GFLOP/s", flush=True)
         return self.rows
+
+    def _above_plain(self, row: dict, timings: dict[str, Timing], unit: Timing) -> str:
+        """What a head of ours costs beyond the plain one of the same rounds."""
+        if row["head"] == "plain" or "plain" not in self.inputs or not row["provider"].startswith("vrpo"):
+            return ""
+        one, plain = (timings[_key(row["provider"], head, row["column"])] for head in (row["head"], "plain"))
+        return above_plain(one, plain, unit)
 
     def _without_figures(self) -> list[dict]:
         """The rows with, in each, why it has no figure."""
@@ -252,23 +262,28 @@ def print_table(rows: list[dict]) -> None:
         print(f"  {line}")
 
 
+def above_plain(one: Timing, plain: Timing, unit: Timing) -> str:
+    """The median of (one - plain) / unit over the rounds; with six rounds or more its 95 % interval.
+
+    Neighbours in time are compared, so that what a busy machine does to all of them cancels.
+    """
+    rounds = zip(one.samples, plain.samples, unit.samples, strict=False)
+    more = Timing([(cost - without) / gemm for cost, without, gemm in rounds])
+    if not more.samples:
+        return ""
+    interval = more.median_interval()
+    spread = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
+    return f"{more.quantile(0.5):+.2f}{spread} units{ABOVE_PLAIN}"
+
+
 def heads_against_plain(rows: list[dict]) -> list[str]:
-    """A line for each provider of ours and head: how many units more than the plain head of the same run."""
-    found = {(row["provider"], row["head"], row["column"]): row for row in rows if "units_p50" in row}
-    lines = []
-    for name, head in dict.fromkeys(key[:2] for key in found if key[0].startswith("vrpo")):
-        pairs = {
-            column: (found.get((name, head, column)), found.get((name, "plain", column)))
-            for column in COLUMNS
-        }
-        if head == "plain" or not all(one and plain for one, plain in pairs.values()):
-            continue
-        cells = []
-        for column, (one, plain) in pairs.items():
-            more, best = (float(one[key]) - float(plain[key]) for key in ("units_p50", "units_min"))
-            cells.append(f"{column} {more:+.2f} ({best:+.2f})")
-        lines.append(f"{name}, {head} against plain, units: {', '.join(cells)}")
-    return lines
+    """A line for each provider of ours and head: what each column costs more than with the plain head."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("note", "").endswith(ABOVE_PLAIN):
+            cell = f"{row['column']} {row['note'].removesuffix(ABOVE_PLAIN)}"
+            lines.setdefault(f"{row['provider']}, {row['head']}", []).append(cell)
+    return [f"{name}{ABOVE_PLAIN}: {', '.join(cells)}" for name, cells in lines.items()]
 
 
 def _print_head(rows: list[dict]) -> None:
@@ -280,7 +295,8 @@ def _print_head(rows: list[dict]) -> None:
             print(f"  {name:26s} {detail}")
             continue
         cells = "".join(f"{_cell(row):>24s}" for row in own.values())
-        print(f"  {name:26s}{cells}   {first['nll_error']:>9s}  {first['policy_ratio']} {first['note']}")
+        verdict = "" if first["note"].endswith(ABOVE_PLAIN) else first["note"]
+        print(f"  {name:26s}{cells}   {first['nll_error']:>9s}  {first['policy_ratio']} {verdict}")
 
 
 def _cell(row: dict) -> str:

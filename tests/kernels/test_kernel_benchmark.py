@@ -15,7 +15,7 @@ from benchmarks import bench_cross_entropy, bench_linear_cross_entropy, gate, ke
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.cases import COLUMNS, HEADS, MODELS, Case, make_inputs
 from benchmarks.providers import PROVIDERS, Provider, stages
-from benchmarks.timing import interleaved
+from benchmarks.timing import Timing, interleaved
 from vrpo_kernels import testing
 from vrpo_kernels.linear_cross_entropy import reference
 
@@ -265,18 +265,36 @@ def test_benchmark__times_all_heads_in_one_run_with_a_gate_each(monkeypatch):
     assert sum(row["column"] == "unit" for row in rows) == 1 + torch.backends.mkldnn.is_available()
 
 
-def test_heads_against_plain__are_differences_of_one_run():
-    def row(provider, head, column, units, best):
-        figures = {"units_p50": units, "units_min": best}
-        return {"provider": provider, "head": head, "column": column, **figures}
-
-    rows = [row("vrpo", "plain", column, "1.00", "0.90") for column in COLUMNS]
-    rows += [row("vrpo", "bias", column, "1.04", "0.88") for column in COLUMNS]
-    rows += [row("torch eager", head, column, "1.00", "1.00") for head in HEADS for column in COLUMNS]
+def test_heads_against_plain__are_differences_round_by_round():
+    one, plain = Timing([30.0, 44.0, 30.0]), Timing([10.0, 20.0, 10.0])
+    note = bench_linear_cross_entropy.above_plain(one, plain, Timing([10.0, 20.0, 40.0]))
+    assert note == "+1.20 units above the plain head"  # of +2.00, +1.20, +0.50
+    rows = [
+        {"provider": "vrpo", "head": head, "column": column, "note": note if head == "bias" else ""}
+        for head in ("plain", "bias")
+        for column in COLUMNS
+    ]
+    rows.append({"provider": "torch eager", "head": "bias", "column": "", "note": "fails: no memory"})
     (line,) = bench_linear_cross_entropy.heads_against_plain(rows)
-    cells = ", ".join(f"{column} +0.04 (-0.02)" for column in COLUMNS)
-    assert line == f"vrpo, bias against plain, units: {cells}"
-    assert bench_linear_cross_entropy.heads_against_plain(rows[1:]) == []
+    cells = ", ".join(f"{column} +1.20 units" for column in COLUMNS)
+    assert line == f"vrpo, bias above the plain head: {cells}"
+
+
+def test_above_plain__has_an_interval_from_six_rounds_on():
+    more = [0.0, 0.1, -0.1, 0.3, 0.2, 0.05]
+    units, plain = Timing([2.0] * 6), Timing([5.0] * 6)
+    costs = [5.0 + 2.0 * one for one in more]
+    note = bench_linear_cross_entropy.above_plain(Timing(costs), plain, units)
+    assert note == "+0.10 [-0.10, +0.30] units above the plain head"
+    fewer = bench_linear_cross_entropy.above_plain(Timing(costs[:5]), plain, units)
+    assert fewer == "+0.10 units above the plain head"
+
+
+@pytest.mark.parametrize("count", [5, 6, 20, 41])
+def test_median_interval__covers_the_median(count):
+    interval = Timing([float(one) for one in range(1, count + 1)]).median_interval()
+    expected = {5: None, 6: (1, 6), 20: (6, 15), 41: (14, 28)}  # tables of the sign test, e.g. Conover, A3
+    assert interval == expected[count]
 
 
 @pytest.mark.parametrize(
