@@ -2,7 +2,12 @@
 
 Forward, per row and column block (reference, sum of exp) without the target, and, if wanted, E under the
 reference that `kernel_fold._fold_blocks_kernel` expects. In the sweep, where the statistics are known, the
-probabilities.
+probabilities. What belongs together comes as a tuple:
+
+    span: (num_rows, first_col, num_cols), the rows and classes of the tile.
+    tile: (tile_ptr, stride_tile), where E or the probabilities go.
+    rows: pointers to targets and m; a block's reference and sum (or s of the rows, if they are known); its
+        largest logit (or u_y of the rows) and moment.
 """
 
 import triton
@@ -46,53 +51,25 @@ def _exponentials(z, block_max, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _store_slice(
-    e,
-    slope,
-    tile_ptr,
-    max_ptr,
-    block_max,
-    offs_n,
-    in_n,
-    start,
-    num_cols,
-    stride_tile,
-    raise_by,
-    HAS_CAP: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Writes E from column `start` on, under the reference that `kernel_fold._fold_blocks_kernel` expects."""
-    offs_v = start + tl.arange(0, WIDTH)
-    old_max = tl.load(max_ptr + offs_n, mask=in_n, other=0.0)
-    used = tl.where(block_max > old_max + raise_by, block_max, old_max)
-    # Two factors: exp(z - used) in one step would be a second exponential per logit.
-    e = e * tl.exp(block_max - used)[:, None]
-    if HAS_CAP:
-        e = e * slope
+def _store_slice(e, offs_n, offs_v, span, tile):
+    """Writes one slice into the tile, in its dtype."""
+    num_rows, _, num_cols = span
+    tile_ptr, stride_tile = tile
     out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
-    tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
+    inside = (offs_n < num_rows)[:, None] & (offs_v[None, :] < num_cols)
+    tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _fold_block(
     z,
-    target_ptr,
-    tile_ptr,
-    max_ptr,
-    block_max_ptr,
-    block_sum_ptr,
     offs_n,
     block,
-    num_rows,
-    first_col,
-    num_cols,
-    stride_tile,
-    stride_block,
-    raise_by,
-    store_tile,
+    span,
+    tile,
+    rows,
+    switches,
     softcap,
-    block_top_ptr,
-    block_moment_ptr,
     HAS_CAP: tl.constexpr,
     METRICS: tl.constexpr,
     SLICES: tl.constexpr,
@@ -103,6 +80,9 @@ def _fold_block(
 
     In SLICES of its columns, one after the other: see `Tiles.slices`.
     """
+    num_rows, first_col, num_cols = span
+    target_ptr, max_ptr, block_max_ptr, block_sum_ptr, block_top_ptr, block_moment_ptr = rows
+    stride_block, raise_by, store_tile = switches
     in_n = offs_n < num_rows
     offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
@@ -138,61 +118,33 @@ def _fold_block(
                 tl.store(block_top_ptr + statistics, top, mask=in_n)
                 tl.store(block_moment_ptr + statistics, moment, mask=in_n)
         if store_tile != 0:
-            _store_slice(
-                e, slope, tile_ptr, max_ptr, block_max, offs_n, in_n, block * BLOCK_V + i * WIDTH, num_cols,
-                stride_tile, raise_by, HAS_CAP, WIDTH,
-            )  # fmt: skip
-
-
-@triton.jit
-def _known_slice(
-    z,
-    target,
-    entry,
-    log_sum,
-    tile_ptr,
-    offs_n,
-    in_n,
-    start,
-    num_cols,
-    stride_tile,
-    softcap,
-    HAS_CAP: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """exp(logit - log_sum) * slope, and the entry at the target, for the columns from `start` on."""
-    offs_v = start + tl.arange(0, WIDTH)
-    at_target = offs_v[None, :] == target[:, None]
-    if HAS_CAP:
-        z, slope = cap(z, softcap, False)
-        e = tl.where(at_target, entry[:, None], tl.exp(z - log_sum[:, None]) * slope)
-    else:
-        e = tl.where(at_target, -1.0, tl.exp(z - log_sum[:, None]))
-    out = tile_ptr + offs_n[:, None] * stride_tile + offs_v[None, :]
-    tl.store(out, e.to(tile_ptr.dtype.element_ty), mask=in_n[:, None] & (offs_v[None, :] < num_cols))
+            old_max = tl.load(max_ptr + offs_n, mask=in_n, other=0.0)
+            # What `kernel_fold._fold_blocks_kernel` expects E to be under.
+            used = tl.where(block_max > old_max + raise_by, block_max, old_max)
+            # Two factors: exp(z - used) in one step would be a second exponential per logit.
+            e = e * tl.exp(block_max - used)[:, None]
+            if HAS_CAP:
+                e = e * slope
+            _store_slice(e, offs_n, block * BLOCK_V + i * WIDTH + tl.arange(0, WIDTH), span, tile)
 
 
 @triton.jit
 def _known_block(
     z,
-    target_ptr,
-    tile_ptr,
-    max_ptr,
-    sum_ptr,
     offs_n,
     block,
-    num_rows,
-    first_col,
-    num_cols,
-    stride_tile,
+    span,
+    tile,
+    rows,
     softcap,
-    target_logit_ptr,
     HAS_CAP: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Epilogue of one block with the statistics known: exp(logit - m) / s * slope; -slope at the target."""
+    num_rows, first_col, num_cols = span
+    target_ptr, max_ptr, _, sum_ptr, target_logit_ptr, _ = rows
     in_n = offs_n < num_rows
     target = tl.load(target_ptr + offs_n, mask=in_n, other=-1) - first_col
     if SLICES > 1:
@@ -200,39 +152,32 @@ def _known_block(
     max_n = tl.load(max_ptr + offs_n, mask=in_n, other=float("inf"))  # rows past the end become 0
     sum_n = tl.load(sum_ptr + offs_n, mask=in_n, other=1.0)
     log_sum = tl.where(sum_n > 0.0, max_n + tl.log(sum_n), 0.0)  # s = 0 where there is no other class
-    entry = log_sum
     if HAS_CAP:
         target_logit = tl.load(target_logit_ptr + offs_n, mask=in_n, other=0.0)
-        entry = target_entry(target_logit, softcap, True, tile_ptr.dtype.element_ty)
+        entry = target_entry(target_logit, softcap, True, tile[0].dtype.element_ty)
     WIDTH: tl.constexpr = BLOCK_V // SLICES
     parts = _slices(z, SLICES, BLOCK_N, BLOCK_V)
     for i in tl.static_range(SLICES):
-        _known_slice(
-            parts[i], target, entry, log_sum, tile_ptr, offs_n, in_n, block * BLOCK_V + i * WIDTH, num_cols,
-            stride_tile, softcap, HAS_CAP, WIDTH,
-        )  # fmt: skip
+        offs_v = block * BLOCK_V + i * WIDTH + tl.arange(0, WIDTH)
+        at_target = offs_v[None, :] == target[:, None]
+        if HAS_CAP:
+            logit, slope = cap(parts[i], softcap, False)
+            e = tl.where(at_target, entry[:, None], tl.exp(logit - log_sum[:, None]) * slope)
+        else:
+            e = tl.where(at_target, -1.0, tl.exp(parts[i] - log_sum[:, None]))
+        _store_slice(e, offs_n, offs_v, span, tile)
 
 
 @triton.jit
 def finish_block(
     z,
-    target_ptr,
-    tile_ptr,
-    max_ptr,
-    block_max_ptr,
-    block_sum_ptr,
     row_block,
     block,
-    num_rows,
-    first_col,
-    num_cols,
-    stride_tile,
-    stride_block,
-    raise_by,
-    store_tile,
+    span,
+    tile,
+    rows,
+    switches,
     softcap,
-    first_extra_ptr,
-    second_extra_ptr,
     HAS_CAP: tl.constexpr,
     METRICS: tl.constexpr,
     SLICES: tl.constexpr,
@@ -240,54 +185,14 @@ def finish_block(
     BLOCK_V: tl.constexpr,
     KNOWN: tl.constexpr,
 ):
-    """Epilogue of one block: of the sweep if KNOWN (m in max_ptr, s in block_sum_ptr), else of the fold.
+    """Epilogue of one block: of the sweep if KNOWN, where the statistics are there, else of the fold.
 
-    The extra pointers: u_y of the rows if KNOWN, else where METRICS leave a block's maximum and moment.
+    switches: (stride_block, raise_by, store_tile), of the fold.
     """
     offs_n = (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     if KNOWN:
-        _known_block(
-            z,
-            target_ptr,
-            tile_ptr,
-            max_ptr,
-            block_sum_ptr,
-            offs_n,
-            block,
-            num_rows,
-            first_col,
-            num_cols,
-            stride_tile,
-            softcap,
-            first_extra_ptr,
-            HAS_CAP,
-            SLICES,
-            BLOCK_N,
-            BLOCK_V,
-        )
+        _known_block(z, offs_n, block, span, tile, rows, softcap, HAS_CAP, SLICES, BLOCK_N, BLOCK_V)
     else:
         _fold_block(
-            z,
-            target_ptr,
-            tile_ptr,
-            max_ptr,
-            block_max_ptr,
-            block_sum_ptr,
-            offs_n,
-            block,
-            num_rows,
-            first_col,
-            num_cols,
-            stride_tile,
-            stride_block,
-            raise_by,
-            store_tile,
-            softcap,
-            first_extra_ptr,
-            second_extra_ptr,
-            HAS_CAP,
-            METRICS,
-            SLICES,
-            BLOCK_N,
-            BLOCK_V,
+            z, offs_n, block, span, tile, rows, switches, softcap, HAS_CAP, METRICS, SLICES, BLOCK_N, BLOCK_V
         )

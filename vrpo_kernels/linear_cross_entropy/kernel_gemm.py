@@ -91,32 +91,13 @@ def _logits_fold_descriptor_kernel(
             z = _add_bias(z, bias_ptr, first_col + cols, BLOCK_N, BLOCK_V)
         if SCALED:
             z = z * scale
+        span, tile = (num_rows, first_col, num_cols), (tile_ptr, stride_tile)
+        rows = (target_ptr, max_ptr, block_max_ptr, block_sum_ptr, first_extra_ptr, second_extra_ptr)
+        switches = (stride_block, raise_by, store_tile)
         finish_block(
-            z,
-            target_ptr,
-            tile_ptr,
-            max_ptr,
-            block_max_ptr,
-            block_sum_ptr,
-            row_block,
-            block,
-            num_rows,
-            first_col,
-            num_cols,
-            stride_tile,
-            stride_block,
-            raise_by,
-            store_tile,
-            softcap,
-            first_extra_ptr,
-            second_extra_ptr,
-            HAS_CAP,
-            METRICS,
-            SLICES,
-            BLOCK_N,
-            BLOCK_V,
-            KNOWN,
-        )
+            z, row_block, block, span, tile, rows, switches, softcap,
+            HAS_CAP, METRICS, SLICES, BLOCK_N, BLOCK_V, KNOWN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["store_tile"])
@@ -178,32 +159,13 @@ def _logits_fold_pointer_kernel(
         z = _add_bias(z, bias_ptr, first_col + offs_v % num_cols, BLOCK_N, BLOCK_V)
     if SCALED:
         z = z * scale
+    span, tile = (num_rows, first_col, num_cols), (tile_ptr, stride_tile)
+    rows = (target_ptr, max_ptr, block_max_ptr, block_sum_ptr, first_extra_ptr, second_extra_ptr)
+    switches = (stride_block, raise_by, store_tile)
     finish_block(
-        z,
-        target_ptr,
-        tile_ptr,
-        max_ptr,
-        block_max_ptr,
-        block_sum_ptr,
-        row_block,
-        block,
-        num_rows,
-        first_col,
-        num_cols,
-        stride_tile,
-        stride_block,
-        raise_by,
-        store_tile,
-        softcap,
-        first_extra_ptr,
-        second_extra_ptr,
-        HAS_CAP,
-        METRICS,
-        SLICES,
-        BLOCK_N,
-        BLOCK_V,
-        KNOWN,
-    )
+        z, row_block, block, span, tile, rows, switches, softcap,
+        HAS_CAP, METRICS, SLICES, BLOCK_N, BLOCK_V, KNOWN,
+    )  # fmt: skip
 
 
 def _fits_descriptor(tensor: Tensor) -> bool:
