@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from interpreter_support import KEEP, MARKS, RECOMPUTE, make_inputs, make_op, small_tiles
+from operator_calls import operator_calls
 from shards import sharded_ratios
 
 from vrpo_kernels import checks, testing
@@ -24,7 +25,6 @@ from vrpo_kernels.linear_cross_entropy import (
     kernel_rows,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
-    op,
 )
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
 from vrpo_kernels.mask_select import kernel as mask_select_kernel
@@ -194,23 +194,11 @@ def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm):
     testing.assert_linear_cross_entropy(op, hidden, weight, targets, upstream)
 
 
-def _operator_calls(hidden, weight, targets, dnll):
-    """(operator, arguments) of everything `linear_cross_entropy` and its replay dispatch to."""
-    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    head, settings = (0.0, 1.0), ("triton", "cublas")
-    out = op._forward(hidden, weight, None, targets, *head, *settings, True, True, False)
-    nll, statistics, expected, kept, shift, _ = out
-    yield op._forward, (*leaves, None, targets, *head, *settings, True, True, False)
-    yield op._forward, (*leaves, None, targets, *head, *settings, False, False, False)
-    yield op._dhidden, (dnll, expected, statistics, weight, targets, *head, "triton")
-    yield op._dweight, (dnll, hidden, weight, targets, statistics, kept, shift, *head, *settings, True, False)
-    yield op._sweep, (dnll, hidden, weight, None, targets, statistics, *head, *settings, True, True, False)
-    yield op._replay, (*leaves, None, targets, nll, statistics, *head, *settings)
-
-
-def test_operators__pass_opcheck():
+@pytest.mark.parametrize("head", ["plain", "whole"])
+def test_operators__pass_opcheck(head):
     hidden, weight, targets, upstream = make_inputs(2, 9, 8, torch.float16)
-    for operator, arguments in _operator_calls(hidden, weight, targets, upstream):
+    bias = weight[:, 0].contiguous() if head == "whole" else None
+    for operator, arguments in operator_calls(hidden, weight, bias, targets, upstream, "cublas"):
         torch.library.opcheck(operator, arguments)
 
 

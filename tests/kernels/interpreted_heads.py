@@ -17,7 +17,6 @@ from vrpo_kernels.linear_cross_entropy import (
     kernel_rows,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
-    op,
     reference,
 )
 from vrpo_kernels.linear_cross_entropy.metrics import cap_slope, capped
@@ -280,24 +279,6 @@ def test_scale_rows__a_target_whose_slope_has_no_bits_left_does_not_scale_the_ot
     kernel_rows.scale_rows(value, torch.ones(3), statistics, out, softcap=4.0, scale=1.0, per_sum=False)
     log_odds = 1.0 - capped(statistics[0].double(), 4.0) + math.log(2.0)
     torch.testing.assert_close(out[:, 0].double(), torch.sigmoid(log_odds), rtol=2.0**-10, atol=0.0)
-
-
-def test_operators__of_a_whole_head_pass_opcheck():
-    hidden, weight, targets, dnll = make_inputs(2, 9, 8, torch.float16)
-    bias = weight[:, 0].contiguous()
-    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    head, settings = (4.0, 0.7), ("triton", "cublas")
-    forward = (hidden, weight, bias, targets, *head, *settings, True, True, True)
-    _, statistics, expected, kept, shift, _ = op._forward(*forward)
-    known = (dnll, hidden, weight, targets, statistics)
-    for operator, arguments in (
-        (op._forward, (*leaves, *forward[3:])),
-        (op._dhidden, (dnll, expected, statistics, weight, targets, *head, "triton")),
-        (op._dweight, (*known, kept, shift, *head, *settings, True, True)),
-        (op._sweep, (*known[:3], bias, *known[3:], *head, *settings, True, True, True)),
-        (op._rebase_kept, (kept, targets, statistics, statistics, 9, head[0], "triton")),
-    ):
-        torch.library.opcheck(operator, arguments)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import both_backends
 
 from vrpo_kernels import (
     cross_entropy,
@@ -13,10 +14,7 @@ from vrpo_kernels import (
     linear_cross_entropy_statistics,
     token_logps,
 )
-from vrpo_kernels.backend import availability
 
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-both_backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
 N, D, V = 4, 8, 9
 HIDDEN, WEIGHT = torch.randn(N, D), torch.randn(V, D)
 ALL = torch.ones(2, 2, dtype=torch.bool)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import both_backends, needs_extension
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrpo_kernels import cross_entropy
-from vrpo_kernels.backend import availability
 from vrpo_kernels.cross_entropy import reference
 from vrpo_kernels.testing import (
     assert_bitwise_equal,
@@ -18,10 +18,7 @@ from vrpo_kernels.testing import (
     wide_range_upstream,
 )
 
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 

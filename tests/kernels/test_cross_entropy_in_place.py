@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from backends import both_backends
 
 from vrpo_kernels import cross_entropy
-from vrpo_kernels.backend import availability
 from vrpo_kernels.testing import assert_bitwise_equal
 
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-both_backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
 V = 5
 SHARED = {  # rows of V classes that share memory, from 64 numbers
     "expanded": lambda x: x[:V].view(1, V).expand(3, V),

@@ -20,13 +20,13 @@ from gpu_support import (
     room_on_the_device,
     use_small_tiles,
 )
+from operator_calls import operator_calls
 
 from vrpo_kernels import testing
 from vrpo_kernels.cross_entropy import cross_entropy
 from vrpo_kernels.cross_entropy import reference as cross_entropy_reference
 from vrpo_kernels.linear_cross_entropy import (
     linear_cross_entropy,
-    op,
     plan_linear_cross_entropy,
 )
 from vrpo_kernels.linear_cross_entropy.tiles import tiles_for
@@ -221,23 +221,11 @@ def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm, dtype):
     testing.assert_linear_cross_entropy(make_replay(gemm), *make_inputs(1500, 20000, 256, dtype))
 
 
-def _operator_calls(hidden, weight, targets, dnll):
-    """(operator, arguments) of everything `linear_cross_entropy` and its replay dispatch to."""
-    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    head, settings = (0.0, 1.0), ("triton", "cublas")
-    out = op._forward(hidden, weight, None, targets, *head, *settings, True, True, False)
-    nll, statistics, expected, kept, shift, _ = out
-    yield op._forward, (*leaves, None, targets, *head, *settings, True, True, False)
-    yield op._forward, (*leaves, None, targets, *head, *settings, False, False, False)
-    yield op._dhidden, (dnll, expected, statistics, weight, targets, *head, "triton")
-    yield op._dweight, (dnll, hidden, weight, targets, statistics, kept, shift, *head, *settings, True, False)
-    yield op._sweep, (dnll, hidden, weight, None, targets, statistics, *head, *settings, True, True, False)
-    yield op._replay, (*leaves, None, targets, nll, statistics, *head, *settings)
-
-
-def test_operators__pass_opcheck():
+@pytest.mark.parametrize(("head", "gemm"), [("plain", "cublas"), ("whole", "fused")])
+def test_operators__pass_opcheck(head, gemm):
     hidden, weight, targets, upstream = make_inputs(9, 70, 16, torch.float16)
-    for operator, arguments in _operator_calls(hidden, weight, targets, upstream):
+    bias = weight[:, 0].contiguous() if head == "whole" else None
+    for operator, arguments in operator_calls(hidden, weight, bias, targets, upstream, gemm):
         torch.library.opcheck(operator, arguments)
 
 

@@ -24,7 +24,6 @@ from vrpo_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
-    op,
     reference,
 )
 
@@ -201,21 +200,3 @@ def test_linear_cross_entropy__a_whole_head_never_waits_for_the_device(gemm, kep
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_operators__of_a_whole_head_pass_opcheck():
-    hidden, weight, targets, dnll = make_inputs(9, 70, 16, torch.float16)
-    bias = weight[:, 0].contiguous()
-    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    head, settings = (4.0, 0.7), ("triton", "fused")
-    forward = (hidden, weight, bias, targets, *head, *settings, True, True, True)
-    _, statistics, expected, kept, shift, _ = op._forward(*forward)
-    known = (dnll, hidden, weight, targets, statistics)
-    for operator, arguments in (
-        (op._forward, (*leaves, *forward[3:])),
-        (op._dhidden, (dnll, expected, statistics, weight, targets, *head, "triton")),
-        (op._dweight, (*known, kept, shift, *head, *settings, True, True)),
-        (op._sweep, (*known[:3], bias, *known[3:], *head, *settings, True, True, True)),
-        (op._rebase_kept, (kept, targets, statistics, statistics, 70, head[0], "triton")),
-    ):
-        torch.library.opcheck(operator, arguments)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import ROUTES, every_route, needs_extension
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrpo_kernels import (
-    backend,
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
@@ -15,12 +15,7 @@ from vrpo_kernels import (
 )
 from vrpo_kernels.linear_cross_entropy import cpu, op, reference
 
-pytestmark = pytest.mark.skipif(
-    backend.availability().cpu is not None, reason=str(backend.availability().cpu)
-)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUTES = [(gemm, dtype) for dtype in DTYPES for gemm in cpu.gemms(dtype)]
-FUSED = pytest.mark.parametrize(("gemm", "dtype"), ROUTES, ids=lambda v: str(v).removeprefix("torch."))
+pytestmark = needs_extension
 # (with a bias, soft-cap, scale)
 HEADS = [(True, None, 1.0), (False, None, 0.3), (False, 3.0, 1.0), (True, 30.0, 2.5), (True, 0.5, 0.7)]
 HEAD = pytest.mark.parametrize("head", HEADS, ids=lambda h: f"bias{int(h[0])}-cap{h[1]}-scale{h[2]}")
@@ -64,7 +59,7 @@ def exact_logits(hidden, weight, bias, softcap, scale):
 # ---- policy ----------------------------------------------------------------------------------------------
 
 
-@FUSED
+@every_route
 @HEAD
 @SHAPE
 @pytest.mark.parametrize("budget", [2**30, 0], ids=["kept", "recomputed"])
@@ -75,7 +70,7 @@ def test_linear_cross_entropy__any_head_within_policy(budget, shape, head, gemm,
             testing.assert_linear_cross_entropy(fused(gemm, budget), *inputs, **form, **frozen)
 
 
-@FUSED
+@every_route
 @HEAD
 def test_replay__any_head_within_policy(head, gemm, dtype):
     inputs, form = make_inputs(67, 1031, 33, dtype, head=head)
@@ -92,7 +87,7 @@ def test_replay__any_head_within_policy(head, gemm, dtype):
     testing.assert_linear_cross_entropy(replay, *inputs, **form, head_frozen=True)
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [2**30, 0], ids=["kept", "recomputed"])
 def test_linear_cross_entropy__logits_far_beyond_the_cap_within_policy(budget, gemm, dtype):
     """|u| up to 50 c: most logits are +-c, to every digit, and carry no gradient; those near 0 carry all.
@@ -109,7 +104,7 @@ def test_linear_cross_entropy__logits_far_beyond_the_cap_within_policy(budget, g
     testing.assert_linear_cross_entropy(fused(gemm, budget), *inputs, **form)
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [2**30, 0], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_linear_cross_entropy__any_head_corrects_what_was_summed_under_a_lower_maximum(
@@ -123,7 +118,7 @@ def test_linear_cross_entropy__any_head_corrects_what_was_summed_under_a_lower_m
     testing.assert_linear_cross_entropy(fused(gemm, budget), *inputs, **form)
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 2.0), (30.0, 1.0), (50.0, 2.0)])
 def test_linear_cross_entropy__peaked_rows_of_any_head_keep_relative_accuracy(softcap, scale, gemm, dtype):
     """Rows with p(target) close to 1: nll and the gradient of each row against its own size."""
@@ -182,7 +177,7 @@ def test_linear_cross_entropy__any_head_property(
 # ---- the soft-cap's two functions, one number at a time --------------------------------------------------
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("softcap", [1e-3, 1.0, 30.0, 1e5])
 def test_soft_cap__logit_and_derivative_keep_their_relative_accuracy(softcap, gemm, dtype):
     """With two classes and w = 0 for the target, the shift is the other's logit and the kept tile its
@@ -213,7 +208,7 @@ def test_soft_cap__logit_and_derivative_keep_their_relative_accuracy(softcap, ge
     assert ((found - slope).abs() <= allowed * slope + 1e-37).all()
 
 
-@FUSED
+@every_route
 def test_scale__of_a_power_of_two_gives_the_bits_of_a_scaled_head(gemm, dtype):
     inputs, _ = make_inputs(67, 1031, 40, dtype, head=(False, None, 1.0))
     hidden, weight, targets, upstream = inputs
@@ -223,7 +218,7 @@ def test_scale__of_a_power_of_two_gives_the_bits_of_a_scaled_head(gemm, dtype):
     testing.assert_bitwise_equal(found[1], expected[1], "dhidden")
 
 
-@FUSED
+@every_route
 def test_bias__moves_classes_as_a_column_of_ones_does(gemm, dtype):
     """D + 1 columns, the last of hidden 1 and of weight the bias; its gradient is the bias's."""
     inputs, form = make_inputs(67, 600, 40, dtype, head=(True, 5.0, 1.5))
@@ -241,7 +236,7 @@ def test_bias__moves_classes_as_a_column_of_ones_does(gemm, dtype):
     torch.testing.assert_close(torch.cat([dweight, dbias[:, None]], dim=1).double(), truth[2], **tolerance)
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [2**30, 0], ids=["kept", "recomputed"])
 def test_bias__has_its_gradient_where_hidden_and_weight_want_none(budget, gemm, dtype):
     inputs, form = make_inputs(67, 1031, 40, dtype, head=(True, 5.0, 1.5))
@@ -264,7 +259,7 @@ def exact_metrics(hidden, weight, targets, shift, form):
     return others.amax(dim=1), moment.sum(dim=1), moment.abs().sum(dim=1)
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("head", [(False, None, 1.0), *HEADS])
 @pytest.mark.parametrize("climb", [0.0, 40.0], ids=["level", "climbing"])
 def test_metrics__are_the_largest_other_logit_and_the_moment(climb, head, gemm, dtype):
@@ -285,7 +280,7 @@ def test_metrics__are_the_largest_other_logit_and_the_moment(climb, head, gemm, 
     assert ((metrics[1].double() - moment).abs() <= (rounding + 1e-6) * (size + statistics[2])).all()
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("head", [(False, None, 1.0), *HEADS])
 def test_metrics__come_with_the_same_nll_and_gradients(head, gemm, dtype):
     inputs, form = make_inputs(67, 1031, 33, dtype, head=head)
@@ -307,7 +302,7 @@ def test_metrics__come_with_the_same_nll_and_gradients(head, gemm, dtype):
             testing.assert_bitwise_equal(fused(**mode)(*inputs[:3], **form), expected[0])
 
 
-@FUSED
+@every_route
 @HEAD
 def test_row_metrics__are_those_of_the_softmax(head, gemm, dtype):
     inputs, form = make_inputs(130, 1031, 33, dtype, head=head)
@@ -351,7 +346,7 @@ def test_linear_cross_entropy__any_head_has_the_same_bits_on_any_number_of_threa
         torch.set_num_threads(threads)
 
 
-@FUSED
+@every_route
 @HEAD
 def test_linear_cross_entropy__any_head_reads_nothing_beside_its_inputs(head, gemm, dtype):
     """Views into larger arrays whose other elements are NaN, at any alignment, give the same bits."""
@@ -371,7 +366,7 @@ def test_linear_cross_entropy__any_head_reads_nothing_beside_its_inputs(head, ge
         assert a is b is None or torch.equal(a, b)
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("head", [(True, None, 1.0), (False, 2.0, 1.0), (True, 2.0, 3.0)])
 def test_linear_cross_entropy__any_head_passes_nan_on_and_hides_no_overflow(head, gemm, dtype):
     """tanh(inf) is 1: without care an overflow would look like a logit at the cap."""
@@ -387,7 +382,7 @@ def test_linear_cross_entropy__any_head_passes_nan_on_and_hides_no_overflow(head
             assert fused(gemm)(hidden, weight, targets, **form).isnan().all()
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_bias__of_minus_infinity_takes_a_class_out(scale, gemm, dtype):
     (hidden, weight, targets, upstream), form = make_inputs(30, 600, 24, dtype, head=(True, None, scale))
@@ -400,7 +395,7 @@ def test_bias__of_minus_infinity_takes_a_class_out(scale, gemm, dtype):
     assert (found[2][599] == 0).all() and found[3][599] == 0
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("out", [slice(599, 600), slice(0, 512), slice(0, 600)], ids=["one", "tile", "all"])
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
 def test_bias__of_minus_infinity_is_at_the_softcap_as_in_the_formula(budget, out, gemm, dtype):
@@ -423,7 +418,7 @@ def test_bias__of_minus_infinity_is_at_the_softcap_as_in_the_formula(budget, out
 
 
 @pytest.mark.parametrize("bias", [88.5, 88.7, 89.0, 266.0])
-@FUSED
+@every_route
 def test_linear_cross_entropy__a_large_bias_makes_no_nan_of_lanes_without_rows(bias, gemm, dtype):
     """35 rows leave lanes empty, whose logits are the bias alone: its exponential overflows."""
     inputs, form = make_inputs(35, 600, 24, dtype, head=(True, None, 1.0))
@@ -432,7 +427,7 @@ def test_linear_cross_entropy__a_large_bias_makes_no_nan_of_lanes_without_rows(b
         assert part.isfinite().all()
 
 
-@FUSED
+@every_route
 def test_metrics__of_logits_far_apart_are_finite(gemm, dtype):
     """exp of a difference beyond 709 overflows in float64."""
     (hidden, weight, targets, _), form = make_inputs(40, 600, 24, dtype, head=(True, None, 1e4))
@@ -445,7 +440,7 @@ def test_metrics__of_logits_far_apart_are_finite(gemm, dtype):
     assert torch.equal(metrics.top1, z.argmax(1) == targets)
 
 
-@FUSED
+@every_route
 def test_metrics__of_a_target_that_is_out_are_those_of_the_others(gemm, dtype):
     (hidden, weight, targets, _), form = make_inputs(40, 600, 24, dtype, head=(True, None, 1.0))
     targets[:] = 7
@@ -461,7 +456,7 @@ def test_metrics__of_a_target_that_is_out_are_those_of_the_others(gemm, dtype):
     assert nll.isnan().all() and metrics.entropy.isnan().all()
 
 
-@FUSED
+@every_route
 def test_metrics__classes_at_the_softcap_share_the_first_place(gemm, dtype):
     """0.05 lies between two float32 numbers, and the target's logit must be rounded as the others' are."""
     (hidden, weight, *_), form = make_inputs(40, 600, 24, dtype, head=(False, 0.05, 100.0))
@@ -473,7 +468,7 @@ def test_metrics__classes_at_the_softcap_share_the_first_place(gemm, dtype):
         assert found[1].top1.all()
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_replay__a_target_that_is_out_does_not_drift(softcap, gemm, dtype):
     (hidden, weight, targets, _), form = make_inputs(40, 600, 24, dtype, head=(True, softcap, 1.5))
@@ -484,7 +479,7 @@ def test_replay__a_target_that_is_out_does_not_drift(softcap, gemm, dtype):
     assert drift == 0
 
 
-@FUSED
+@every_route
 @HEAD
 def test_linear_cross_entropy__a_single_class_is_certain(head, gemm, dtype):
     inputs, form = make_inputs(5, 1, 8, dtype, head=head)
@@ -494,7 +489,7 @@ def test_linear_cross_entropy__a_single_class_is_certain(head, gemm, dtype):
     assert (metrics.entropy == 0).all() and metrics.top1.all()
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
 def test_linear_cross_entropy__no_rows_give_zero_gradients_of_any_head(budget, gemm, dtype):
     inputs, form = make_inputs(0, 600, 8, dtype, head=(True, 2.0, 3.0))
@@ -503,7 +498,7 @@ def test_linear_cross_entropy__no_rows_give_zero_gradients_of_any_head(budget, g
     assert (dweight == 0).all() and dbias.shape == (600,) and (dbias == 0).all()
 
 
-@FUSED
+@every_route
 @HEAD
 def test_forward__absent_targets_leave_all_classes_to_the_sums(head, gemm, dtype):
     """A shard: s and the metrics run over all its classes, and the gradients have no target's part."""

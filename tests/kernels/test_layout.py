@@ -9,14 +9,11 @@ import itertools
 
 import pytest
 import torch
+from backends import both_backends
 
 from vrpo_kernels import checks, elbo_from_hidden, elbo_from_logits, segment_sum, token_logps
-from vrpo_kernels.backend import availability
 from vrpo_kernels.testing import assert_bitwise_equal
 
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 B, L, V, D = 3, 7, 29, 8
 CU = torch.tensor([0, 7, 7, 12, 21], dtype=torch.int32)  # the second of four sequences is empty
 

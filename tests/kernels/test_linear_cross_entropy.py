@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import DTYPES, ROUTES, every_route, needs_extension
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import vrpo_kernels
 from vrpo_kernels import (
-    backend,
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
@@ -23,14 +23,8 @@ from vrpo_kernels import (
 )
 from vrpo_kernels.linear_cross_entropy import cpu, op, reference
 
-needs_extension = pytest.mark.skipif(
-    backend.availability().cpu is not None, reason=str(backend.availability().cpu)
-)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 3), (1, 2, 16), (17, 513, 48), (67, 1031, 33), (130, 600, 64), (1040, 1300, 24)]
 SHAPES += [(64, 530, 1101)]  # more products than one call of the bf16 micro-kernels sums
-ROUTES = [(gemm, dtype) for dtype in DTYPES for gemm in cpu.gemms(dtype)]
-FUSED = pytest.mark.parametrize(("gemm", "dtype"), ROUTES, ids=lambda v: str(v).removeprefix("torch."))
 
 
 def make_inputs(num_rows, num_classes, size, dtype, *, seed=0, scale=2.0):
@@ -83,7 +77,7 @@ def test_linear_cross_entropy__reference_backend_within_policy(dtype):
 
 
 @needs_extension
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [2**30, 0], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-V{}-D{}".format(*s))
 def test_linear_cross_entropy__within_policy(shape, budget, gemm, dtype):
@@ -99,7 +93,7 @@ def test_linear_cross_entropy__within_policy(shape, budget, gemm, dtype):
 
 
 @needs_extension
-@FUSED
+@every_route
 @pytest.mark.parametrize("scale", [12.0, 25.0, 1e4])
 def test_linear_cross_entropy__peaked_rows_keep_relative_accuracy(scale, gemm, dtype):
     """Rows with p(target) close to 1: nll and gradient of each row against its own size, not the
@@ -128,7 +122,7 @@ def test_linear_cross_entropy__peaked_rows_keep_relative_accuracy(scale, gemm, d
 
 
 @needs_extension
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("size", [24, 33])
 def test_linear_cross_entropy__reads_nothing_beside_its_inputs(size, budget, gemm, dtype):
@@ -146,7 +140,7 @@ def test_linear_cross_entropy__reads_nothing_beside_its_inputs(size, budget, gem
 
 
 @needs_extension
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
 def test_linear_cross_entropy__corrects_what_was_summed_under_a_lower_maximum(budget, gemm, dtype):
     """The logits of odd rows climb by 20 nats per tile, those of even rows fall."""
@@ -222,7 +216,7 @@ def test_linear_cross_entropy__long_sums_of_one_sign_stay_exact():
 
 
 @needs_extension
-@FUSED
+@every_route
 def test_linear_cross_entropy__nll_bitwise_same_in_every_mode_and_run(gemm, dtype):
     hidden, weight, targets, _ = make_inputs(67, 1300, 40, dtype)
 
@@ -241,7 +235,7 @@ def test_linear_cross_entropy__nll_bitwise_same_in_every_mode_and_run(gemm, dtyp
 
 
 @needs_extension
-@FUSED
+@every_route
 def test_linear_cross_entropy__nll_independent_of_memory_alignment(gemm, dtype):
     """A head mapped from a checkpoint file starts anywhere; its nll is that of the same head elsewhere."""
     hidden, weight, targets, _ = make_inputs(33, 700, 48, dtype)
@@ -280,7 +274,7 @@ def test_linear_cross_entropy__same_bits_on_any_number_of_threads(gemm, dtype, b
 
 
 @needs_extension
-@FUSED
+@every_route
 def test_linear_cross_entropy__gradients_bitwise_same_run_to_run_and_on_second_backward(gemm, dtype):
     hidden, weight, targets, upstream = make_inputs(67, 1300, 40, dtype)
     hidden.requires_grad_(), weight.requires_grad_()
@@ -300,7 +294,7 @@ def test_linear_cross_entropy__gradients_bitwise_same_run_to_run_and_on_second_b
 
 
 @needs_extension
-@FUSED
+@every_route
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
 def test_linear_cross_entropy__linear_in_upstream(budget, gemm, dtype):
     hidden, weight, targets, upstream = make_inputs(33, 600, 24, dtype)
@@ -323,7 +317,7 @@ def test_linear_cross_entropy__linear_in_upstream(budget, gemm, dtype):
 
 
 @needs_extension
-@FUSED
+@every_route
 def test_linear_cross_entropy__permutations_of_rows_and_classes(gemm, dtype):
     inputs = make_inputs(37, 600, 48, dtype)
     hidden, weight, targets, upstream = inputs
@@ -411,7 +405,7 @@ PLAIN = (0.0, 1.0)  # no soft-cap, scale 1
 
 
 @needs_extension
-@FUSED
+@every_route
 @pytest.mark.parametrize(("want_dhidden", "keep_tiles"), [(0, 0), (1, 0), (0, 1), (1, 1)])
 def test_linear_cross_entropy__passes_opcheck(want_dhidden, keep_tiles, gemm, dtype):
     hidden, weight, targets, _ = make_inputs(5, 530, 8, dtype)
@@ -423,7 +417,7 @@ def test_linear_cross_entropy__passes_opcheck(want_dhidden, keep_tiles, gemm, dt
 
 
 @needs_extension
-@FUSED
+@every_route
 def test_linear_cross_entropy_helpers__pass_opcheck(gemm, dtype):
     hidden, weight, targets, upstream = make_inputs(5, 530, 8, dtype)
     settings = (*PLAIN, "cpu", gemm)
@@ -445,7 +439,7 @@ def test_linear_cross_entropy_helpers__pass_opcheck(gemm, dtype):
 
 
 @needs_extension
-@FUSED
+@every_route
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-V{}-D{}".format(*s))
 def test_replay__same_nll_and_gradients_within_policy(shape, gemm, dtype):
     inputs = make_inputs(*shape, dtype)
@@ -625,7 +619,7 @@ def test_probe_gemms__times_every_choice():
 
 
 @needs_extension
-@FUSED
+@every_route
 def test_linear_cross_entropy__nan_inputs_give_nan(gemm, dtype):
     hidden, weight, targets, _ = make_inputs(20, 600, 8, dtype)
     hidden[3, 2] = float("nan")

@@ -5,17 +5,15 @@ import math
 
 import pytest
 import torch
+from backends import both_backends, needs_extension
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vrpo_kernels import mask_select
-from vrpo_kernels.backend import availability
 from vrpo_kernels.mask_select import reference
 from vrpo_kernels.testing import assert_bitwise_equal, poisoned_empty
 
 U32_END = 2**32
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 words = st.integers(0, U32_END - 1)
 u32_or_end = st.one_of(st.sampled_from([0, 1, U32_END - 1, U32_END]), st.integers(0, U32_END))
 
@@ -121,7 +119,7 @@ def test_mask_select__does_not_depend_on_the_number_of_threads():
     assert_bitwise_equal(results[0][0], results[1][0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_mask_select__a_segment_does_not_depend_on_its_batch(backend):
     segments = [(30 + s, (s, 77, 0), 3, 10) for s in range(8)]
     position, offsets = mask_select(*tensors(segments), seed=1, by_rank=True, backend=backend)
@@ -130,7 +128,7 @@ def test_mask_select__a_segment_does_not_depend_on_its_batch(backend):
         assert_bitwise_equal(position[offsets[s] : offsets[s + 1]], alone)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_mask_select__windows_of_one_permutation_tile_the_segment(backend):
     sizes = [4, 7, 1, 11]
     starts = [0, 4, 11, 12]
@@ -139,7 +137,7 @@ def test_mask_select__windows_of_one_permutation_tile_the_segment(backend):
     assert sorted(position.tolist()) == list(range(23))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 @pytest.mark.parametrize("which", ["seed", "c1", "c2", "c3"])
 def test_mask_select__every_integer_of_the_key_matters(backend, which):
     changed = {"seed": 0, "c1": 0, "c2": 0, "c3": 0} | {which: 1}
@@ -177,7 +175,7 @@ def test_mask_select__equal_words_are_ranked_by_position(monkeypatch):
     assert masked.tolist() == [0, 1, 3]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_mask_select__every_subset_is_equally_frequent(backend):
     """20,000 draws of 2 of 5 positions: chi-square of the ten subsets, 9 degrees of freedom."""
     draws = 20_000
@@ -191,7 +189,7 @@ def test_mask_select__every_subset_is_equally_frequent(backend):
     assert chi_square < 27.9  # exceeded with probability 0.001
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_mask_select__bernoulli_masks_at_its_rate(backend):
     segments = [(1000, (0, s, 0), 0, U32_END // 8) for s in range(100)]
     position, _ = mask_select(*tensors(segments), seed=7, by_rank=False, backend=backend)
@@ -201,7 +199,7 @@ def test_mask_select__bernoulli_masks_at_its_rate(backend):
     assert abs(per_position.var() / (100 / 8 * 7 / 8) - 1) < 0.2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_mask_select__no_segments_give_no_rows(backend):
     empty = torch.zeros(0, dtype=torch.int64)
     position, offsets = mask_select(
@@ -247,7 +245,7 @@ def test_mask_select__says_what_is_wrong(change, message):
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 @pytest.mark.parametrize("num_rows", [None, 70], ids=["unknown", "known"])
 def test_mask_select__passes_opcheck(backend, num_rows):
     args = tensors([(100, (s, 0, 0), 9, 10 * (s + 1)) for s in range(3)] + [(40, (3, 0, 0), 9, 10)])

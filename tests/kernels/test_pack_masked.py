@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from backends import both_backends, needs_extension
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vrpo_kernels import pack_masked, token_weight_sums
-from vrpo_kernels.backend import availability
 from vrpo_kernels.testing import assert_bitwise_equal, poisoned_empty
 
 MASK = 3
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
 
 
 @st.composite
@@ -89,7 +87,7 @@ def test_pack_masked__has_the_same_bits_in_cpp(case, seed):
         assert_bitwise_equal(got, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_pack_masked__a_mask_token_in_the_text_is_a_token(backend):
     """Prompt and response are made of mask tokens; the rows are still exactly the drawn ones."""
     batch = [([MASK, MASK], [MASK, MASK, MASK], [[1], [0, 2]])]
@@ -99,7 +97,7 @@ def test_pack_masked__a_mask_token_in_the_text_is_a_token(backend):
     assert pack.tokens_T.tolist() == [MASK] * 10
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_token_weight_sums__adds_the_samples_that_mask_a_token(backend):
     batch = [([1], [5, 6, 7], [[0, 1], [1], []]), ([], [8, 9], [[1], [1], [0, 1]])]
     _, _, lengths, position, offsets = tensors(batch)
@@ -141,7 +139,7 @@ def test_pack_masked__says_what_is_wrong(change, message):
         pack_masked(**changed(**change))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@both_backends
 def test_pack_masked__passes_opcheck(backend):
     args = list(changed(backend=backend).values())
     torch.library.opcheck(torch.ops.vrpo_kernels.pack_masked, tuple(args))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from backends import needs_extension
 
-from vrpo_kernels.backend import availability
 from vrpo_kernels.philox import philox4x32
 from vrpo_kernels.testing import assert_bitwise_equal
 
@@ -21,7 +21,6 @@ KNOWN = {
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 }
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from backends import every_route, needs_extension
 
-from vrpo_kernels import backend, linear_cross_entropy, testing
+from vrpo_kernels import linear_cross_entropy, testing
 from vrpo_kernels.linear_cross_entropy import cpu
 
-pytestmark = pytest.mark.skipif(
-    backend.availability().cpu is not None, reason=str(backend.availability().cpu)
-)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUTES = [(gemm, dtype) for dtype in DTYPES for gemm in cpu.gemms(dtype)]
-FUSED = pytest.mark.parametrize(("gemm", "dtype"), ROUTES, ids=lambda v: str(v).removeprefix("torch."))
+pytestmark = needs_extension
 SOFTCAP, BORDER = 32.0, 24.0
 
 
@@ -24,7 +20,7 @@ def tiles(hidden, weight, targets, gemm, **form):
     return nll, statistics, kept[:, : len(hidden)], metrics
 
 
-@FUSED
+@every_route
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_soft_cap__both_formulas_agree_at_their_border(scale, gemm, dtype):
     """w = 1 for all classes but the target: the shift is their logit and the kept tile the derivative.
@@ -55,7 +51,7 @@ def test_soft_cap__both_formulas_agree_at_their_border(scale, gemm, dtype):
         testing.assert_bitwise_equal(row, kept[1])
 
 
-@FUSED
+@every_route
 def test_soft_cap__bits_of_a_row_do_not_depend_on_its_neighbours(gemm, dtype):
     """Small multiples of 1/16: every h . w is exact, wherever the row stands."""
     generator = torch.Generator().manual_seed(0)

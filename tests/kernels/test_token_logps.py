@@ -3,14 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import both_backends
 
 from vrpo_kernels import elbo_from_hidden, testing, token_logps
-from vrpo_kernels.backend import availability
 from vrpo_kernels.testing import assert_bitwise_equal, poisoned_empty
 
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
-both_backends = pytest.mark.parametrize("backend", BACKENDS)
 B, L, V, D = 3, 8, 41, 16
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import both_backends
 
 from vrpo_kernels import (
     cross_entropy,
@@ -18,11 +19,8 @@ from vrpo_kernels import (
     segment_sum,
     token_weight_sums,
 )
-from vrpo_kernels.backend import availability
 from vrpo_kernels.testing import assert_bitwise_equal
 
-needs_extension = pytest.mark.skipif(availability().cpu is not None, reason=str(availability().cpu))
-both_backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
 N, D, V = 6, 8, 20
 _GENERATOR = torch.Generator().manual_seed(5)
 HIDDEN, WEIGHT = torch.randn(N, D, generator=_GENERATOR), torch.randn(V, D, generator=_GENERATOR)

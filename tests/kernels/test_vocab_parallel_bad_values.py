@@ -9,12 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from backends import needs_extension
 
-from vrpo_kernels import backend, checks, linear_cross_entropy, vocab_parallel_linear_cross_entropy
+from vrpo_kernels import checks, linear_cross_entropy, vocab_parallel_linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(
-    backend.availability().cpu is not None, reason=str(backend.availability().cpu)
-)
+pytestmark = needs_extension
 V, D = 100, 8
 TARGETS = [1, 49, 99, 50]
 BAD_TARGETS = [-(2**63), -100, -1, V, 2**40, 2**63 - 1]
