@@ -46,6 +46,13 @@ namespace {
 constexpr int64_t kDepth = 1024;  // products summed in one call: bounds what a panel takes of the cache
 constexpr int64_t kHeight = 128;  // classes per task of dweight
 
+// Logits of heads that are too wide for the second-level cache.
+constexpr int64_t kFits = 1024;              // up to so many columns a tile of the head stays there for all panels
+constexpr int64_t kPart = 512;               // columns of a wider one that are copied there, for several panels at once
+constexpr int64_t kPartStride = kPart + 32;  // no power of two, after which rows would share the same few cache lines
+constexpr int64_t kTogether = 8;             // panels at most: their logits take 1 MiB
+constexpr int64_t kCopyPays = 4;             // panels at least
+
 // out = a b, or out += a b, for one panel of b; out and a have rows of stride 1.
 void multiply(float* out, int64_t out_stride, const BFloat16* a, int64_t a_stride, const Word* panel, int64_t height,
               int64_t width, int64_t depth, bool accumulate) {
@@ -72,26 +79,70 @@ int64_t panel_width(int64_t rows) {
   return std::clamp(round_up(share, kLanes), kLanes, kWidth);
 }
 
+bool has_amx() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);  // AMX-BF16
+}
+
+// How many panels a part of the head meets at once; 1: the whole tile meets one after the other. Only where matmuls
+// are as fast as AMX makes them; elsewhere nothing is known to wait for the caches.
+int64_t panels_together(int64_t panels, int64_t depth) {
+  const int64_t share = (panels + at::get_num_threads() - 1) / at::get_num_threads();
+  const int64_t rounds = (share + kTogether - 1) / kTogether;
+  const int64_t group = (share + rounds - 1) / rounds;
+  return depth > kFits && group >= kCopyPays && has_amx() ? group : 1;
+}
+
 // What the three functions below have in common: the head's tiles and the buffers of each thread.
 struct Workspace {
   HeadTiles tiles;
-  Tensor logits, panel;
-  explicit Workspace(const Tensor& weight)
+  int64_t together;
+  Tensor logits, part, panel;
+  // For chunks of so many panels of rows.
+  Workspace(const Tensor& weight, int64_t panels)
       : tiles(weight),
-        logits(at::empty({at::get_num_threads(), kTile, kWidth}, weight.options().dtype(at::kFloat))),
+        together(panels_together(panels, tiles.depth())),
+        logits(at::empty({at::get_num_threads(), together, kTile, kWidth}, weight.options().dtype(at::kFloat))),
+        part(at::empty({together > 1 ? at::get_num_threads() : 0, kTile, kPartStride}, weight.options())),
         panel(at::empty({at::get_num_threads(), kTile / 2, kWidth}, weight.options().dtype(at::kInt))) {}
 
-  // Logits z [classes, kWidth] of one panel of rows; then every target's logit is -inf.
-  const float* panel_logits(int64_t thread, int64_t tile, const BFloat16* w, const RowPanels& x, int64_t panel,
-                            int64_t first_row, const TargetIndex& targets) {
-    float* z = logits.data_ptr<float>() + thread * kTile * kWidth;
-    const int64_t v0 = tiles.begin(tile), classes = tiles.size(tile), width = x.width(panel);
-    multiply(z, kWidth, w, tiles.stride(), x[panel], classes, width, tiles.depth(), false);
-    targets.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
-      if (n >= first_row && n < first_row + width) z[(v - v0) * kWidth + n - first_row] = kMinusInfinity;
+  // body(panel, z) for every panel of rows, the first of which is row `first_row`: z [classes, kWidth] are its logits,
+  // every target's -inf.
+  template <typename Body>
+  void for_each_panel(int64_t tile, const BFloat16* w, const RowPanels& x, int64_t first_row,
+                      const TargetIndex& targets, const Body& body) {
+    const int64_t v0 = tiles.begin(tile), classes = tiles.size(tile);
+    parallel_tasks((x.count() + together - 1) / together, [&](int64_t task, int64_t thread) {
+      const int64_t begin = task * together, end = std::min(begin + together, x.count());
+      float* const out = logits.data_ptr<float>() + thread * together * kTile * kWidth;
+      if (together == 1) {
+        multiply(out, kWidth, w, tiles.stride(), x[begin], classes, x.width(begin), tiles.depth(), false);
+      } else {
+        multiply_by_parts(out, w, classes, x, begin, end, bf16_data(part) + thread * kTile * kPartStride);
+      }
+      for (int64_t p = begin; p < end; ++p) {
+        float* z = out + (p - begin) * kTile * kWidth;
+        const int64_t first = first_row + x.first(p), width = x.width(p);
+        targets.for_each(v0, v0 + classes, [&](int64_t n, int64_t v) {
+          if (n >= first && n < first + width) z[(v - v0) * kWidth + n - first] = kMinusInfinity;
+        });
+        std::fill(z + classes * kWidth, z + round_up(classes, kSubtotal) * kWidth, kMinusInfinity);
+        body(p, z);
+      }
     });
-    std::fill(z + classes * kWidth, z + round_up(classes, kSubtotal) * kWidth, kMinusInfinity);
-    return z;
+  }
+
+  // The products of panels [begin, end), the same sums in the same order, with a copy of each part of the tile.
+  void multiply_by_parts(float* out, const BFloat16* w, int64_t classes, const RowPanels& x, int64_t begin,
+                         int64_t end, BFloat16* copy) const {
+    for (int64_t k = 0; k < tiles.depth(); k += kPart) {
+      const int64_t depth = std::min(kPart, tiles.depth() - k);
+      for (int64_t v = 0; v < classes; ++v) std::copy_n(w + v * tiles.stride() + k, depth, copy + v * kPartStride);
+      for (int64_t p = begin; p < end; ++p) {
+        multiply(out + (p - begin) * kTile * kWidth, kWidth, copy, kPartStride, x[p] + k / 2 * kWidth, classes,
+                 x.width(p), depth, k > 0);
+      }
+    }
   }
 
   // Columns [j, j + kWidth) of out [rows, D] += P W; rows of out are first multiplied with `factor` (null: 1).
@@ -156,9 +207,7 @@ bool bf16_route_runs() {
 // half of it on Intel's without AMX.
 bool bf16_route_is_fastest() {
   __builtin_cpu_init();
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  const bool amx_bf16 = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);
-  return bf16_route_runs() && (__builtin_cpu_is("amd") || amx_bf16);
+  return bf16_route_runs() && (__builtin_cpu_is("amd") || has_amx());
 }
 
 ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const Head& head,
@@ -168,9 +217,9 @@ ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Ten
   const auto fp32 = hidden.options().dtype(at::kFloat);
   const TargetIndex index(targets, V);
   const Tensor x = hidden.contiguous();
-  Workspace workspace(weight);
-  HeadTiles& tiles = workspace.tiles;
   const int64_t padded = round_up(N, kLanes), chunk = chunk_rows(N), width = panel_width(chunk);
+  Workspace workspace(weight, (chunk + width - 1) / width);
+  HeadTiles& tiles = workspace.tiles;
 
   Tensor nll = at::empty({N}, fp32), statistics = at::empty({3, N}, fp32);
   Tensor expected = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
@@ -187,9 +236,8 @@ ForwardResult bf16_forward(const Tensor& hidden, const Tensor& weight, const Ten
     sums.reset();
     for (int64_t t = 0; t < tiles.count(); ++t) {
       const BFloat16* w = tiles.load(t);
-      parallel_tasks(panels.count(), [&](int64_t p, int64_t thread) {
-        const int64_t first = p * width;
-        const float* z = workspace.panel_logits(thread, t, w, panels, p, n0 + first, index);
+      workspace.for_each_panel(t, w, panels, n0, index, [&](int64_t p, const float* z) {
+        const int64_t first = panels.first(p);
         const Probabilities out{want_dhidden ? bf16_data(by_row) + first * kTile : nullptr,
                                 keep_tiles ? bf16_data(kept) + tiles.begin(t) * padded + n0 + first : nullptr, padded};
         fold(panels.width(p), z, tiles.size(t), head, tiles.begin(t), first, sums, out);
@@ -287,9 +335,9 @@ std::tuple<Tensor, Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& 
   const TargetIndex index(targets, V);
   const KnownRows known(dnll, statistics);
   const Tensor x = hidden.contiguous();
-  Workspace workspace(weight);
-  HeadTiles& tiles = workspace.tiles;
   const int64_t chunk = chunk_rows(N), width = panel_width(chunk);
+  Workspace workspace(weight, (chunk + width - 1) / width);
+  HeadTiles& tiles = workspace.tiles;
 
   Tensor dx = at::empty({want_dhidden ? N : 0, want_dhidden ? D : 0}, fp32);
   Tensor dw = at::empty({want_dweight ? V : 0, want_dweight ? D : 0}, x.options());
@@ -312,9 +360,8 @@ std::tuple<Tensor, Tensor, Tensor> bf16_sweep(const Tensor& dnll, const Tensor& 
     for (int64_t n0 = 0; n0 < N; n0 += chunk) {
       const RowPanels& panels = chunks[n0 / chunk];
       const int64_t rows = std::min(chunk, N - n0);
-      parallel_tasks(panels.count(), [&](int64_t p, int64_t thread) {
-        const int64_t first = p * width;
-        const float* z = workspace.panel_logits(thread, t, w, panels, p, n0 + first, index);
+      workspace.for_each_panel(t, w, panels, n0, index, [&](int64_t p, const float* z) {
+        const int64_t first = panels.first(p);
         const Probabilities out{want_dhidden ? bf16_data(by_row) + first * kTile : nullptr,
                                 by_class_wanted ? bf16_data(by_class) + first : nullptr, chunk};
         weigh(panels.width(p), z, classes, head, v0, &known.shift[n0 + first], &known.coefficient[n0 + first], out);

@@ -126,6 +126,7 @@ class RowPanels {
     });
   }
   int64_t count() const { return (lanes_ + width_ - 1) / width_; }
+  int64_t first(int64_t panel) const { return panel * width_; }
   int64_t width(int64_t panel) const { return std::min(width_, lanes_ - panel * width_); }
   const Word* operator[](int64_t panel) const {
     return reinterpret_cast<const Word*>(words_.const_data_ptr<int32_t>()) + panel * (depth_ / 2 * kWidth);

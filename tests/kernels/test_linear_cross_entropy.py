@@ -25,6 +25,7 @@ from vrpo_kernels.linear_cross_entropy import cpu, op, reference
 
 SHAPES = [(1, 1, 3), (1, 2, 16), (17, 513, 48), (67, 1031, 33), (130, 600, 64), (1040, 1300, 24)]
 SHAPES += [(64, 530, 1101)]  # more products than one call of the bf16 micro-kernels sums
+SHAPES += [(330, 530, 1101)]  # rows enough for parts of a wide head to meet several panels of them
 
 
 def make_inputs(num_rows, num_classes, size, dtype, *, seed=0, scale=2.0):
@@ -250,9 +251,13 @@ def test_linear_cross_entropy__nll_independent_of_memory_alignment(gemm, dtype):
 @needs_extension
 @pytest.mark.parametrize("budget", [0, 2**30], ids=["recomputed", "kept"])
 @pytest.mark.parametrize(("gemm", "dtype"), [r for r in ROUTES if r[0] != "fp32"], ids=str)
-def test_linear_cross_entropy__same_bits_on_any_number_of_threads(gemm, dtype, budget):
-    """Rows, panels and blocks are dealt out to threads; no sum crosses them. ("fp32" is torch.mm.)"""
-    hidden, weight, targets, upstream = make_inputs(150, 1300, 80, dtype)
+@pytest.mark.parametrize("shape", [(150, 1300, 80), (590, 530, 1101)], ids=["narrow", "wide"])
+def test_linear_cross_entropy__same_bits_on_any_number_of_threads(shape, gemm, dtype, budget):
+    """Rows, panels and blocks are dealt out to threads; no sum crosses them. ("fp32" is torch.mm.)
+
+    Groups of 5, 5 and 4 panels meet parts of the wide head, where AMX is; with 8 threads whole tiles do.
+    """
+    hidden, weight, targets, upstream = make_inputs(*shape, dtype)
     threads = torch.get_num_threads()
 
     def run(count):
