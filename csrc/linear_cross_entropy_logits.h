@@ -61,9 +61,8 @@ VRPO_INLINE void exp2_parts(const Floats (&y)[kCount], Floats (&power)[kCount], 
   VRPO_EACH g[i] = g[i] * f[i] + 6.93147188e-1f;
 }
 
-// |tanh x| and sech^2 x from |x| = |u / softcap| and t = exp(-2 |x|) = 2^y: tanh = (1 - t) / (1 + t), where
-// 1 - t = (1 - power) - power f g keeps its relative accuracy near 0; sech^2 = 4 t / (1 + t)^2 = t (1 + tanh)^2 keeps
-// its own where tanh is almost 1.
+// |tanh x| and sech^2 x from |x| = |u / softcap| > 3/4 and t = exp(-2 |x|) = 2^y: tanh = (1 - t) / (1 + t), where t is
+// too small to cancel; sech^2 = 4 t / (1 + t)^2 = t (1 + tanh)^2 keeps its relative accuracy where tanh is almost 1.
 template <int kCount>
 VRPO_INLINE void tanh_by_exp(const Floats (&unscaled)[kCount], const VectorMap& map, Floats (&tanh)[kCount],
                              Floats (&slope)[kCount]) {
@@ -71,9 +70,8 @@ VRPO_INLINE void tanh_by_exp(const Floats (&unscaled)[kCount], const VectorMap& 
   VRPO_EACH y[i] = (Floats)((Ints)unscaled[i] & INT32_MAX) * map.to_exponent;
   VRPO_EACH y[i] = y[i] < -127.0f ? splat(-127.0f) : y[i];  // NaN stays
   exp2_parts(y, power, f, g);
-  VRPO_EACH f[i] = power[i] * f[i];
-  VRPO_EACH y[i] = f[i] * g[i] + power[i];
-  VRPO_EACH tanh[i] = ((1.0f - power[i]) - f[i] * g[i]) / (y[i] + 1.0f);
+  VRPO_EACH y[i] = (g[i] * f[i] + 1.0f) * power[i];
+  VRPO_EACH tanh[i] = (1.0f - y[i]) / (y[i] + 1.0f);
   VRPO_EACH slope[i] = tanh[i] + 1.0f;
   VRPO_EACH slope[i] = y[i] * slope[i] * slope[i];
 }

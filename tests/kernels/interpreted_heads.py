@@ -180,6 +180,16 @@ def test_forward__metrics_hold_the_exact_maximum_and_the_moment_under_m(gemm, dt
 
 
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
+def test_linear_cross_entropy__metrics_of_what_came_before_a_new_shift(gemm):
+    # 2000 logits of 0, then one of 18, to which the shift moves: all of the entropy is in the former.
+    hidden, weight = torch.ones(3, 8, dtype=torch.float16), torch.zeros(2001, 8, dtype=torch.float16)
+    weight[-1] = 18 / 8
+    _, metrics = make_op(gemm)(hidden, weight, torch.tensor([0, 1, 2]), return_metrics=True)
+    entropy = torch.distributions.Categorical(logits=hidden.double() @ weight.double().T).entropy()
+    torch.testing.assert_close(metrics.entropy.double(), entropy, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gemm", ["cublas", "fused"])
 def test_linear_cross_entropy__classes_forbidden_by_their_bias(gemm):
     # -inf keeps a class out without a soft-cap; under one its logit is -softcap. Whole column blocks of them.
     hidden, weight, targets, _ = make_inputs(5, 201, 24, torch.float16)

@@ -324,6 +324,18 @@ def test_metrics__are_the_largest_other_logit_and_the_moment(climb, head, gemm, 
 
 
 @every_route
+def test_metrics__what_came_before_a_new_shift_keeps_its_distance_to_it(gemm, dtype):
+    """20,000 logits of 0, then one of 18, to which the shift moves: all of the entropy is in the former."""
+    hidden, weight = torch.ones(16, 8, dtype=dtype), torch.zeros(20001, 8, dtype=dtype)
+    weight[-1] = 18 / 8
+    _, metrics = linear_cross_entropy(
+        hidden, weight, torch.zeros(16, dtype=torch.int64), return_metrics=True, backend="cpu", gemm=gemm
+    )
+    entropy = torch.distributions.Categorical(logits=hidden.double() @ weight.double().T).entropy()
+    torch.testing.assert_close(metrics.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+
+
+@every_route
 @pytest.mark.parametrize("head", [(False, None, 1.0), *HEADS])
 def test_metrics__come_with_the_same_nll_and_gradients(head, gemm, dtype):
     inputs, form = make_inputs(67, 1031, 33, dtype, head=head)
