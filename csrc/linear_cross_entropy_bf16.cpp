@@ -46,12 +46,13 @@ namespace {
 constexpr int64_t kDepth = 1024;  // products summed in one call: bounds what a panel takes of the cache
 constexpr int64_t kHeight = 128;  // classes per task of dweight
 
-// Logits of heads that are too wide for the second-level cache.
+// Logits of heads that are too wide for the second-level cache, where matmuls are as fast as AMX makes them. (Elsewhere
+// nothing is known to wait for the caches.)
 constexpr int64_t kFits = 1024;              // up to so many columns a tile of the head stays there for all panels
 constexpr int64_t kPart = 512;               // columns of a wider one that are copied there, for several panels at once
 constexpr int64_t kPartStride = kPart + 32;  // no power of two, after which rows would share the same few cache lines
 constexpr int64_t kTogether = 8;             // panels at most: their logits take 1 MiB
-constexpr int64_t kCopyPays = 4;             // panels at least
+constexpr int64_t kCopyPays = 2;             // panels at least
 
 // out = a b, or out += a b, for one panel of b; out and a have rows of stride 1.
 void multiply(float* out, int64_t out_stride, const BFloat16* a, int64_t a_stride, const Word* panel, int64_t height,
@@ -84,41 +85,52 @@ bool has_amx() {
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1);  // AMX-BF16
 }
 
-// How many panels a part of the head meets at once; 1: the whole tile meets one after the other. Only where matmuls
-// are as fast as AMX makes them; elsewhere nothing is known to wait for the caches.
-int64_t panels_together(int64_t panels, int64_t depth) {
-  const int64_t share = (panels + at::get_num_threads() - 1) / at::get_num_threads();
-  const int64_t rounds = (share + kTogether - 1) / kTogether;
-  const int64_t group = (share + rounds - 1) / rounds;
-  return depth > kFits && group >= kCopyPays && has_amx() ? group : 1;
-}
-
 // What the three functions below have in common: the head's tiles and the buffers of each thread.
 struct Workspace {
   HeadTiles tiles;
-  int64_t together;
+  bool wide;
+  int64_t together;  // panels that meet a part of the head at once
   Tensor logits, part, panel;
   // For chunks of so many panels of rows.
   Workspace(const Tensor& weight, int64_t panels)
       : tiles(weight),
-        together(panels_together(panels, tiles.depth())),
+        wide(tiles.depth() > kFits && has_amx()),
+        together(wide ? group_of(panels) : 1),
         logits(at::empty({at::get_num_threads(), together, kTile, kWidth}, weight.options().dtype(at::kFloat))),
         part(at::empty({together > 1 ? at::get_num_threads() : 0, kTile, kPartStride}, weight.options())),
         panel(at::empty({at::get_num_threads(), kTile / 2, kWidth}, weight.options().dtype(at::kInt))) {}
 
+  // Groups of equal size, one or more for each thread; 1 where a copy would serve too few panels.
+  static int64_t group_of(int64_t panels) {
+    const int64_t share = (panels + at::get_num_threads() - 1) / at::get_num_threads();
+    const int64_t rounds = (share + kTogether - 1) / kTogether;
+    const int64_t group = (share + rounds - 1) / rounds;
+    return group < kCopyPays ? 1 : group;
+  }
+
   // body(panel, z) for every panel of rows, the first of which is row `first_row`: z [classes, kWidth] are its logits,
-  // every target's -inf.
+  // every target's -inf. However panels are grouped, their logits are sums of the same products of parts.
   template <typename Body>
   void for_each_panel(int64_t tile, const BFloat16* w, const RowPanels& x, int64_t first_row,
                       const TargetIndex& targets, const Body& body) {
-    const int64_t v0 = tiles.begin(tile), classes = tiles.size(tile);
+    const int64_t v0 = tiles.begin(tile), classes = tiles.size(tile), step = wide ? kPart : kDepth;
     parallel_tasks((x.count() + together - 1) / together, [&](int64_t task, int64_t thread) {
       const int64_t begin = task * together, end = std::min(begin + together, x.count());
       float* const out = logits.data_ptr<float>() + thread * together * kTile * kWidth;
-      if (together == 1) {
-        multiply(out, kWidth, w, tiles.stride(), x[begin], classes, x.width(begin), tiles.depth(), false);
-      } else {
-        multiply_by_parts(out, w, classes, x, begin, end, bf16_data(part) + thread * kTile * kPartStride);
+      for (int64_t k = 0; k < tiles.depth(); k += step) {
+        const int64_t depth = std::min(step, tiles.depth() - k);
+        const BFloat16* from = w + k;
+        int64_t stride = tiles.stride();
+        if (together > 1) {
+          BFloat16* copy = bf16_data(part) + thread * kTile * kPartStride;
+          for (int64_t v = 0; v < classes; ++v) std::copy_n(from + v * stride, depth, copy + v * kPartStride);
+          from = copy;
+          stride = kPartStride;
+        }
+        for (int64_t p = begin; p < end; ++p) {
+          multiply(out + (p - begin) * kTile * kWidth, kWidth, from, stride, x[p] + k / 2 * kWidth, classes,
+                   x.width(p), depth, k > 0);
+        }
       }
       for (int64_t p = begin; p < end; ++p) {
         float* z = out + (p - begin) * kTile * kWidth;
@@ -130,19 +142,6 @@ struct Workspace {
         body(p, z);
       }
     });
-  }
-
-  // The products of panels [begin, end), the same sums in the same order, with a copy of each part of the tile.
-  void multiply_by_parts(float* out, const BFloat16* w, int64_t classes, const RowPanels& x, int64_t begin,
-                         int64_t end, BFloat16* copy) const {
-    for (int64_t k = 0; k < tiles.depth(); k += kPart) {
-      const int64_t depth = std::min(kPart, tiles.depth() - k);
-      for (int64_t v = 0; v < classes; ++v) std::copy_n(w + v * tiles.stride() + k, depth, copy + v * kPartStride);
-      for (int64_t p = begin; p < end; ++p) {
-        multiply(out + (p - begin) * kTile * kWidth, kWidth, copy, kPartStride, x[p] + k / 2 * kWidth, classes,
-                 x.width(p), depth, k > 0);
-      }
-    }
   }
 
   // Columns [j, j + kWidth) of out [rows, D] += P W; rows of out are first multiplied with `factor` (null: 1).
