@@ -194,10 +194,12 @@ class Bench:
         return self.rows
 
     def _above_plain(self, row: dict, timings: dict[str, Timing], unit: Timing) -> str:
-        """What a head of ours costs beyond the plain one of the same rounds."""
-        if row["head"] == "plain" or "plain" not in self.inputs or not row["provider"].startswith("vrpo"):
+        """What a head of ours costs beyond the plain one of the same rounds, if that was timed."""
+        one, plain = (
+            timings.get(_key(row["provider"], head, row["column"])) for head in (row["head"], "plain")
+        )
+        if row["head"] == "plain" or plain is None or not row["provider"].startswith("vrpo"):
             return ""
-        one, plain = (timings[_key(row["provider"], head, row["column"])] for head in (row["head"], "plain"))
         return above_plain(one, plain, unit)
 
     def _without_figures(self) -> list[dict]:

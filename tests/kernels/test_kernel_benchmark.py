@@ -265,6 +265,20 @@ def test_benchmark__times_all_heads_in_one_run_with_a_gate_each(monkeypatch):
     assert sum(row["column"] == "unit" for row in rows) == 1 + torch.backends.mkldnn.is_available()
 
 
+def test_benchmark__times_other_heads_where_the_plain_one_fails_its_gate(monkeypatch):
+    def make(case):
+        return lambda *inputs: _formula(case)(*inputs) * (2 if case.head == "plain" else 1)
+
+    monkeypatch.setitem(PROVIDERS, "vrpo", Provider(make))
+    case, threads = Case(20, 16, 300, torch.float32, "cpu"), torch.get_num_threads()
+    rows = bench_linear_cross_entropy.bench(
+        case, ["plain", "bias"], threads=threads, repeats=1, wanted=["vrpo"]
+    )
+    plain, *others = [row for row in rows if row["provider"] == "vrpo"]
+    assert plain["note"].startswith("outside the tolerance policy") and "ms_p50" not in plain
+    assert [row["column"] for row in others if "ms_p50" in row and not row["note"]] == list(COLUMNS)
+
+
 def test_heads_against_plain__are_differences_round_by_round():
     one, plain = Timing([30.0, 44.0, 30.0]), Timing([10.0, 20.0, 10.0])
     note = bench_linear_cross_entropy.above_plain(one, plain, Timing([10.0, 20.0, 40.0]))
