@@ -168,8 +168,9 @@ def test_linear_cross_entropy__any_head_property(
     """Any shape, dtype, layout and head: within policy, same nll with and without gradients.
 
     In fp32 a gradient of few rows is decided by the rounding of one logit, in which the baseline may be lucky
-    (the next test shows how often). So there it is the baseline that is the unluckiest of eight orders of the
-    features. Of 2000 random cases the worst was then 3.1 times what the policy allows: here it is 4.
+    (the next test shows how often). So there it is the baseline that is the unluckiest of 32 orders of the
+    features. Of 2182 random cases with at least four of them the worst was then 1.96 times what the policy
+    allows, and 12 were above it: here it is 2.5. With fewer features there are too few orders, and it is 4.
     """
     gemm, dtype = route
     inputs, form = make_inputs(num_rows, num_classes, size, dtype, head=head, seed=seed)
@@ -186,10 +187,10 @@ def test_linear_cross_entropy__any_head_property(
         testing.assert_ratios(ratios)
         return
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(7):
+    for _ in range(31):
         again = ratios_of(results, inputs, form, torch.randperm(size, generator=generator))
         ratios = {output: min(ratio, again[output]) for output, ratio in ratios.items()}
-    assert max(ratios.values()) <= 4, ratios
+    assert max(ratios.values()) <= (2.5 if size >= 4 else 4), ratios
 
 
 @pytest.mark.parametrize("gemm", cpu.gemms(torch.float32))
