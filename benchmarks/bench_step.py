@@ -12,8 +12,10 @@ of them. In this order, each row written as soon as it is measured, and skipped 
    activation checkpointing: what the trainer does): its score must be exactly 0.0 and its loss ln 2
 3. the same at K = 8, 1, 2, 4, 16 samples; then one optimizer step, after which the loss must be lower
 4. all weights trained, K = 8, 2, 1: a frozen copy as reference, no optimizer state
-5. LoRA at K = 8: a deterministic backward pass, adapter inputs widened to float32 as PEFT does by itself, no
-   checkpointing (K = 2), pairs of mixed lengths packed and padded, other attention, other heads
+5. LoRA: pairs of mixed lengths packed (K = 4), padded, and padded with the logits of masked rows and adapter
+   inputs widened to float32 as PEFT does by itself: what a careful user assembles; one forward pass with full
+   logits for every sample and side, as public code has it (K = 4); other attention, other heads, no
+   checkpointing (K = 2), a deterministic backward pass, widened inputs
 6. a profile of one LoRA step at K = 8, into profile_step.txt beside the output; time is kept back for it
 
 Columns: K samples per response, T tokens of the pack, N masked rows, times in ms (median of up to 3 steps
@@ -137,9 +139,9 @@ class Training:
         checkpoint_activations(self.model, on)
         self.checkpointing = on
 
-    def scorers(self, head: str = "fused", padded: bool = False):
+    def scorers(self, **form: object):
         """(policy, reference) of one form."""
-        form = {"head": head, "padded": padded, "autocast": self.run.autocast}
+        form = {**form, "autocast": self.run.autocast}
         if self.frozen is not None:
             return Scorer(self.model, **form), Scorer(self.frozen, **form)
         return Scorer(self.model, **form), Scorer(self.model, **form, adapter=False)
@@ -164,10 +166,14 @@ def bench(
     seconds: float = 1.5,
     at_most: int = 3,
     note: str = "",
+    slower: float = 1.0,
     **form: object,
 ) -> bool:
-    """One row of a case: timed for about so many seconds, or with the reason why not."""
-    head = form.get("head", "fused")
+    """One row of a case: timed for about so many seconds, or with the reason why not.
+
+    slower: how many times as long as the LoRA step it is expected to take.
+    """
+    head = "full logits" if form.get("alone") else form.get("head", "fused")
     requested = ATTENTION_NAMES[attention]
 
     def work() -> None:
@@ -216,7 +222,7 @@ def bench(
 
     tokens = 2 * num_samples * (run.size.prompt + run.size.response) * (2 if form.get("mixed") else 1)
     # The step that is not counted, at least one that is, and something for a slower variant.
-    needs = run.expected(tokens, steps=2.5)
+    needs = slower * run.expected(tokens, steps=2.5)
     return run.attempt(case, work, needs, K=num_samples, attention=requested, head=head)
 
 
@@ -284,23 +290,30 @@ def optimizer_step(run: Run, training: Training) -> None:
 
 
 def variants(run: Run, training: Training) -> None:
-    """Rows that change one thing of the LoRA step at K = 8, those that decide something first."""
-    with deterministic():
-        bench(run, training, "LoRA, deterministic", 8, note="torch.use_deterministic_algorithms")
-    with widened_inputs(training.model):
-        bench(run, training, "LoRA, inputs widened", 8, note="to float32, as PEFT does by itself")
-    training.set_checkpointing(False)
-    bench(run, training, "LoRA, no checkpointing", 2)
-    training.set_checkpointing(True)
+    """Rows that change something of the LoRA step, those that decide something first."""
     note = "two pairs of mixed lengths, K = 4"
     bench(run, training, "LoRA, packed", 4, mixed=True, note=note)
     bench(run, training, "LoRA, padded", 4, mixed=True, padded=True, note=note)
+    with widened_inputs(training.model):
+        note = f"{note}; inputs widened"
+        form = {"mixed": True, "padded": True, "head": "masked logits"}
+        bench(run, training, "LoRA, hand assembly", 4, note=note, **form)
+        note = "one forward a sample and side, inputs widened"
+        form = {"alone": True, "attention": "vrpo_sdpa", "slower": 4.5}
+        bench(run, training, "LoRA, public code", 4, note=note, **form)
     if run.device == "cuda":
         bench(run, training, "LoRA, sdpa", 8, attention="vrpo_sdpa")
     else:
         run.row("LoRA, sdpa", K=8, note="left out: without CUDA the choice is sdpa already")
     for head in HEADS[1:]:
         bench(run, training, f"LoRA, {head}", 8, head=head)
+    training.set_checkpointing(False)
+    bench(run, training, "LoRA, no checkpointing", 2)
+    training.set_checkpointing(True)
+    with deterministic():
+        bench(run, training, "LoRA, deterministic", 8, note="torch.use_deterministic_algorithms")
+    with widened_inputs(training.model):
+        bench(run, training, "LoRA, inputs widened", 8, note="to float32, as PEFT does by itself")
 
 
 @contextlib.contextmanager
@@ -400,8 +413,9 @@ def planned() -> list[str]:
     names = [f"gemm {name}" for name in ("roof", "q, k, v, o", "gate, up", "down", "head")]
     names += ["draw and pack", "LoRA, first step", *(label("LoRA", number) for number in SWEEP)]
     names += ["LoRA, AdamW", *(label("full", number) for number in FULL_SWEEP)]
-    changes = ("deterministic", "inputs widened", "no checkpointing", "packed", "padded", "sdpa", *HEADS[1:])
-    return [*names, *(f"LoRA, {change}" for change in (*changes, "profile"))]
+    changes = ("packed", "padded", "hand assembly", "public code", "sdpa", *HEADS[1:])
+    changes += ("no checkpointing", "deterministic", "inputs widened", "profile")
+    return [*names, *(f"LoRA, {change}" for change in changes)]
 
 
 def main(arguments: list[str]) -> int:

@@ -17,7 +17,7 @@ DEFAULT = ("tests", "warm", "sanitizer", "kernels", "tiles", "memory", "step", "
 STAGES = (*DEFAULT, "compile")
 COMPILE_TESTS = ["tests/kernels/test_triton_compile.py"]
 SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-LEAST = {"memory": 25.0, "step": 60.0}
+LEAST = {"memory": 20.0, "step": 60.0}
 WARMERS = 4
 TEST_SECONDS = 60
 INTERPRETED = {"TRITON_INTERPRET": "1"}
@@ -164,11 +164,11 @@ def plan(options: argparse.Namespace) -> list[Stage]:
     if options.tiny:
         rivals = [word for name, value in TINY_CASE.items() for word in (f"--{name}", value)]
     stages = [
-        Stage("checks", 90, parts),
+        Stage("checks", 135, parts),
         _timed("kernels", 80, options),
-        _timed("tiles", 35, options),
-        _timed("memory", 30, options),
-        _command("step", 140, options, "step.csv", *(["--tiny"] if options.tiny else [])),
+        _timed("tiles", 45, options),
+        _timed("memory", 25, options),
+        _command("step", 110, options, "step.csv", *(["--tiny"] if options.tiny else [])),
         _command("kernels", 110, options, "rivals.csv", *rivals),
         Stage("compile", 0, [_pytest("compile", COMPILE_TESTS, options, 8)]),
     ]

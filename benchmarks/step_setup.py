@@ -5,6 +5,7 @@ The weights are random and made where they are used. Models are scored as the tr
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -141,6 +142,8 @@ class Scorer:
     head: "fused" is the model's own; "full logits" makes the logits of all positions, widens them to float32
         and scores the masked ones; "masked logits" makes and widens those of the masked rows only.
     padded: a padded batch instead of a pack; it is laid out once and kept, as a collator would hand it over.
+    alone: one forward pass for every sample of every response, with its full logits, as public code does it;
+        `head` and `padded` do not apply.
     adapter: off for the reference of a model with LoRA.
     autocast: the dtype, or None for none.
     """
@@ -148,12 +151,15 @@ class Scorer:
     model: nn.Module
     head: str = "fused"
     padded: bool = False
+    alone: bool = False
     adapter: bool = True
     autocast: torch.dtype | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, pack: PackedBatch) -> Tensor:
         with self._context(pack.tokens_T.device.type):
+            if self.alone:
+                return torch.cat(list(self._one_by_one(pack)))
             if self.head == "fused" and not self.padded:
                 return as_nll(self.model)(pack)
             inputs = dict(self._padded(pack) if self.padded else pack.model_inputs())
@@ -165,6 +171,13 @@ class Scorer:
             else:
                 logits = self.model(**inputs, rows=rows).logits.float()
             return F.cross_entropy(logits, targets, reduction="none")
+
+    def _one_by_one(self, pack: PackedBatch) -> Iterator[Tensor]:
+        for first, last in itertools.pairwise(pack.cu_seqlens_S1.tolist()):
+            inside = (pack.row_N >= first) & (pack.row_N < last)
+            logits = self.model(input_ids=pack.tokens_T[None, first:last]).logits[0].float()
+            rows, targets = pack.row_N[inside] - first, pack.target_N[inside]
+            yield F.cross_entropy(logits[rows], targets, reduction="none")
 
     @contextlib.contextmanager
     def _context(self, device_type: str) -> Iterator[None]:

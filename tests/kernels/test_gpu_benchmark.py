@@ -375,6 +375,10 @@ def test_tiles__differ_and_name_every_shape(tmp_path):
             ("sweep", "vrpo fused"),
         }
         assert all(set(row) <= set(gpu_tiles.FIELDS) for row in columns)
+    # Rows whose last block is hardly used: only what decides about them, the order of the blocks.
+    few = gpu_tiles.cases(base, 4100)
+    assert {mode for mode, _ in few} == {"no gradient", "frozen head"}
+    assert len({(mode, tiles.group_rows) for mode, tiles in few}) == len(few) >= 6
 
 
 @pytest.mark.slow

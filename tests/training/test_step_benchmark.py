@@ -114,7 +114,7 @@ def test_bench_step__time_is_kept_back_for_the_profile(tmp_path, monkeypatch):
     notes = {row["case"]: row["note"] for row in read(run.output)}
     assert notes.pop("LoRA, profile") == "written to profile_step.txt"
     assert notes.pop("LoRA, sdpa").startswith("left out")
-    assert len(notes) == 7 and all(note.startswith("skipped") for note in notes.values())
+    assert len(notes) == 9 and all(note.startswith("skipped") for note in notes.values())
 
 
 def test_bench_step__what_fails_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -145,15 +145,17 @@ def test_bench_step__without_peft_lora_is_left_out(tmp_path, monkeypatch):
     assert [row["note"] for row in read(run.output)] == ["left out: package peft is not installed"] * 2
 
 
-@pytest.mark.parametrize("head", ["fused", "full logits", "masked logits"])
-@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
-def test_scorer__every_form_gives_the_same_nll(head, padded):
+FORMS = [{"head": head, "padded": padded} for head in bench_step.HEADS for padded in (False, True)]
+
+
+@pytest.mark.parametrize("form", [{"alone": True}, *FORMS], ids=str)
+def test_scorer__every_form_gives_the_same_nll(form):
     model = build_model(TINY, "cpu", torch.float32)
     batch = make_batch(TINY, mixed=True)
     pack = Estimator(TINY.mask_token_id, 3, "paper", 1, seed=0).pack(batch, 0, "cpu")
     with torch.no_grad():
         expected = Scorer(model)(pack)
-        found = Scorer(model, head=head, padded=padded)(pack)
+        found = Scorer(model, **form)(pack)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
