@@ -30,45 +30,30 @@ FIELDS = (
 )
 ROWS = (4096, 16384, 512, 4100)
 UNITS = {"no gradient": 1, "frozen head": 2, "sweep": 3}
-WIDE, TALL = (128, 256), (256, 128)  # block_rows, block_cols of the fused GEMM
 
 
-def _fused(
-    base: Tiles,
-    cols: int = 32768,
-    *,
-    rows: int = 4096,
-    stages: int = 4,
-    block: tuple[int, int] = WIDE,
-    group: int | None = None,
-) -> Tiles:
-    shape = {"block_rows": block[0], "block_cols": block[1], "num_stages": stages}
-    shape["group_rows"] = base.group_rows if group is None else group
-    return replace(base, gemm="fused", rows=rows, cols=cols, first_cols=8192, **shape)
+def _fused(base: Tiles, cols: int = 32768, **changes: int) -> Tiles:
+    return replace(base, gemm="fused", rows=4096, cols=cols, first_cols=8192, **changes)
 
 
 def cases(base: Tiles, num_rows: int) -> list[tuple[str, Tiles]]:
     """(mode, tiles) for so many rows, in the order of what is learnt from them."""
-    # 64 is all row blocks of a chunk: what was in force when an H100 first ran this.
-    groups = (64, 16, 8, 4)
-    forward = ("no gradient", "frozen head")
-    found = [(mode, _fused(base, group=group)) for mode, group in itertools.product(forward, groups)]
+    # 64 is all row blocks of a chunk.
+    shapes = [{"group_rows": group, "num_stages": stages} for stages in (3, 4) for group in (64, 16, 8)]
+    found = [(mode, _fused(base, **shape)) for shape in shapes for mode in ("frozen head", "no gradient")]
     if num_rows % 128:  # a last row block that is hardly used: only the order of the blocks matters
         return found
-    found += [(mode, _fused(base, group=group, stages=3)) for mode in forward for group in groups[:3]]
     # Narrower tiles of E take less memory.
-    narrow = itertools.product((16384, 8192), groups[1:3])
-    found += [("frozen head", _fused(base, cols, group=group)) for cols, group in narrow]
-    found += [("frozen head", _fused(base, block=TALL, group=group)) for group in (8, 4)]
-    found.append(("frozen head", replace(base, gemm="cublas", rows=4096, cols=32768)))
-    if num_rows >= 4096:  # below, all rows are one chunk in any case
-        found.append(("frozen head", _fused(base, rows=2048, group=16)))
-    if num_rows > 4096:
-        found += [("frozen head", _fused(base, rows=8192, group=group)) for group in groups[:3]]
+    narrow = itertools.product((16384, 8192), shapes[:3])
+    found += [("frozen head", _fused(base, cols, **shape)) for cols, shape in narrow]
     for cols in (8192, 16384, 32768):
         sweep = {"sweep_rows": 4096, "sweep_cols": cols}
+        found += [("sweep", replace(_fused(base, **shape), **sweep)) for shape in (*shapes[:3], shapes[4])]
         found.append(("sweep", replace(base, gemm="cublas", **sweep)))
-        found += [("sweep", replace(_fused(base, group=group), **sweep)) for group in groups[:3]]
+    deep = {"block_hidden": 128, "num_stages": 2, "group_rows": 16}
+    tall = {"block_rows": 256, "block_cols": 128, "num_stages": 3, "group_rows": 8}
+    found += [("frozen head", _fused(base, **shape)) for shape in (deep, tall)]
+    found.append(("frozen head", replace(base, gemm="cublas", rows=4096, cols=32768)))
     return found
 
 

@@ -87,9 +87,9 @@ class Head:
             logits += self.bias[classes].double()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def _slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the soft-cap where it gave these logits."""
-        return 1.0 if self.softcap is None else 1 - (logits / self.softcap) ** 2
+    def _slope(self, logits: Tensor) -> Tensor:
+        """Derivative of the soft-cap where it gave these logits; of one element where there is no cap."""
+        return logits.new_ones(1) if self.softcap is None else 1 - (logits / self.softcap) ** 2
 
     @functools.cached_property
     def target_logit(self) -> Tensor:
@@ -127,7 +127,7 @@ class Head:
             share = torch.exp(logits - lse[:, None]) * self._slope(logits)
             total += share @ self.weight[classes].double()
         slope = self._slope(self.target_logit[rows])
-        total -= self.weight[self.targets[rows]].double() * torch.as_tensor(slope).reshape(-1, 1)
+        total -= self.weight[self.targets[rows]].double() * slope[:, None]
         return total * self.dnll[rows].double()[:, None]
 
     def _dlogits(self, classes: Tensor, part: slice) -> Tensor:
