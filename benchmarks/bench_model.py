@@ -15,9 +15,9 @@ from benchmarks.gpu_model import (
     DEVICES,
     EPILOGUE_PS,
     FP32_OUTPUT,
-    L2_SLOWDOWN,
     LAUNCH_US,
     MODES,
+    POWER_SLOWDOWN,
     Head,
     Model,
 )
@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> int:
         print()
     print(
         f"constants: fp32 output {FP32_OUTPUT}, epilogue {EPILOGUE_PS} ps per logit and SM, "
-        f"L2 {L2_SLOWDOWN}, {LAUNCH_US} us a launch; sources in benchmarks/gpu_model.py"
+        f"power {POWER_SLOWDOWN}, {LAUNCH_US} us a launch; sources in benchmarks/gpu_model.py"
     )
     revisions = sorted({one.git for one in known.values()})
     print(f"measured at revisions {', '.join(revisions) or '-'}, with the tiles of theirs")

@@ -227,7 +227,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rivals", type=Path, nargs="+", default=[], help="folders with more packages, for every stage"
     )
-    parser.add_argument("--tests", default="tests/*/test_gpu*.py", help="which files the stage `tests` runs")
+    parser.add_argument(
+        "--tests", nargs="+", default=["tests/*/test_gpu*.py"], help="which files the stage `tests` runs"
+    )
     parser.add_argument("--tiny", action="store_true", help="rehearsal on a CPU")
     parser.add_argument("--least", type=float, default=8, help="seconds below which no stage starts (8)")
     options = parser.parse_args(arguments)

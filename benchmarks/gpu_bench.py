@@ -8,6 +8,7 @@ announced last.
 
 import argparse
 import gc
+import importlib.util
 import os
 import sys
 import time
@@ -29,6 +30,9 @@ TIMES = ("ms_p20", "ms_p50", "ms_p80", "host_ms", "reps", "peak_MiB")
 BESIDE = ("units", "unit_ms", "pct_of_gemm", "pct_p20", "pct_p80")
 """Columns of a measurement beside its unit, the bare GEMM: how many units the work needs, the unit's median
 in the same loop, median over median in %, and the 20th and 80th percentile of that ratio repeat by repeat."""
+
+SUSTAINED = ("joule", "watt", "sm_mhz")
+"""Columns of a call repeated without pause: energy of one call, power, clock of the SMs at the end."""
 
 RUN_AHEAD_FILLS = 9  # writes of 512 MiB, 0.18 ms each on an H100
 
@@ -195,6 +199,43 @@ class Bench:
         percent = 100 * units * unit_ms / _quantile([elapsed for elapsed, _ in samples], 0.5)
         shown = (f"{value:.1f}" for value in (percent, _quantile(ratios, 0.2), _quantile(ratios, 0.8)))
         return {**found, **dict(zip(BESIDE, (units, f"{unit_ms:.4f}", *shown), strict=True))}
+
+    def sustained(self, run: Callable[[], object], seconds: float = 1.0) -> dict[str, object]:
+        """Mean milliseconds and energy of `run`, repeated until the GPU has settled at its power limit.
+
+        Where that limit decides, two computations take times in proportion to their energies. Needs NVML
+        (the package nvidia-ml-py).
+        """
+        if importlib.util.find_spec("pynvml") is None:
+            return {"note": "needs the package nvidia-ml-py"}
+        import pynvml
+
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        self._repeat(run, 0.5 * seconds)
+        joule = -1e-3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(device)
+        start = time.perf_counter()
+        count = self._repeat(run, seconds)
+        clock = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+        elapsed = time.perf_counter() - start
+        joule += 1e-3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(device)
+        values = (f"{joule / count:.3f}", f"{joule / elapsed:.0f}", clock)
+        found = {"ms_p50": f"{1e3 * elapsed / count:.4f}", "reps": count}
+        return {**found, **dict(zip(SUSTAINED, values, strict=True))}
+
+    def _repeat(self, run: Callable[[], object], seconds: float) -> int:
+        """Calls `run` for so long, the device never idle; returns how often."""
+        count, deadline, waiting = 0, time.perf_counter() + seconds, None
+        while time.perf_counter() < deadline:
+            for _ in range(8):
+                run()
+            count += 8
+            behind, waiting = waiting, torch.cuda.Event()
+            waiting.record()
+            if behind is not None:
+                behind.synchronize()
+        torch.cuda.synchronize()
+        return count
 
     def _samples(
         self, runs: Sequence[Callable[[], object]], seconds: float, ahead: bool

@@ -6,7 +6,8 @@ For LLaDA's head (D = 4096, V = 126464) at N = 4096 first, then other N, peaked 
 mode and GEMM form with time beside the bare GEMM of the same moment, memory, errors of nll and gradients
 against fp64, and whether two runs give the same bits. Time is written also where the verdict is RED, because
 a first session has to learn both. Rows "host included" start on an idle device: a loop whose host does not
-run ahead pays that. Rows go to kernels.csv, where the time goes inside one call at N = 4096 to profile.txt.
+run ahead pays that. Rows "sustained" repeat a call until the GPU has settled at its power limit, and have its
+energy. Rows go to kernels.csv, where the time goes inside one call at N = 4096 to profile.txt.
 """
 
 import functools
@@ -18,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_bench import BESIDE, TIMES, Bench, Task, parse
+from benchmarks.gpu_bench import BESIDE, SUSTAINED, TIMES, Bench, Task, parse
 from benchmarks.gpu_profile import profile
 from benchmarks.gpu_truth import ERRORS, Head, Heads, Size
 from vrpo_kernels.linear_cross_entropy import (
@@ -32,7 +33,7 @@ FORMS = ("cublas", "fused")
 FIELDS = (
     *("op", "provider", "mode", "gemm", "dtype", "N", "D", "V", "case"),
     *(*TIMES, *BESIDE, "tflops"),
-    *(*ERRORS, "note"),
+    *(*ERRORS, *SUSTAINED, "note"),
 )
 KEEP = 2**40  # bytes: always enough for the kept tiles
 
@@ -254,6 +255,21 @@ class WorkList:
             columns = self.columns(size, provider="vrpo, host included", mode=mode, gemm=gemm)
             yield Task(name, columns, lambda mode=mode: host_row(*self.problems.get(size), mode, gemm))
 
+    def sustained(self, size: Size, gemm: str) -> Iterator[Task]:
+        """The bare GEMM and three modes without pause, with their energy; on CUDA only."""
+        modes = ("no gradient", "frozen head", "trained, tiles kept")
+        runs: dict[str, Callable[[], object]] = {"": lambda: self.problems.get(size)[1]()}
+        for mode in modes:
+            runs[mode] = lambda call=MODES[mode][1]: call(self.problems.get(size)[0], gemm)
+        for mode, run in runs.items():
+            provider = "vrpo, sustained" if mode else "bare GEMM, sustained"
+            columns = self.columns(size, provider=provider, mode=mode, gemm=gemm if mode else "")
+            columns |= {
+                "units": MODES[mode][0] if mode else 1,
+                "op": "linear_cross_entropy" if mode else "mm",
+            }
+            yield Task(f"{provider}, {mode}", columns, lambda run=run: self.bench.sustained(run))
+
     def profiles(self, size: Size, gemm: str) -> Iterator[Task]:
         """Where the time goes inside one call."""
         path = self.bench.path.with_name("profile.txt")
@@ -286,6 +302,8 @@ def tasks(bench: Bench) -> Iterator[Task]:
     yield from work.modes(first, other)
     for gemm in (default, other):
         yield from work.profiles(first, gemm)
+    if bench.device == "cuda":
+        yield from work.sustained(first, default)
     for size in more:
         yield from work.around(size)
         yield from work.modes(size, default)

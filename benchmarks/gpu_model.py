@@ -18,7 +18,7 @@ TFLOP/s within one session, depending on the values multiplied), short K, hosts 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vrpo_kernels.linear_cross_entropy.tiles import Tiles, chunk_rows, tiles_for
+from vrpo_kernels.linear_cross_entropy.tiles import FEW_ROWS, Tiles, chunk_rows, tiles_for
 
 HALF, FULL = 2, 4  # bytes of an operand and of an fp32 number
 
@@ -30,7 +30,6 @@ class Device:
     Attributes:
         tflops: rate of a bare bf16 product whose waves are full.
         bandwidth: of memory, TB/s.
-        l2_half_mb: what one of the two halves of its L2 cache holds, MB.
         cublas_blocks: output blocks (rows, columns) that cuBLAS chooses from.
         source: where tflops and bandwidth come from.
     """
@@ -40,7 +39,6 @@ class Device:
     num_sms: int
     tflops: float
     bandwidth: float
-    l2_half_mb: float
     cublas_blocks: tuple[tuple[int, int], ...]
     source: str
 
@@ -55,17 +53,17 @@ _AMPERE_BLOCKS = ((128, 256), (256, 128), (128, 128))
 
 DEVICES = {
     "A100": Device(
-        "A100", (8, 0), 108, 265.0, 1.83, 20.0, _AMPERE_BLOCKS,
+        "A100", (8, 0), 108, 265.0, 1.83, _AMPERE_BLOCKS,
         "assumed (SXM, 80 GB): 85 % of the data sheet's 312 TFLOP/s, and the H100's share (90 %) of its "
         "2.04 TB/s",
     ),
     "H100": Device(
-        "H100", (9, 0), 132, 786.0, 3.0, 25.0, _HOPPER_BLOCKS,
+        "H100", (9, 0), 132, 786.0, 3.0, _HOPPER_BLOCKS,
         "measured: 784.8 TFLOP/s at N = 4096 in 119.76 waves that last 120 (results/gpu/h100-2026-11-26/"
         "kernels.csv, bare GEMM into 16 bits), 3.00 TB/s of a copy (h100-2026-11-26-first/memory.csv)",
     ),
     "H200": Device(
-        "H200", (9, 0), 132, 786.0, 4.3, 25.0, _HOPPER_BLOCKS,
+        "H200", (9, 0), 132, 786.0, 4.3, _HOPPER_BLOCKS,
         "assumed: the H100's rate (the same chip; published cuBLAS rates are 770 to 800 TFLOP/s), and the "
         "H100's share (90 %) of the data sheet's 4.8 TB/s",
     ),
@@ -76,9 +74,8 @@ FP32_OUTPUT = 1.055
 EPILOGUE_PS = 64.0
 """Picoseconds per logit and SM after the last matmul of a fused block, 2.1 us for 128 x 256: kernels.csv, no
 gradient at N = 1024, 1.4338 ms, less what this model gives for the rest. Ampere: assumed to be the same."""
-L2_SLOWDOWN = 1.06
-"""A fused product whose group of row blocks is larger than half of the L2 cache: kernels.csv, no gradient,
-four times N = 1024 against N = 4096: 4 % in the fastest fifth of the rounds, 8 % in the median."""
+POWER_SLOWDOWN = 1.06
+"""A fused product of so many rows that the GPU meets its power limit."""
 LAUNCH_US = 2.0
 """From the end of a kernel to the start of the next, launched ahead: assumed."""
 LEAST_SPLIT = 2048
@@ -221,8 +218,7 @@ class Model:
         block += 1e-9 * EPILOGUE_PS * elements
         if store:
             block += HALF * elements * device.num_sms / (1e9 * device.bandwidth)
-        together = min(row_blocks, tiles.group_rows) * tiles.block_rows * self.head.hidden * HALF
-        slow = L2_SLOWDOWN if together > 1e6 * device.l2_half_mb else 1.0
+        slow = POWER_SLOWDOWN if rows > FEW_ROWS else 1.0
         moved = HALF * self.head.hidden * (rows + cols) + HALF * rows * cols * store
         return max(slow * waves * block, moved / (1e9 * device.bandwidth))
 

@@ -86,7 +86,8 @@ def _pytest(name: str, files: list[str], options: argparse.Namespace, workers: i
 
 def _tests(options: argparse.Namespace) -> list[Part]:
     """Everything marked gpu; tests that need much of the device's memory one by one, from the start."""
-    found = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(options.tests))
+    found = [path for pattern in options.tests for path in ROOT.glob(pattern)]
+    found = sorted({path.relative_to(ROOT).as_posix() for path in found})
     large = [path for path in found if path.endswith("_large.py")]
     others = [path for path in found if path not in large]
     parts = [_pytest("tests", others, options, 7, "-m", "gpu")]

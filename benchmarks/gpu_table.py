@@ -101,6 +101,7 @@ def kernels(rows: Rows) -> Iterator[str]:
             lines.append(line)
     yield from grid(head, lines)
     yield from _host(rows)
+    yield from _sustained(rows)
 
 
 def _host(rows: Rows) -> Iterator[str]:
@@ -121,6 +122,24 @@ def _host(rows: Rows) -> Iterator[str]:
         for row in host
     ]
     yield from grid(["N, D x V", "mode", "ms", "% of bare GEMM", "of it host ms"], lines)
+
+
+def _sustained(rows: Rows) -> Iterator[str]:
+    """Time and energy at the power limit, beside those of the bare GEMM."""
+    found = [row for row in rows if row["provider"].endswith(", sustained") and row["ms_p50"]]
+    unit = {_problem(row): row for row in found if not row["mode"]}
+    lines = []
+    for row in found:
+        one, units = unit.get(_problem(row)), float(row["units"])
+        if one is None:
+            continue
+        shares = (100 * units * float(one[name]) / float(row[name]) for name in ("ms_p50", "joule"))
+        line = [_title(_problem(row)), row["mode"] or "bare GEMM", number(row["ms_p50"], 2)]
+        line += [number(row["joule"], 2), row["watt"], row["sm_mhz"], *(f"{share:.0f}" for share in shares)]
+        lines.append(line)
+    if lines:
+        head = ["N, D x V", "mode", "ms", "J", "W", "MHz", "% of bare GEMM's time", "% of its energy"]
+        yield from ("", caption("Repeated without pause, at the power limit", found), "", *grid(head, lines))
 
 
 def _verdict(row: dict[str, str]) -> str:

@@ -2,12 +2,11 @@
 
     python3 -m benchmarks.gpu_tiles [--output DIR] [--until EPOCH] [--skip TASKS] [--warm I/N] [--tiny]
 
-Times the backend's own functions over tile shapes for LLaDA's head at N = 4096, 16384, 512 and 4100, each
-beside the bare GEMM of the same moment. Each row is judged against fp64 like those of the stage `kernels`; a
+Times the backend's own functions over tile shapes for LLaDA's head at N from 512 to 16384, each beside
+the bare GEMM of the same moment. Each row is judged against fp64 like those of the stage `kernels`; a
 shape that does not compile or does not fit is a row that says so. Rows go to tiles.csv.
 """
 
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from benchmarks.gpu_truth import ERRORS, Head, Size
 from vrpo_kernels.linear_cross_entropy import kernel
 from vrpo_kernels.linear_cross_entropy.tiles import Tiles, tiles_for
 
-BLOCKS = ("block_rows", "block_cols", "block_hidden", "group_rows", "num_warps", "num_stages")
+BLOCKS = ("block_rows", "block_cols", "block_hidden", "num_warps", "num_stages")
 FIELDS = (
     *("op", "provider", "mode", "dtype", "N", "D", "V", "case"),
     *("rows", "cols", "first_cols", "fold_cols"),
@@ -28,31 +27,29 @@ FIELDS = (
     *(*TIMES, *BESIDE, "tflops"),
     *(*ERRORS, "note"),
 )
-ROWS = (4096, 16384, 512, 4100)
+ROWS = (4096, 16384, 512, 4100, 1024, 2048)  # of the last three only what the stages do
 UNITS = {"no gradient": 1, "frozen head": 2, "sweep": 3}
 
 
-def _fused(base: Tiles, cols: int = 32768, **changes: int) -> Tiles:
+def _fused(base: Tiles, stages: int, cols: int = 32768, **changes: int) -> Tiles:
+    changes |= {"num_stages": stages, "num_stages_few_rows": stages}
     return replace(base, gemm="fused", rows=4096, cols=cols, first_cols=8192, **changes)
 
 
 def cases(base: Tiles, num_rows: int) -> list[tuple[str, Tiles]]:
     """(mode, tiles) for so many rows, in the order of what is learnt from them."""
-    # 64 is all row blocks of a chunk.
-    shapes = [{"group_rows": group, "num_stages": stages} for stages in (3, 4) for group in (64, 16, 8)]
-    found = [(mode, _fused(base, **shape)) for shape in shapes for mode in ("frozen head", "no gradient")]
-    if num_rows % 128:  # a last row block that is hardly used: only the order of the blocks matters
+    modes = ("frozen head", "no gradient")
+    found = [(mode, _fused(base, stages)) for stages in (3, 4) for mode in modes]
+    if num_rows not in ROWS[:3]:
         return found
     # Narrower tiles of E take less memory.
-    narrow = itertools.product((16384, 8192), shapes[:3])
-    found += [("frozen head", _fused(base, cols, **shape)) for cols, shape in narrow]
+    found += [("frozen head", _fused(base, 3, cols)) for cols in (16384, 8192)]
     for cols in (8192, 16384, 32768):
         sweep = {"sweep_rows": 4096, "sweep_cols": cols}
-        found += [("sweep", replace(_fused(base, **shape), **sweep)) for shape in (*shapes[:3], shapes[4])]
+        found += [("sweep", replace(_fused(base, stages), **sweep)) for stages in (3, 4)]
         found.append(("sweep", replace(base, gemm="cublas", **sweep)))
-    deep = {"block_hidden": 128, "num_stages": 2, "group_rows": 16}
-    tall = {"block_rows": 256, "block_cols": 128, "num_stages": 3, "group_rows": 8}
-    found += [("frozen head", _fused(base, **shape)) for shape in (deep, tall)]
+    found.append(("frozen head", _fused(base, 3, block_rows=256, block_cols=128)))
+    found.append(("frozen head", _fused(base, 2, block_hidden=128)))
     found.append(("frozen head", replace(base, gemm="cublas", rows=4096, cols=32768)))
     return found
 

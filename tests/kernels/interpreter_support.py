@@ -32,7 +32,6 @@ def small_tiles(hidden, gemm) -> Tiles:
         block_rows=32,
         block_cols=32,
         block_hidden=16,
-        group_rows=3,
         slices=2,
     )
 

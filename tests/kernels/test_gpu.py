@@ -221,6 +221,17 @@ def test_linear_cross_entropy_replay__gradients_without_kept_tiles(gemm, dtype):
     testing.assert_linear_cross_entropy(make_replay(gemm), *make_inputs(1500, 20000, 256, dtype))
 
 
+def test_linear_cross_entropy__stages_move_no_bit(monkeypatch):
+    inputs, results = make_inputs(300, 20000, 256, torch.bfloat16), []
+    for stages in (3, 4):
+        use_small_tiles(monkeypatch, num_stages=stages, num_stages_few_rows=stages)
+        for kept_tile_bytes in (KEEP, RECOMPUTE):
+            results.append(gradients(make_op("fused", kept_tile_bytes), *inputs))
+    for found, expected in zip(results[2:], results[:2], strict=True):
+        for a, b, name in zip(found, expected, ("nll", "dhidden", "dweight"), strict=True):
+            testing.assert_bitwise_equal(a, b, name)
+
+
 @pytest.mark.parametrize(("head", "gemm"), [("plain", "cublas"), ("whole", "fused")])
 def test_operators__pass_opcheck(head, gemm):
     hidden, weight, targets, upstream = make_inputs(9, 70, 16, torch.float16)

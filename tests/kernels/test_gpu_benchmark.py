@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def session(folder, **changes):
             **{
                 **options,
                 "rivals": [],
-                "tests": "tests/*/test_gpu*.py",
+                "tests": ["tests/*/test_gpu*.py"],
                 "tiny": True,
                 "least": 0.1,
                 **changes,
@@ -358,6 +359,26 @@ def test_measure_beside__takes_the_ratio_repeat_by_repeat_and_of_the_medians(tmp
     assert set(warm.values()) == {""}
 
 
+def test_sustained__divides_energy_and_time_by_the_calls(tmp_path, monkeypatch):
+    millijoule = iter([5_000_000, 5_600_000])
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda device: next(millijoule),
+        nvmlDeviceGetClockInfo=lambda device, kind: 1500,
+        NVML_CLOCK_SM=1,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="1-2"))
+    bench = tiny_bench(tmp_path)
+    monkeypatch.setattr(bench, "_repeat", lambda run, seconds: 40)
+    found = bench.sustained(lambda: None)
+    assert (found["joule"], found["sm_mhz"], found["reps"]) == ("15.000", 1500, 40)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "nvidia-ml-py" in bench.sustained(lambda: None)["note"]
+
+
 @needs_triton
 def test_tiles__differ_and_name_every_shape(tmp_path):
     from benchmarks import gpu_tiles
@@ -367,7 +388,7 @@ def test_tiles__differ_and_name_every_shape(tmp_path):
     for rows in (512, 4096, 16384):
         found = gpu_tiles.cases(base, rows)
         columns = [sweep.columns(Size(rows, 16, 150), mode, tiles) for mode, tiles in found]
-        assert len({tuple(sorted(row.items())) for row in columns}) == len(found) >= 19
+        assert len({tuple(sorted(row.items())) for row in columns}) == len(found) >= 17
         assert {(row["mode"], row["provider"]) for row in columns} == {
             ("frozen head", "vrpo fused"),
             ("frozen head", "vrpo cublas"),
@@ -376,10 +397,9 @@ def test_tiles__differ_and_name_every_shape(tmp_path):
             ("sweep", "vrpo fused"),
         }
         assert all(set(row) <= set(gpu_tiles.FIELDS) for row in columns)
-    # Rows whose last block is hardly used: only what decides about them, the order of the blocks.
-    few = gpu_tiles.cases(base, 4100)
-    assert {mode for mode, _ in few} == {"no gradient", "frozen head"}
-    assert len({(mode, tiles.group_rows, tiles.num_stages) for mode, tiles in few}) == len(few) >= 6
+    for rows in gpu_tiles.ROWS[3:]:
+        found = {(mode, tiles.stages(rows)) for mode, tiles in gpu_tiles.cases(base, rows)}
+        assert found == {(mode, stages) for mode in ("no gradient", "frozen head") for stages in (3, 4)}
 
 
 @pytest.mark.slow

@@ -72,7 +72,8 @@ class Case:
         width = self.constants.get("BLOCK_V", "")
         switches = {"KNOWN": "known", "HAS_BIAS": "bias", "HAS_CAP": "cap", "METRICS": "metrics"}
         on = "".join(f"-{word}" for switch, word in switches.items() if self.constants.get(switch))
-        return self.kernel.__name__.strip("_") + (f"-{width}" if width else "") + on
+        stages = f"-stages{self.options['num_stages']}" if "num_stages" in self.options else ""
+        return self.kernel.__name__.strip("_") + (f"-{width}" if width else "") + on + stages
 
 
 PLAIN = {"HAS_BIAS": False, "SCALED": False, "HAS_CAP": False}
@@ -86,15 +87,14 @@ def _gemm_constants(arch: int, known: bool = False, head: dict = PLAIN, metrics:
         "BLOCK_N": tiles.block_rows,
         "BLOCK_V": tiles.block_cols,
         "BLOCK_D": tiles.block_hidden,
-        "GROUP_N": tiles.group_rows,
         "SLICES": tiles.slices if head["HAS_BIAS"] or head["HAS_CAP"] else 1,
     }
     return {**blocks, **head, "METRICS": metrics, "KNOWN": known}
 
 
-def _gemm_options(arch: int) -> dict:
+def _gemm_options(arch: int, rows: int = 4096) -> dict:
     tiles = tiles_for((arch // 10, 0), 2, "fused")
-    return {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return {"num_warps": tiles.num_warps, "num_stages": tiles.stages(rows)}
 
 
 FOLD = tiles_for((9, 0), 2).fold_cols
@@ -223,7 +223,7 @@ CASES = [
         Case(
             kernel_gemm._logits_fold_descriptor_kernel,
             {**_gemm_constants(90, known, head, metrics), "NUM_PROGRAMS": 132},
-            _gemm_options(90),
+            _gemm_options(90, rows),
             255,
             ("wgmma.mma_async", "wgmma.wait_group", "cp.async.bulk.tensor", "st.global.v4"),
             {
@@ -234,6 +234,7 @@ CASES = [
             stack=0 if known or head is PLAIN else 112,
         )
         for known, head, metrics, _ in POINTER_GEMMS
+        for rows in (512, 4096)
     ),
     Case(
         cross_entropy._forward_kernel,

@@ -15,15 +15,6 @@ from vrpo_kernels.linear_cross_entropy.tiles import Tiles
 
 
 @triton.jit
-def _place(index, row_blocks, col_blocks, GROUP_N: tl.constexpr):
-    """(row block, column block) of the index-th block: groups of GROUP_N row blocks, columns by columns."""
-    first = index // (GROUP_N * col_blocks) * GROUP_N
-    rows = tl.minimum(row_blocks - first, GROUP_N)
-    within = index % (GROUP_N * col_blocks)
-    return first + within % rows, within // rows
-
-
-@triton.jit
 def _add_bias(z, bias_ptr, cols, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """z + bias[cols] by one more step of the product: ones in a single column of 16 times the bias in a row.
 
@@ -67,20 +58,19 @@ def _logits_fold_descriptor_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr,
     KNOWN: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):
     """Persistent grid (NUM_PROGRAMS,): program p owns blocks p, p + NUM_PROGRAMS, ... of the tile.
 
-    Row blocks vary fastest, so that the programs of a wave share few weight blocks through L2 (`_place`).
+    Row blocks vary fastest, so that the programs of a wave share few weight blocks through L2.
     KNOWN: the epilogue of the sweep; max_ptr and block_sum_ptr are then m and s of the rows.
     FLOP: 2 * rows * cols * D. Bytes: operands once, 8 per row and block, E if stored.
     """
     row_blocks = tl.cdiv(num_rows, BLOCK_N)
     num_blocks = row_blocks * tl.cdiv(num_cols, BLOCK_V)
     for index in range(tl.program_id(0), num_blocks, NUM_PROGRAMS):
-        row_block, block = _place(index, row_blocks, num_blocks // row_blocks, GROUP_N)
+        row_block, block = index % row_blocks, index // row_blocks
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         for start in range(0, D, BLOCK_D):
             hidden = hidden_desc.load([row_block * BLOCK_N, start])
@@ -132,7 +122,6 @@ def _logits_fold_pointer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr,
     KNOWN: tl.constexpr,
 ):
     """Grid (row blocks * column blocks,): one block per program, operands by cp.async.
@@ -140,7 +129,8 @@ def _logits_fold_pointer_kernel(
     FLOP and bytes as the descriptor kernel. fp32 operands are multiplied in fp32 ("ieee").
     """
     index = tl.program_id(0)
-    row_block, block = _place(index, tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_cols, BLOCK_V), GROUP_N)
+    row_blocks = tl.cdiv(num_rows, BLOCK_N)
+    row_block, block = index % row_blocks, index // row_blocks
     offs_n = (row_block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs_v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
@@ -251,9 +241,8 @@ def _launch(
         "BLOCK_N": tiles.block_rows,
         "BLOCK_V": tiles.block_cols,
         "BLOCK_D": tiles.block_hidden,
-        "GROUP_N": tiles.group_rows,
         "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
+        "num_stages": tiles.stages(num_rows),
         "enable_fp_fusion": False,
     }
     blocks = triton.cdiv(num_rows, tiles.block_rows) * triton.cdiv(num_cols, tiles.block_cols)

@@ -19,6 +19,9 @@ RAISE_BY = 8.0
 """Nats by which a tile must beat the running maximum before everything is rescaled. exp(8) = 2981 is
 safe in fp16 too, and a floating-point E loses nothing by being larger than 1."""
 
+FEW_ROWS = 1024
+"""Rows up to which a GPU is not held back by its power limit, and a deeper pipeline pays."""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -33,11 +36,10 @@ class Tiles:
         max_cols: columns that the tiles of a few rows may grow to, within the area of a full one.
         fold_cols: columns of a row that the fold takes in one step.
         block_rows, block_cols, block_hidden: CTA tile of the fused GEMM.
-        group_rows: row blocks that the fused GEMM's programs walk together, column by column. What they
-            read again and again is to fit L2: 64 blocks of hidden rows (all of a chunk) do not, 8 do.
         slices: parts of a block's columns that the epilogue takes one after the other under a bias or a
             soft-cap: what it computes per logit of a whole block would not fit the registers.
-        num_warps, num_stages: of the fused GEMM.
+        num_warps: of the fused GEMM.
+        num_stages, num_stages_few_rows: of the fused GEMM, for more than FEW_ROWS rows and for fewer.
         descriptors: operands of the fused GEMM through TMA descriptors (Hopper) or pointers.
     """
 
@@ -52,11 +54,15 @@ class Tiles:
     block_rows: int
     block_cols: int
     block_hidden: int
-    group_rows: int
     slices: int
     num_warps: int
     num_stages: int
+    num_stages_few_rows: int
     descriptors: bool
+
+    def stages(self, chunk_rows: int) -> int:
+        """Stages of the fused GEMM's pipeline for so many rows; they move no bit of a result."""
+        return self.num_stages if chunk_rows > FEW_ROWS else self.num_stages_few_rows
 
     def forward_cols(self, chunk_rows: int, num_sms: int) -> int:
         """Columns of the forward pass's tiles for row chunks of this size."""
@@ -154,19 +160,16 @@ def chunk_rows(total: int, most: int, num_cols: int, num_sms: int) -> int:
 # sizes; 256 x 128 13.8; 128 x 128 14.8 to 16.3; 64 x 256 14.7 to 14.9; block_hidden 32 14.2.
 # Sweep of 8192 x 8192, that is 4096 x 16384 at N = 4096 (tiles.csv, sweep): 19.6; x 8192 20.4, x 4096 20.7,
 # x 32768 19.9 with more memory; chunks of 2048 rows 22.3 to 25.4: dW wants all rows in one product.
-# group_rows 64 is what was measured; 8 is predicted to gain 5 to 7% at N >= 4096 (docs/gpu.md), unmeasured.
-_HOPPER = Tiles("fused", 4096, 32768, 8192, 8192, 8192, 131072, 4096, 128, 256, 64, 64, 4, 8, 4, True)
+_HOPPER = Tiles("fused", 4096, 32768, 8192, 8192, 8192, 131072, 4096, 128, 256, 64, 4, 8, 3, 4, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
 # accumulators leaves no registers for a cp.async pipeline; 4 stages of 16 KiB.
-_AMPERE = replace(
-    _HOPPER, gemm="cublas", block_cols=128, block_hidden=32, slices=4, num_stages=4, descriptors=False
-)
+_AMPERE = replace(_HOPPER, gemm="cublas", block_cols=128, block_hidden=32, num_stages=4, descriptors=False)
 
 # fp32: the sweep repeats the forward pass's GEMM shape, so that both see the same logits bit for bit; their
 # last bits would show in an fp32 gradient of a peaked row (1e-5), though not in a 16-bit one. The CTA tile
 # is small because exact fp32 has no tensor cores; only the interpreter tests use it.
-_FP32 = Tiles("cublas", 1024, 8192, 8192, 1024, 8192, 32768, 4096, 64, 64, 16, 64, 2, 8, 2, False)
+_FP32 = Tiles("cublas", 1024, 8192, 8192, 1024, 8192, 32768, 4096, 64, 64, 16, 2, 8, 2, 2, False)
 
 
 def tiles_for(capability: tuple[int, int], itemsize: int, gemm: str = "auto") -> Tiles:
