@@ -18,7 +18,7 @@ TFLOP/s within one session, depending on the values multiplied), short K, hosts 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vrpo_kernels.linear_cross_entropy.tiles import FEW_ROWS, Tiles, chunk_rows, tiles_for
+from vrpo_kernels.linear_cross_entropy.tiles import Tiles, chunk_rows, tiles_for
 
 HALF, FULL = 2, 4  # bytes of an operand and of an fp32 number
 
@@ -74,8 +74,11 @@ FP32_OUTPUT = 1.055
 EPILOGUE_PS = 64.0
 """Picoseconds per logit and SM after the last matmul of a fused block, 2.1 us for 128 x 256: kernels.csv, no
 gradient at N = 1024, 1.4338 ms, less what this model gives for the rest. Ampere: assumed to be the same."""
-POWER_SLOWDOWN = 1.06
-"""A fused product of so many rows that the GPU meets its power limit."""
+MANY_ROWS, POWER_SLOWDOWN = 1024, 1.06
+"""A fused product of more rows takes longer than its share: h100-2026-11-27/kernels.csv, no gradient, 6.08 ms
+at N = 4096 against four times 1.45 at 1024; with four stages (h100-2026-11-26) 6.19 against four times 1.43.
+The order of its blocks is not why (h100-2026-11-27-tiles). The clock falls from 1.98 to 1.4 .. 1.8 GHz at the
+power limit (cooler, in profile.txt: 5.66 ms); without pause the bare product is slowed down as much."""
 LAUNCH_US = 2.0
 """From the end of a kernel to the start of the next, launched ahead: assumed."""
 LEAST_SPLIT = 2048
@@ -218,7 +221,7 @@ class Model:
         block += 1e-9 * EPILOGUE_PS * elements
         if store:
             block += HALF * elements * device.num_sms / (1e9 * device.bandwidth)
-        slow = POWER_SLOWDOWN if rows > FEW_ROWS else 1.0
+        slow = POWER_SLOWDOWN if rows > MANY_ROWS else 1.0
         moved = HALF * self.head.hidden * (rows + cols) + HALF * rows * cols * store
         return max(slow * waves * block, moved / (1e9 * device.bandwidth))
 

@@ -18,6 +18,7 @@ MODES = ("no gradient", "frozen head", "trained, tiles kept", "trained, recomput
 COLUMNS = ("no gradient", "frozen head", "trained head")
 TEXT = ("", "N, D x V", "mode", "size", "verdict", "note", "form", "shape")
 BEST = 5  # tile shapes shown per size and mode
+LEAST_ROUNDS = 3  # of a comparison that counts
 NO_TIME = "not run: no time left"  # bench_linear_cross_entropy.NO_TIME, whose module needs torch
 POLICY = "outside the tolerance policy"
 
@@ -152,8 +153,9 @@ def _verdict(row: dict[str, str]) -> str:
 
 def rivals(rows: Rows) -> Iterator[str]:
     """A table for each head and N; a provider that could not run shows why, one that was not reached is left
-    out.
+    out, and so is a table of fewer rounds than LEAST_ROUNDS: the end of a stage that ran out of time.
     """
+    rows = [row for row in rows if not row["ms_p50"] or int(row["reps"] or LEAST_ROUNDS) >= LEAST_ROUNDS]
     for index, case in enumerate(dict.fromkeys(_head_and_rows(row) for row in rows if row["ms_p50"])):
         yield from [""] if index else []
         yield from _rivals_of([row for row in rows if _head_and_rows(row) == case and row["note"] != NO_TIME])

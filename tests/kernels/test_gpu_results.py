@@ -198,6 +198,34 @@ def test_tables__leave_out_what_was_not_reached(tmp_path):
     append([{**timed, "ms_p50": "6.34", "units_p50": "1.18"}], tmp_path / "rivals.csv", RIVAL_FIELDS)
     text = "\n".join(tables(tmp_path))
     assert "| vrpo | 6.34 (1.18) |" in text and "torch.compile" not in text
+    cut = {**timed, "N": 99, "ms_p50": "27.90", "units_p50": "5.01", "reps": 1}
+    append([cut], tmp_path / "rivals.csv", RIVAL_FIELDS)
+    assert "\n".join(tables(tmp_path)) == text
+
+
+def test_tables__at_the_power_limit_compare_time_and_energy(tmp_path):
+    row = {**IDENTITY, **SHAPE, "case": "random logits", "watt": "690", "sm_mhz": "1400"}
+    unit = {**row, "provider": "bare GEMM, sustained", "units": 1, "ms_p50": "6.0", "joule": "4.5"}
+    ours = {
+        **row,
+        "provider": "vrpo, sustained",
+        "mode": "frozen head",
+        "units": 2,
+        "ms_p50": "15",
+        "joule": "10",
+    }
+    other = {
+        **row,
+        "provider": "vrpo",
+        "mode": "frozen head",
+        "gemm": "fused",
+        "ms_p50": "13",
+        "dtype": "bf16",
+    }
+    append([unit, ours, other], tmp_path / "kernels.csv", (*PROVENANCE, *gpu_kernels.FIELDS))
+    text = "\n".join(tables(tmp_path))
+    assert "| 7, 5 x 11 | frozen head | 15.00 | 10.00 | 690 | 1400 | 80 | 90 |" in text
+    assert "| 7, 5 x 11 | bare GEMM | 6.00 | 4.50 | 690 | 1400 | 100 | 100 |" in text
 
 
 def test_tables__of_tiles_show_the_fastest_right_shapes(tmp_path):
