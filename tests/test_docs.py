@@ -11,11 +11,11 @@ from benchmarks import gpu_table
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "benchmarks/results/gpu"
-SECOND = RESULTS / "h100-2026-11-26"
+KERNELS, ALL_RIVALS, SWEEP = (RESULTS / f"h100-2026-11-27{part}" for part in ("", "-first", "-tiles"))
 
 
-def rows_of(name):
-    with (SECOND / name).open(newline="", encoding="utf-8") as stream:
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -40,16 +40,21 @@ def test_links__lead_to_files(page):
 
 
 def test_gpu_results__are_what_gpu_table_makes(capsys):
-    assert gpu_table.main([str(SECOND), str(RESULTS / "h100-2026-11-26-first")]) == 0
+    assert gpu_table.main([str(KERNELS), str(ALL_RIVALS), str(SWEEP)]) == 0
     page = (ROOT / "docs/gpu-results.md").read_text(encoding="utf-8")
     assert page.rstrip().endswith(capsys.readouterr().out.strip())
 
 
 def test_readme__rivals_have_the_measured_figures():
     names = {"vrpo": "vrpo", "TRL, chunk 32768": "TRL chunked, chunk 32768", "eager": "torch eager"}
-    names |= {name: name for name in ("vrpo, tiles recomputed", "Liger", "CCE, exact")}
-    rows = {(row["provider"], row["column"]): row for row in rows_of("rivals.csv") if row["N"] == "4096"}
-    found = [cells for cells in cells_of(PAGES[0]) if len(cells) == 5 and cells[0] in names]
+    names |= {name: name for name in ("vrpo, tiles recomputed", "Liger", "CCE, exact", "torch.compile")}
+    plain = [
+        row for row in rows_of(ALL_RIVALS / "rivals.csv") if (row["N"], row["head"]) == ("4096", "plain")
+    ]
+    rows = {(row["provider"], row["column"]): row for row in plain}
+    found = [
+        cells for cells in cells_of(PAGES[0]) if len(cells) == 5 and cells[0] in names and "(" in cells[1]
+    ]
     assert len(found) == len(names)
     for name, *columns, error in found:
         for column, cell in zip(("no gradient", "frozen head", "trained head"), columns, strict=True):
@@ -63,7 +68,7 @@ def test_readme__rivals_have_the_measured_figures():
 
 def test_readme__step_has_the_measured_figures():
     names = {"LoRA r = 16": "LoRA", "all weights, no optimizer state": "full"}
-    rows = {(row["case"], row["K"]): row for row in rows_of("step.csv")}
+    rows = {(row["case"], row["K"]): row for row in rows_of(ALL_RIVALS / "step.csv")}
     found = [cells for cells in cells_of(PAGES[0]) if len(cells) == 6 and cells[0] in names]
     assert len(found) == 4
     for name, samples, *figures in found:
@@ -72,10 +77,23 @@ def test_readme__step_has_the_measured_figures():
             assert_rounded(figure, row[key])
 
 
+def test_gpu_page__head_at_the_power_limit_has_the_measured_figures():
+    names = {"bare product": "", "no gradient": "no gradient", "frozen head": "frozen head"}
+    names |= {"trained, tiles kept": "trained, tiles kept"}
+    rows = {row["mode"]: row for row in rows_of(KERNELS / "kernels.csv") if row["joule"]}
+    found = [cells for cells in cells_of(ROOT / "docs/gpu.md") if len(cells) == 5 and cells[0] in names]
+    assert len(found) == len(names)
+    for name, *figures, share in found:
+        row = rows[names[name]]
+        for key, figure in zip(("ms_p50", "joule", "sm_mhz"), figures, strict=True):
+            assert_rounded(figure, row[key])
+        assert_rounded(share, 100 * float(row["units"]) * float(rows[""]["ms_p50"]) / float(row["ms_p50"]))
+
+
 def test_gpu_page__head_has_the_measured_figures():
     rows = {
         (row["N"], row["mode"]): row
-        for row in rows_of("kernels.csv")
+        for row in rows_of(KERNELS / "kernels.csv")
         if (row["provider"], row["gemm"], row["D"], row["case"]) == ("vrpo", "fused", "4096", "random logits")
     }
     found = [cells for cells in cells_of(ROOT / "docs/gpu.md") if len(cells) == 7 and cells[0].isdigit()]
