@@ -80,6 +80,12 @@ def test_tiles__fp32_sweeps_with_the_shape_of_its_forward_pass():
     assert replace(HOPPER, gemm="fused") == tiles_for((9, 0), 2, "fused")
 
 
+def test_tiles__few_rows_have_a_deeper_pipeline_on_hopper_only():
+    assert [HOPPER.stages(rows) for rows in (1, 512, 513, 4096)] == [4, 4, 3, 3]
+    for other in (tiles_for((8, 0), 2), tiles_for((9, 0), 4)):
+        assert other.stages(1) == other.stages(4096)
+
+
 def test_tiles_for__the_default_form_is_the_measured_one():
     assert tiles_for((9, 0), 2).gemm == "fused"
     assert tiles_for((8, 0), 2).gemm == "cublas"  # nothing is measured there

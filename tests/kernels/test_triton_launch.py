@@ -93,6 +93,16 @@ def test_forward__launches_the_same_binaries_for_nll_in_every_mode(gemm, D, whol
     assert all(other == selected[0] for other in selected[1:])
 
 
+def test_fused__few_rows_take_a_binary_of_their_own(launches):
+    binaries = {}
+    for num_rows in (256, 512, 640, 1024):
+        launches.clear()
+        wanted = {"want_dhidden": False, "keep_tiles": False}
+        kernel.forward(*_inputs(num_rows, 8500, 136), gemm="fused", **wanted)
+        binaries[num_rows] = {binary for name, binary in launches if name == "_logits_fold_descriptor_kernel"}
+    assert binaries[256] == binaries[512] != binaries[640] == binaries[1024]
+
+
 @pytest.mark.parametrize("gemm", ["cublas", "fused"])
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
 def test_gradients__every_launch_binds_and_compiles(gemm, softcap, launches):
