@@ -3,8 +3,9 @@
     python3 -m benchmarks step [--output FILE.csv] [--seconds 105] [--revision REV] [--tiny]
 
 One step is `vrpo.step.preference_step` and its backward pass, on one pair with a prompt of 512 and responses
-of 512 tokens: draw, pack, reference, policy, ELBO, score, loss, gradients. Weights are random bfloat16, 8.0e9
-of them. In this order, each row written as soon as it is measured, and skipped if the time left is too short:
+of 512 tokens, drawn and packed beforehand: reference, policy, ELBO, score, loss, gradients. Weights are
+random bfloat16, 8.0e9 of them. In this order, each row written as soon as it is measured, and skipped if the
+time left is too short:
 
 1. the GEMM rate of this run: 8192^3, which percentages refer to, and the step's own shapes; draw and pack
    on the CPU at K = 8, which the times below leave out

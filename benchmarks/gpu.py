@@ -1,13 +1,14 @@
 """Everything a first session with a GPU has to find out, in one command and in about nine minutes.
 
-    make gpu     or     python3 -m benchmarks.gpu [--output DIR] [--seconds 520] [--stages tests,kernels,...]
+    make gpu     or     python3 -m benchmarks.gpu [--output DIR] [--seconds 550] [--stages tests,kernels,...]
 
-Needs a CUDA machine whose python3 (`make gpu PYTHON=...`) has torch >= 2.11, triton >= 3.6, numpy and
-pytest, for `step` transformers and peft. No network, no virtual environment, nothing to install or build:
-the kernels are compiled as they are first used. Each stage is a process of its own, because a fault takes
-the CUDA context of the process with it; one that fails, hangs or exceeds its time is ended and reported,
-and the next goes on. A stage's time is its share of what is left, so whatever one does not use goes to
-those after it.
+Needs a CUDA machine whose python3 (`make gpu PYTHON=...`) has torch >= 2.11, triton >= 3.6, numpy and pytest;
+for `step` transformers, peft and 48 GiB of device memory; for all tests within their time pytest-xdist,
+pytest-timeout and 16 cores; for the energy of a call nvidia-ml-py. No network, no virtual environment,
+nothing to install or build: the kernels are compiled as they are first used. Each stage is a process of its
+own, because a fault takes the CUDA context of the process with it; one that fails, hangs or exceeds its time
+is ended and reported, and the next goes on. A stage's time is its share of what is left, so whatever one does
+not use goes to those after it.
 
     tests      everything marked gpu
     warm       meanwhile: compiles what the timed stages will launch       (Triton's cache)
@@ -29,6 +30,7 @@ without meaning, but every line runs.
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -221,7 +223,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         default=default,
         help="folder of all files (the environment's OUT, else results/gpu)",
     )
-    parser.add_argument("--seconds", type=float, default=520, help="time for all of it (520)")
+    parser.add_argument("--seconds", type=float, default=550, help="time for all of it (550)")
     parser.add_argument("--stages", type=lambda text: text.split(","), default=list(DEFAULT))
     parser.add_argument("--revision", default="", help="git revision, where there is no repository")
     parser.add_argument(
@@ -263,6 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
         watcher.start()
         stages = plan(options)
         for index, stage in enumerate(stages):
+            if stage.name == "step" and importlib.util.find_spec("transformers") is None:
+                session.skip("step", "the package transformers is not installed")
+                continue
             session.run(stage, stages[index:])
             if stage.name == "step":
                 merge_profiles(options.output)

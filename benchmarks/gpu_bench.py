@@ -37,6 +37,35 @@ SUSTAINED = ("joule", "watt", "sm_mhz")
 RUN_AHEAD_FILLS = 9  # writes of 512 MiB, 0.18 ms each on an H100
 
 
+class _Meter:
+    """Energy of the current GPU since this was made, and its clock, from NVML."""
+
+    def __init__(self) -> None:
+        self.clock, self.missing, self._nvml = 0, "", None
+        if importlib.util.find_spec("pynvml") is None:
+            self.missing = "no energy without the package nvidia-ml-py"
+            return
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties().uuid}"
+            self._device = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._start = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
+            self._nvml = pynvml
+        except pynvml.NVMLError as error:
+            self.missing = f"no energy: {error}"
+
+    def read_clock(self) -> None:
+        if self._nvml is not None:
+            self.clock = self._nvml.nvmlDeviceGetClockInfo(self._device, self._nvml.NVML_CLOCK_SM)
+
+    def joule(self) -> float | None:
+        if self._nvml is None:
+            return None
+        return 1e-3 * (self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device) - self._start)
+
+
 @dataclass(frozen=True)
 class Task:
     """One entry of a work list.
@@ -201,30 +230,27 @@ class Bench:
         return {**found, **dict(zip(BESIDE, (units, f"{unit_ms:.4f}", *shown), strict=True))}
 
     def sustained(self, run: Callable[[], object], seconds: float = 1.0) -> dict[str, object]:
-        """Mean milliseconds and energy of `run`, repeated until the GPU has settled at its power limit.
+        """Mean milliseconds and energy of `run`, repeated for so long after half as long to warm up.
 
-        Where that limit decides, two computations take times in proportion to their energies. Needs NVML
-        (the package nvidia-ml-py).
+        The driver's energy counter moves every 20 to 100 ms: good to some percent. Where there is none (a
+        slice of a GPU, no package nvidia-ml-py), the time alone.
         """
-        if importlib.util.find_spec("pynvml") is None:
-            return {"note": "needs the package nvidia-ml-py"}
-        import pynvml
-
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
         self._repeat(run, 0.5 * seconds)
-        joule = -1e-3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(device)
+        meter = _Meter()
         start = time.perf_counter()
-        count = self._repeat(run, seconds)
-        clock = pynvml.nvmlDeviceGetClockInfo(device, pynvml.NVML_CLOCK_SM)
+        count = self._repeat(run, seconds, meter.read_clock)
         elapsed = time.perf_counter() - start
-        joule += 1e-3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(device)
-        values = (f"{joule / count:.3f}", f"{joule / elapsed:.0f}", clock)
         found = {"ms_p50": f"{1e3 * elapsed / count:.4f}", "reps": count}
+        joule = meter.joule()
+        if joule is None:
+            return {**found, "note": meter.missing}
+        values = (f"{joule / count:.3f}", f"{joule / elapsed:.0f}", meter.clock)
         return {**found, **dict(zip(SUSTAINED, values, strict=True))}
 
-    def _repeat(self, run: Callable[[], object], seconds: float) -> int:
-        """Calls `run` for so long, the device never idle; returns how often."""
+    def _repeat(
+        self, run: Callable[[], object], seconds: float, at_end: Callable[[], None] = lambda: None
+    ) -> int:
+        """Calls `run` for so long, the device never idle; returns how often. at_end: while it still runs."""
         count, deadline, waiting = 0, time.perf_counter() + seconds, None
         while time.perf_counter() < deadline:
             for _ in range(8):
@@ -234,6 +260,7 @@ class Bench:
             waiting.record()
             if behind is not None:
                 behind.synchronize()
+        at_end()
         torch.cuda.synchronize()
         return count
 

@@ -6,8 +6,8 @@ For LLaDA's head (D = 4096, V = 126464) at N = 4096 first, then other N, peaked 
 mode and GEMM form with time beside the bare GEMM of the same moment, memory, errors of nll and gradients
 against fp64, and whether two runs give the same bits. Time is written also where the verdict is RED, because
 a first session has to learn both. Rows "host included" start on an idle device: a loop whose host does not
-run ahead pays that. Rows "sustained" repeat a call until the GPU has settled at its power limit, and have its
-energy. Rows go to kernels.csv, where the time goes inside one call at N = 4096 to profile.txt.
+run ahead pays that. Rows "sustained" repeat a call without pause for a second, and have its energy. Rows go
+to kernels.csv, where the time goes inside one call at N = 4096 to profile.txt.
 """
 
 import functools

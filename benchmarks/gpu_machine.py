@@ -9,7 +9,17 @@ import threading
 
 from benchmarks.gpu_process import Log
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "accelerate", "peft", "pytest", "pytest-xdist")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "accelerate",
+    "peft",
+    "pytest",
+    "pytest-xdist",
+    "nvidia-ml-py",
+)
 RIVALS = ("liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "flash-attn")
 
 

@@ -11,7 +11,7 @@ head, and costed by one of two rules:
 plus LAUNCH_US each. cuBLAS may choose among block shapes and split K; the fused Triton product has the block
 of its tiles, runs its main loop at cuBLAS's rate, and does not overlap its epilogue with the next block. The
 bare product that percentages refer to is costed by the same rule. What was measured and what is assumed
-stands in the constants below, nowhere else. Left out: clocks that move with power (an H100 gives 740 to 825
+stands in the constants below, nowhere else. Left out: clocks that move with power (an H100 gives 587 to 805
 TFLOP/s within one session, depending on the values multiplied), short K, hosts that do not launch ahead.
 """
 
@@ -70,15 +70,15 @@ DEVICES = {
 }  # fmt: skip
 
 FP32_OUTPUT = 1.055
-"""A cuBLAS product into fp32 against one into 16 bits: kernels.csv, N = 1024, 1.4137 against 1.3408 ms."""
+"""A cuBLAS product into fp32 against one into 16 bits, N = 1024: 1.4137 against 1.3408 ms
+(h100-2026-11-26/kernels.csv)."""
 EPILOGUE_PS = 64.0
-"""Picoseconds per logit and SM after the last matmul of a fused block, 2.1 us for 128 x 256: kernels.csv, no
-gradient at N = 1024, 1.4338 ms, less what this model gives for the rest. Ampere: assumed to be the same."""
+"""Picoseconds per logit and SM after the last matmul of a fused block, 2.1 us for 128 x 256: no gradient at
+N = 1024, 1.4338 ms (same file), less what this model gives for the rest. Ampere: assumed to be the same."""
 MANY_ROWS, POWER_SLOWDOWN = 1024, 1.06
-"""A fused product of more rows takes longer than its share: h100-2026-11-27/kernels.csv, no gradient, 6.08 ms
-at N = 4096 against four times 1.45 at 1024; with four stages (h100-2026-11-26) 6.19 against four times 1.43.
-The order of its blocks is not why (h100-2026-11-27-tiles). The clock falls from 1.98 to 1.4 .. 1.8 GHz at the
-power limit (cooler, in profile.txt: 5.66 ms); without pause the bare product is slowed down as much."""
+"""A fused product of more rows takes longer than its share: no gradient at N = 4096 against four times
+N = 1024, 6.19 against 5.74 ms (same file), 6.08 against 5.79 (h100-2026-11-27). The order of its blocks is
+not why (-27-tiles); the clock falls at the power limit, to 1.31 to 1.43 of 1.98 GHz without pause."""
 LAUNCH_US = 2.0
 """From the end of a kernel to the start of the next, launched ahead: assumed."""
 LEAST_SPLIT = 2048

@@ -5,8 +5,9 @@
 Parts. fused: forward with the fused GEMM, tiles kept, both gradients. fold: the same with cuBLAS. sweep and
 fused-sweep: both gradients from known statistics in either form. masks: mask_select, pack_masked,
 token_weight_sums. Without names, all of them. Logits rise and fall over five tiles of 2048 classes, so that
-everything written under a lower maximum is corrected. Exit status 1 if a value is wrong. Without a GPU:
-TRITON_INTERPRET=1, fp16, smaller.
+everything written under a lower maximum is corrected. More steps along D than stages, so that buffers are
+used again; the fused GEMM with the depth of few rows, in fused-sweep with that of many. Exit status 1 if a
+value is wrong. Without a GPU: TRITON_INTERPRET=1, fp16, smaller.
 """
 
 import argparse
@@ -26,16 +27,17 @@ from vrpo_kernels.pack_masked import reference as pack_masked_reference
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # Triton's interpreter multiplies bf16 wrongly
-ROWS, CLASSES, HIDDEN, TILE = (200, 9000, 128, 2048) if ON_GPU else (20, 300, 32, 64)
+ROWS, CLASSES, HIDDEN, TILE = (200, 9000, 384, 2048) if ON_GPU else (20, 300, 32, 64)
 
 
-def _tiles(gemm: str) -> Tiles:
+def _tiles(gemm: str, *, many_rows: bool) -> Tiles:
     """Several tiles and row chunks even at this size; on a GPU the blocks of the real ones."""
     shapes = {"cols": TILE, "max_cols": TILE, "sweep_cols": TILE, "rows": 128, "sweep_rows": 128}
     if not ON_GPU:
         shapes |= {"fold_cols": 32, "block_rows": 32, "block_cols": 32, "block_hidden": 16}
     capability = torch.cuda.get_device_capability() if ON_GPU else (9, 0)
-    return replace(tiles_for(capability, 2, gemm), **shapes)
+    tiles = replace(tiles_for(capability, 2, gemm), **shapes)
+    return replace(tiles, num_stages_few_rows=tiles.num_stages) if many_rows else tiles
 
 
 def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,7 +55,7 @@ def _head(gemm: str, *, sweep: bool) -> dict[str, float]:
     """Errors over what the policy allows of nll and both gradients, formed by the backend's functions."""
     inputs = _inputs()
     hidden, weight, targets, upstream = (tensor.to(DEVICE) for tensor in inputs)
-    tiles = _tiles(gemm)
+    tiles = _tiles(gemm, many_rows=sweep)
     keep = not sweep
     nll, statistics, expected, kept, shift, _ = kernel.forward(
         hidden, weight, targets, gemm=gemm, want_dhidden=keep, keep_tiles=keep, tiles=tiles

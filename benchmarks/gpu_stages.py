@@ -166,11 +166,11 @@ def plan(options: argparse.Namespace) -> list[Stage]:
         rivals = [word for name, value in TINY_CASE.items() for word in (f"--{name}", value)]
     stages = [
         Stage("checks", 135, parts),
-        _timed("kernels", 80, options),
+        _timed("kernels", 75, options),
         _timed("tiles", 45, options),
         _timed("memory", 25, options),
-        _command("step", 110, options, "step.csv", *(["--tiny"] if options.tiny else [])),
-        _command("kernels", 110, options, "rivals.csv", *rivals),
+        _command("step", 125, options, "step.csv", *(["--tiny"] if options.tiny else [])),
+        _command("kernels", 135, options, "rivals.csv", *rivals),
         Stage("compile", 0, [_pytest("compile", COMPILE_TESTS, options, 8)]),
     ]
     return [stage for stage in stages if stage.parts and stage.name in (*wanted, "checks")]

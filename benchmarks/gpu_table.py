@@ -17,6 +17,7 @@ Rows = list[dict[str, str]]
 MODES = ("no gradient", "frozen head", "trained, tiles kept", "trained, recomputed", "replay, both passes")
 COLUMNS = ("no gradient", "frozen head", "trained head")
 TEXT = ("", "N, D x V", "mode", "size", "verdict", "note", "form", "shape")
+SHAPE = ("first_cols", "group_rows", "num_warps", "num_stages")
 BEST = 5  # tile shapes shown per size and mode
 LEAST_ROUNDS = 3  # of a comparison that counts
 NO_TIME = "not run: no time left"  # bench_linear_cross_entropy.NO_TIME, whose module needs torch
@@ -126,7 +127,7 @@ def _host(rows: Rows) -> Iterator[str]:
 
 
 def _sustained(rows: Rows) -> Iterator[str]:
-    """Time and energy at the power limit, beside those of the bare GEMM."""
+    """Time and energy at the power limit, and what the bare GEMM alone would take of them."""
     found = [row for row in rows if row["provider"].endswith(", sustained") and row["ms_p50"]]
     unit = {_problem(row): row for row in found if not row["mode"]}
     lines = []
@@ -139,7 +140,7 @@ def _sustained(rows: Rows) -> Iterator[str]:
         line += [number(row["joule"], 2), row["watt"], row["sm_mhz"], *(f"{share:.0f}" for share in shares)]
         lines.append(line)
     if lines:
-        head = ["N, D x V", "mode", "ms", "J", "W", "MHz", "% of bare GEMM's time", "% of its energy"]
+        head = ["N, D x V", "mode", "ms", "J", "W", "MHz", "% of bare GEMM", "% of it, by energy"]
         yield from ("", caption("Repeated without pause, at the power limit", found), "", *grid(head, lines))
 
 
@@ -214,7 +215,7 @@ def _shape(row: dict[str, str]) -> str:
     shape = [f"{row['rows']} x {row['cols']}"]
     if row.get("block_rows"):
         shape.append(f"blocks {row['block_rows']} x {row['block_cols']} x {row['block_hidden']}")
-    shape += [f"`{name}` {row[name]}" for name in ("first_cols", "num_warps", "num_stages") if row.get(name)]
+    shape += [f"`{name}` {row[name]}" for name in SHAPE if row.get(name)]
     # Of earlier revisions: one unless it says otherwise.
     more = ("programs_per_sm", "streams")
     return ", ".join(

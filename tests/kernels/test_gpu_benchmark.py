@@ -367,16 +367,21 @@ def test_sustained__divides_energy_and_time_by_the_calls(tmp_path, monkeypatch):
         nvmlDeviceGetTotalEnergyConsumption=lambda device: next(millijoule),
         nvmlDeviceGetClockInfo=lambda device, kind: 1500,
         NVML_CLOCK_SM=1,
+        NVMLError=ZeroDivisionError,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="1-2"))
     bench = tiny_bench(tmp_path)
-    monkeypatch.setattr(bench, "_repeat", lambda run, seconds: 40)
+    monkeypatch.setattr(bench, "_repeat", lambda run, seconds, at_end=lambda: None: at_end() or 40)
     found = bench.sustained(lambda: None)
     assert (found["joule"], found["sm_mhz"], found["reps"]) == ("15.000", 1500, 40)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "nvidia-ml-py" in bench.sustained(lambda: None)["note"]
+    assert int(found["watt"]) > 0
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: 1 / 0  # a slice of a GPU
+    for note in ("division by zero", "nvidia-ml-py"):
+        found = bench.sustained(lambda: None)
+        assert note in found["note"] and "joule" not in found and found["reps"] == 40
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 @needs_triton

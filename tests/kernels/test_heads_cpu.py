@@ -192,6 +192,24 @@ def test_linear_cross_entropy__any_head_property(
     assert max(ratios.values()) <= bound, ratios
 
 
+def test_unluckiest_ratios__hold_the_formula_in_any_order_where_one_order_does_not():
+    def formula(hidden, weight, targets, **form):
+        return linear_cross_entropy(hidden, weight, targets, backend="reference", **form)
+
+    (hidden, weight, *others), form = make_inputs(
+        17, 513, 48, torch.float32, head=(False, 1e5, 1.0), spread=4.0
+    )
+    worst = {ratios_of: 0.0, unluckiest_ratios: 0.0}
+    for seed in range(16):
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(1000 + seed))
+        nll, dhidden, dweight, dbias = gradients(formula, hidden[:, order], weight[:, order], *others, **form)
+        results = (nll, dhidden[:, order.argsort()], dweight[:, order.argsort()], dbias)
+        for policy in worst:
+            ratios = policy(results, (hidden, weight, *others), form)
+            worst[policy] = max(worst[policy], *ratios.values())
+    assert worst[ratios_of] > 1 >= worst[unluckiest_ratios], worst
+
+
 @pytest.mark.parametrize("gemm", cpu.gemms(torch.float32))
 def test_linear_cross_entropy__gradients_of_few_rows_are_as_exact_as_the_formula_in_another_order(gemm):
     """The policy's baseline itself, its features added up in another order, is outside of the policy in a

@@ -13,6 +13,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")  # before what imports it
+
 from packs import pack, random_segments
 from plain_llada import PlainLLaDA
 

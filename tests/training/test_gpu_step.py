@@ -17,6 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")  # before what imports it
+
 from batches import make_pairs, to_batch
 from naive import naive_loss
 from plain_llada import PlainLLaDA

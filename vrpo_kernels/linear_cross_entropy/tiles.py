@@ -1,8 +1,8 @@
 """Tile shapes of the Triton backend, and where they come from. No tensors, no Triton.
 
-Measured on an H100 (D = 4096, V = 126464, bf16), in benchmarks/results/gpu: h100-2026-11-26-first/tiles.csv
-(revision 5e9a601), h100-2026-11-27-tiles/tiles.csv (2cbeb7f), h100-2026-11-27 (2d0ff9f). The rows of Ampere
-are computed: no A100 has spoken yet. `make gpu` repeats the sweep.
+Measured on an H100 (D = 4096, V = 126464, bf16), benchmarks/results/gpu/h100-2026-11-26-first (revision
+5e9a601), -27-tiles (2cbeb7f) and -27 (2d0ff9f). The rows of Ampere are computed: no A100 has spoken yet.
+`make gpu` repeats the sweep.
 """
 
 import functools
@@ -150,23 +150,23 @@ def chunk_rows(total: int, most: int, num_cols: int, num_sms: int) -> int:
     return _GEMM_ROWS * min(sizes, key=lambda size: (waves(size), -size))
 
 
-# "fused" against "cublas" (h100-2026-11-27/kernels.csv, ms at N = 4096): no gradient 6.08 against 7.09 and
-# 4 MiB against 512, frozen head 12.1 against 13.1 and 332 MiB against 832, trained 18.6 against 19.4;
-# recomputed and replay 26.0 and 25.0 against 27.1 and 26.3.
-# Stages (h100-2026-11-27-tiles and -27, tiles.csv, % of the bare product with 3 against 4; no gradient,
-# frozen head): N = 16384 89.5 against 83.5, 90.4 against 89.6; 4096 88.6 against 87.0, 89.3 against 88.7;
-# 2048 92.0 against 87.6, 91.3 against 89.8; 1024 94.9 against 93.5, 95.6 against 95.3; but 512 94.2 against
-# 93.7, 93.3 against 95.2.
-# Two stages of block_hidden 128: 75 to 79.
-# Row blocks walked in groups of 8 or 16 instead of all 32 (-tiles): no difference in any mode.
-# 4096 x 32768 (-tiles, frozen head, 3 stages, ms at N = 4096): 11.9; x 16384 12.2 with 198 MiB instead of
-# 332, x 8192 12.7 with 131. cuBLAS form (-26-first): 13.3; chunks of 1024 or 2048 rows 13.9 to 15.0;
-# fold_cols 4096: 13.3, 1024 to 16384 13.5 to 13.8.
-# Output block 128 x 256 x 64, 8 warps (-tiles, N = 4096): 11.9; 256 x 128 12.4; (-26-first) 13.3; 128 x 128
-# 14.8 to 16.3; 64 x 256 14.7 to 14.9; block_hidden 32 14.2.
-# Sweep of 8192 x 8192, that is 4096 x 16384 at N = 4096 (-tiles, fused): 17.5 ms and 1248 MiB; x 8192 17.6
-# and 1182, x 32768 17.3 to 17.9 and 1380; chunks of 2048 rows (-26-first, cuBLAS form) 22.3 to 25.4 against
-# 19.6: dW wants all rows in one product.
+# "fused" against "cublas" (-27/kernels.csv, ms at N = 4096): no gradient 6.08 against 7.09 and 4 MiB
+# against 512, frozen head 12.1 against 13.1 and 332 MiB against 832, trained 18.6 against 19.4; recomputed
+# and replay 26.0 and 25.0 against 27.1 and 26.3.
+# Stages (-27-tiles and -27, tiles.csv, % of the bare product with 3 against 4; no gradient, frozen head): N
+# = 16384 89.5 against 83.5, 90.4 against 89.6; 4096 88.6 against 87.0, 89.3 against 88.7; 2048 92.0 against
+# 87.6, 91.3 against 89.8; 1024 94.9 against 93.5, 95.6 against 95.3; but 512 94.2 against 93.7, 93.3
+# against 95.2. 4100 82.6 against 80.5, 84.0 against 82.8, and in -27 82.2 against 81.0, 83.2 against 85.9.
+# Two stages of block_hidden 128: 74 to 82.
+# Row blocks walked in groups of 8 or 16 instead of all 32 (-27-tiles): no difference in any mode.
+# 4096 x 32768 (-27-tiles, frozen head, 3 stages, ms at N = 4096): 11.9; x 16384 12.2 with 198 MiB instead
+# of 332, x 8192 12.7 with 131; cuBLAS form 12.5. That form the day before (-26-first): 13.3; chunks of 1024
+# or 2048 rows 13.4 to 15.0; fold_cols 4096: 13.3, 1024 to 16384 13.5 to 13.8.
+# Output block 128 x 256 x 64, 8 warps (-27-tiles, N = 4096): 11.9; 256 x 128 12.4. (-26-first) 13.3; 128 x
+# 128 14.8 to 16.3; 64 x 256 14.7 to 14.9; block_hidden 32 14.2.
+# Sweep of 8192 x 8192, that is 4096 x 16384 at N = 4096 (-27-tiles, fused, all row blocks): 17.5 ms and
+# 1248 MiB; x 8192 17.6 and 1182, x 32768 17.9 and 1380. Chunks of 2048 rows (-26-first, cuBLAS form) 22.3
+# to 25.4 against 19.6: dW wants all rows in one product.
 _HOPPER = Tiles("fused", 4096, 32768, 8192, 8192, 8192, 131072, 4096, 128, 256, 64, 4, 8, 3, 4, True)
 
 # Ampere (A100: 108 SMs, 40 MB L2): the same logit tile; CTA tile 128 x 128 because 128 x 256 in fp32
