@@ -233,6 +233,16 @@ def test_plan__names_files_that_exist_and_the_revision_reaches_every_stage(tmp_p
     assert [stage.name for stage in limited] == ["memory"]
 
 
+def test_gpu__without_transformers_the_step_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "describe_machine", lambda log: [])
+    monkeypatch.setattr(gpu, "watch_clocks", lambda log, stop: None)
+    monkeypatch.setattr(gpu.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    options = ["--tiny", "--stages", "step", "--revision", "abc123", "--output", str(tmp_path)]
+    assert gpu.main(options) == 0
+    assert "skipped: the package transformers is not installed" in (tmp_path / "summary.txt").read_text()
+
+
 def test_bench__a_task_that_raises_is_a_row_and_the_next_one_runs(tmp_path, capfd):
     bench = tiny_bench(tmp_path)
 
