@@ -317,6 +317,13 @@ def test_train__what_the_config_accepts_trains_a_step_or_is_refused(
         assert trainer.state.global_step == 1
 
 
+def test_train__a_beta_may_be_an_integer(tmp_path, tiny_model, tokenizer, pair_rows):
+    betas = {"adam_beta1": 0, "adam_beta2": 0}
+    trainer = trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, max_steps=1, **betas)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_train__a_mask_token_of_the_arguments_is_saved(tmp_path, tiny_model, tokenizer, pair_rows, adapter):
     extra = {"peft_config": LORA} if adapter else {}

@@ -99,6 +99,8 @@ class DiffusionConfig(TrainingArguments):
                 and torch.cuda.is_bf16_supported()
             )
         check_numbers(self)
+        # torch's AdamW takes no integer for them, and 0 in a YAML file is one.
+        self.adam_beta1, self.adam_beta2 = float(self.adam_beta1), float(self.adam_beta2)
         if self.deepspeed and not is_deepspeed_available():
             raise ValueError("deepspeed needs the package deepspeed: pip install deepspeed, or use fsdp")
         # transformers opens what is neither, and open(2) is stderr, which it then closes.
