@@ -135,9 +135,11 @@ def _sustained(rows: Rows) -> Iterator[str]:
         one, units = unit.get(_problem(row)), float(row["units"])
         if one is None:
             continue
-        shares = (100 * units * float(one[name]) / float(row[name]) for name in ("ms_p50", "joule"))
         line = [_title(_problem(row)), row["mode"] or "bare GEMM", number(row["ms_p50"], 2)]
-        line += [number(row["joule"], 2), row["watt"], row["sm_mhz"], *(f"{share:.0f}" for share in shares)]
+        line += [number(row["joule"], 2), row["watt"] or "-", row["sm_mhz"] or "-"]
+        for name in ("ms_p50", "joule"):  # without NVML there is no energy
+            known = one[name] and row[name]
+            line.append(f"{100 * units * float(one[name]) / float(row[name]):.0f}" if known else "-")
         lines.append(line)
     if lines:
         head = ["N, D x V", "mode", "ms", "J", "W", "MHz", "% of bare GEMM", "% of it, by energy"]

@@ -226,6 +226,9 @@ def test_tables__at_the_power_limit_compare_time_and_energy(tmp_path):
     text = "\n".join(tables(tmp_path))
     assert "| 7, 5 x 11 | frozen head | 15.00 | 10.00 | 690 | 1400 | 80 | 90 |" in text
     assert "| 7, 5 x 11 | bare GEMM | 6.00 | 4.50 | 690 | 1400 | 100 | 100 |" in text
+    rows = [row | {"joule": "", "watt": "", "sm_mhz": "", "git": "def5678"} for row in (unit, ours, other)]
+    append(rows, tmp_path / "kernels.csv", (*PROVENANCE, *gpu_kernels.FIELDS))
+    assert "| 7, 5 x 11 | frozen head | 15.00 | - | - | - | 80 | - |" in "\n".join(tables(tmp_path))
 
 
 def test_tables__of_tiles_show_the_fastest_right_shapes(tmp_path):
