@@ -129,10 +129,22 @@ class PackedTrainer(AdapterTrainer):
         self._seconds += time.perf_counter() - started
         return total
 
-    def _gradient_sync(self, model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
-        if is_last or self.is_deepspeed_enabled:
-            return contextlib.nullcontext()
-        return self.accelerator.no_sync(model)
+    @contextlib.contextmanager
+    def _gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+        """Around a forward and its backward: gradients are reduced over the processes after the last only."""
+        if is_last:
+            yield
+        elif self.is_deepspeed_enabled:
+            # accelerate steps DeepSpeed's engine in every backward that is to synchronise.
+            synchronises = self.accelerator.sync_gradients
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                self.accelerator.gradient_state._set_sync_gradients(synchronises)
+        else:
+            with self.accelerator.no_sync(model):
+                yield
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
