@@ -110,12 +110,16 @@ class Trainer(DiffusionSFTTrainer):
             self.eos_fill = self.law(**vars(self.eos_fill))
         return super()._responses(inputs, model)
 
-    def _micro_batch_loss(self, model, batch, epoch):
-        loss_R, metrics, num_tokens = super()._micro_batch_loss(model, batch, epoch)
-        self.tokens += num_tokens
-        if self.normalised_by == "answer" and batch.fill_R is not None:
-            loss_R = loss_R * batch.response_length_R / (batch.response_length_R - batch.fill_R)
-        return loss_R, metrics, num_tokens
+    def _objective(self, batch, replicate_K):
+        objective = super()._objective(batch, replicate_K)
+        if self.normalised_by != "answer" or batch.fill_R is None:
+            return objective
+        share_R = batch.response_length_R / (batch.response_length_R - batch.fill_R)
+        return lambda *elbos: objective(*elbos) * share_R
+
+    def _metrics(self, batch, result):
+        self.tokens += result.num_tokens
+        return super()._metrics(batch, result)
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:

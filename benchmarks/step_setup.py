@@ -1,7 +1,7 @@
 """What `python -m benchmarks step` runs: a model of LLaDA-8B's shape, pairs, and ways to score them.
 
 The weights are random and made where they are used. Models are scored as the trainer scores them, with
-`as_nll` and under autocast; the other heads and the padded layout stand for how public code does it.
+`ModelNLL` and under autocast; the other heads and the padded layout stand for how public code does it.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.models import LLaDAConfig, LLaDAForMaskedDiffusion
 from vrpo.models.adapters import add_adapter
-from vrpo.training.packed_trainer import as_nll
+from vrpo.training.packed_trainer import ModelNLL
 from vrpo.training.precision import leave_adapter_inputs_to_autocast
 
 LORA_RANK = 16
@@ -161,7 +161,7 @@ class Scorer:
             if self.alone:
                 return torch.cat(list(self._one_by_one(pack)))
             if self.head == "fused" and not self.padded:
-                return as_nll(self.model)(pack)
+                return ModelNLL(self.model)(pack)
             inputs = dict(self._padded(pack) if self.padded else pack.model_inputs())
             if self.head == "fused":
                 return self.model(**inputs).nll

@@ -90,6 +90,8 @@ class PackedBatch:
     max_seqlen: the longest segment, on the host.
     row_N: int64 ascending index into T of the masked tokens; target_N: int64, what stood there.
     weight_N, offsets_S1, num_samples, replicate_K: as in MaskDraw.
+
+    A pack may hold a run of the segments only (`segments`); its S is then no multiple of num_samples.
     """
 
     tokens_T: Tensor
@@ -102,6 +104,32 @@ class PackedBatch:
     offsets_S1: Tensor
     num_samples: int
     replicate_K: tuple[int, ...]
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.offsets_S1) - 1
+
+    def segments(self, start: int, stop: int) -> "PackedBatch":
+        """The segments start .. stop - 1 as a pack of their own: the same tokens, masks and weights.
+
+        On the CPU only, where reading the boundaries is free.
+        """
+        if (start, stop) == (0, self.num_segments):
+            return self
+        first_token, end_token = self.cu_seqlens_S1[start].item(), self.cu_seqlens_S1[stop].item()
+        first_row, end_row = self.offsets_S1[start].item(), self.offsets_S1[stop].item()
+        cu_seqlens_S1 = self.cu_seqlens_S1[start : stop + 1] - first_token
+        return replace(
+            self,
+            tokens_T=self.tokens_T[first_token:end_token],
+            position_T=self.position_T[first_token:end_token],
+            cu_seqlens_S1=cu_seqlens_S1,
+            max_seqlen=int(cu_seqlens_S1.diff().max()),
+            row_N=self.row_N[first_row:end_row] - first_token,
+            target_N=self.target_N[first_row:end_row],
+            weight_N=self.weight_N[first_row:end_row],
+            offsets_S1=self.offsets_S1[start : stop + 1] - first_row,
+        )
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         moved = {

@@ -4,10 +4,11 @@
 
 One draw and one pack serve the policy and the reference: the shared masks are the variance reduction of
 VRPO (arXiv 2505.19223 section 3.3, there called antithetic). Models come in as callables pack -> nll_N;
-this file knows neither optimizer nor logging nor the Hugging Face stack.
+this file knows neither optimizer nor logging nor the Hugging Face stack. gradient.py takes the gradient,
+from one graph or from several packs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,10 @@ from vrpo.objectives import preference
 
 NLL = Callable[[PackedBatch], Tensor]
 """A model as the step sees it: a packed batch in, nll_N (N,) float32 in nats out."""
+
+Objective = Callable[[Tensor, Tensor | None], Tensor]
+"""A loss as the step sees it: ELBO estimates (R, K) of policy and reference in nats, None where it needs no
+reference; out comes loss_B (B,), differentiable in the policy's."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,36 @@ class PreferenceResult:
     num_tokens: int
 
 
+def preference_objective(
+    batch: ResponseBatch,
+    replicate_K: tuple[int, ...],
+    *,
+    beta: float,
+    sft_weight: float,
+    loss_type: str = "sigmoid",
+) -> Objective:
+    """The loss of the pairs of a batch.
+
+        loss = softplus(-s) + sft_weight * (-B_policy(y_w) / L_w)
+
+    loss_type "sigmoid_jackknife" replaces the first term by preference.jackknife_dpo_loss.
+    The auxiliary masked-diffusion SFT term on the chosen response (arXiv 2505.19223 App. D, weight 0.05)
+    reuses the same masks and costs no forward pass.
+    """
+    chosen_length_B = batch.response_length_R[0::2]
+
+    def objective(policy_RK: Tensor, reference_RK: Tensor | None) -> Tensor:
+        if loss_type == "sigmoid_jackknife":
+            loss_B = preference.jackknife_dpo_loss(policy_RK, reference_RK, beta, replicate_K)
+        else:
+            loss_B = preference.dpo_loss(preference.preference_score(policy_RK, reference_RK, beta))
+        if not sft_weight:
+            return loss_B
+        return loss_B + sft_weight * preference.denoising_loss(policy_RK[0::2], chosen_length_B)
+
+    return objective
+
+
 def preference_step(
     batch: ResponseBatch,
     policy: NLL,
@@ -75,64 +110,28 @@ def preference_step(
     device: torch.device | str,
     loss_type: str = "sigmoid",
 ) -> PreferenceResult:
-    """One VRPO step up to the per-pair loss.
-
-        loss = softplus(-s) + sft_weight * (-B_policy(y_w) / L_w)
-
-    loss_type "sigmoid_jackknife" replaces the first term by preference.jackknife_dpo_loss.
-    The auxiliary masked-diffusion SFT term on the chosen response (arXiv 2505.19223 App. D, weight 0.05)
-    reuses the same masks and costs no forward pass.
-    """
+    """One VRPO step up to the per-pair loss, in one graph; for training loops of one's own."""
     packed = estimator.pack(batch, epoch, device)
     with torch.no_grad():
         reference_RK = elbo(reference(packed), packed)
     policy_RK = elbo(policy(packed), packed)
-
-    score_B = preference.preference_score(policy_RK, reference_RK, beta)
-    chosen_length_B = batch.response_length_R[0::2].to(policy_RK.device)
-    sft_loss_B = preference.denoising_loss(policy_RK[0::2], chosen_length_B)
-    if loss_type == "sigmoid_jackknife":
-        loss_B = preference.jackknife_dpo_loss(policy_RK, reference_RK, beta, packed.replicate_K)
-    else:
-        loss_B = preference.dpo_loss(score_B)
-    if sft_weight:
-        loss_B = loss_B + sft_weight * sft_loss_B
-
+    objective = preference_objective(
+        batch, packed.replicate_K, beta=beta, sft_weight=sft_weight, loss_type=loss_type
+    )
+    loss_B = objective(policy_RK, reference_RK)
     with torch.no_grad():
+        score_B = preference.preference_score(policy_RK, reference_RK, beta)
         score_std_B = preference.score_std(policy_RK, reference_RK, beta, packed.replicate_K)
+        sft_loss_B = preference.denoising_loss(policy_RK[0::2], batch.response_length_R[0::2])
     return PreferenceResult(
         loss_B=loss_B,
-        score_B=score_B.detach(),
+        score_B=score_B,
         score_std_B=score_std_B,
-        sft_loss_B=sft_loss_B.detach(),
+        sft_loss_B=sft_loss_B,
         policy_B2=policy_RK.detach().mean(dim=1).view(-1, 2),
         reference_B2=reference_RK.mean(dim=1).view(-1, 2),
         num_tokens=len(packed.tokens_T),
     )
-
-
-@dataclass(frozen=True)
-class DenoisingResult:
-    """loss_R (nats per token) carries the gradient; elbo_R (nats) is detached."""
-
-    loss_R: Tensor
-    elbo_R: Tensor
-    num_tokens: int
-
-
-def denoising_step(
-    batch: ResponseBatch,
-    policy: NLL,
-    *,
-    estimator: Estimator,
-    epoch: int,
-    device: torch.device | str,
-) -> DenoisingResult:
-    """Masked-diffusion SFT: -B(y) / L of every response, through the same draw, pack and ELBO."""
-    packed = estimator.pack(batch, epoch, device)
-    elbo_RK = elbo(policy(packed), packed)
-    loss_R = preference.denoising_loss(elbo_RK, batch.response_length_R.to(elbo_RK.device))
-    return DenoisingResult(loss_R, elbo_RK.detach().mean(dim=1), len(packed.tokens_T))
 
 
 def split_by_tokens(
@@ -140,19 +139,35 @@ def split_by_tokens(
 ) -> Iterator[ResponseBatch]:
     """Cut a batch into micro-batches of whole examples whose packs hold at most max_tokens tokens.
 
-    Greedy and in order. The loss is a sum over examples, so the cut does not change the gradient.
-    `at_least` micro-batches come out where the batch has as many examples: ranks that must run the same
-    number of forward passes agree on it beforehand.
+    Greedy and in order; an example that is longer alone is a micro-batch of its own. The loss is a sum over
+    examples, so the cut does not change the gradient. `at_least` micro-batches come out where the batch has
+    as many examples: ranks that must run the same number of forward passes agree on it beforehand.
     """
     tokens_E = num_samples * batch.length_R.view(-1, batch.num_sides).sum(dim=1)
+    for start, stop in _cuts(tokens_E.tolist(), max_tokens, at_least):
+        yield batch.examples(start, stop)
+
+
+def split_segments(packed: PackedBatch, max_tokens: int, at_least: int = 1) -> list[PackedBatch]:
+    """Cut a pack, on the CPU, into packs of whole segments with at most max_tokens tokens; as above."""
+    tokens_S = packed.cu_seqlens_S1.diff().tolist()
+    return [packed.segments(start, stop) for start, stop in _cuts(tokens_S, max_tokens, at_least)]
+
+
+def num_cuts(batch: ResponseBatch, num_samples: int, max_tokens: int) -> int:
+    """How many packs `split_segments` makes of a batch; 1 where all of it fits."""
+    tokens_S = batch.length_R.repeat_interleave(num_samples)
+    return sum(1 for _ in _cuts(tokens_S.tolist(), max_tokens, 1))
+
+
+def _cuts(tokens: Sequence[int], max_tokens: int, at_least: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive groups whose sums stay within max_tokens, at least one item each."""
     starts = [0]
     used = 0
-    for example, tokens in enumerate(tokens_E.tolist()):
-        remaining = batch.num_examples - example
-        must_cut = at_least - len(starts) >= remaining and example > starts[-1]
-        if example > starts[-1] and (used + tokens > max_tokens or must_cut):
-            starts.append(example)
+    for item, size in enumerate(tokens):
+        must_cut = at_least - len(starts) >= len(tokens) - item and item > starts[-1]
+        if item > starts[-1] and (used + size > max_tokens or must_cut):
+            starts.append(item)
             used = 0
-        used += tokens
-    for start, stop in zip(starts, [*starts[1:], batch.num_examples], strict=True):
-        yield batch.examples(start, stop)
+        used += size
+    yield from zip(starts, [*starts[1:], len(tokens)], strict=True)

@@ -281,8 +281,8 @@ def test_train__missing_columns_are_named(files, model_path, tmp_path, capsys):
     assert "lacks the columns chosen, rejected" in error_of(capsys, flags)
 
 
-def test_train__token_budget_below_one_pair_is_refused(files, model_path, tmp_path, capsys):
-    flags = train_flags(files, model_path, tmp_path, "--max_tokens_per_pack=20")
+def test_train__token_budget_below_one_masked_copy_is_refused(files, model_path, tmp_path, capsys):
+    flags = train_flags(files, model_path, tmp_path, "--max_tokens_per_pack=4")
     assert "longer than the token budget" in error_of(capsys, flags)
 
 

@@ -29,7 +29,7 @@ from vrpo.estimator import masking
 from vrpo.models import LLaDAConfig, LLaDAForMaskedDiffusion
 from vrpo.models.adapters import add_adapter
 from vrpo.step import Estimator, preference_step
-from vrpo.training.packed_trainer import as_nll
+from vrpo.training.packed_trainer import ModelNLL
 from vrpo.training.precision import leave_adapter_inputs_to_autocast
 from vrpo_kernels.testing import ROUNDOFF, assert_bitwise_equal
 
@@ -109,7 +109,7 @@ def assert_starts_at_ln_two(result):
 def test_step__policy_equal_to_a_copy_scores_exactly_zero(dtype):
     policy = make_model(dtype).train()
     reference = copy.deepcopy(policy).requires_grad_(False).eval()
-    result = step(as_nll(policy), as_nll(reference))
+    result = step(ModelNLL(policy), ModelNLL(reference))
     assert_starts_at_ln_two(result)
     result.loss_B.sum().backward()
     gradients = [parameter.grad for parameter in policy.parameters()]
@@ -135,11 +135,11 @@ def test_step__new_lora_scores_exactly_zero_and_learns(dtype, autocast, checkpoi
 
     def policy(pack):
         with context:
-            return as_nll(model)(pack)
+            return ModelNLL(model)(pack)
 
     def reference(pack):
         with context, model.disable_adapter():
-            return as_nll(model)(pack)
+            return ModelNLL(model)(pack)
 
     result = step(policy, reference)
     assert_starts_at_ln_two(result)
@@ -171,7 +171,7 @@ def test_step__adapter_inputs_left_to_autocast_change_no_bit(checkpointing, dete
         layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.lora_A.default")
         layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
         with torch.autocast(DEVICE, torch.bfloat16):
-            result = step(as_nll(model), as_nll(model))
+            result = step(ModelNLL(model), ModelNLL(model))
         result.loss_B.sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         results.append(({"policy": result.policy_B2.detach(), **gradients}, set(seen)))
@@ -204,7 +204,7 @@ def test_step__gradient_against_the_naive_objective_in_float64(dtype):
     """Errors are allowed to be twice those of the naive objective with a model of the same dtype."""
     policy, reference = make_model(dtype), make_model(dtype, seed=1)
     pairs = random_pairs()
-    loss = step(as_nll(policy), as_nll(reference), beta=0.02, sft_weight=0.05).loss_B.mean()
+    loss = step(ModelNLL(policy), ModelNLL(reference), beta=0.02, sft_weight=0.05).loss_B.mean()
     loss.backward()
     truth, exact = naive(policy, reference, pairs, torch.float64)
     baseline, plain = naive(policy, reference, pairs, dtype)
@@ -229,7 +229,7 @@ def test_step__repeats_bit_for_bit(dtype, deterministic):
     results = []
     for _ in range(3):
         policy.zero_grad()
-        result = step(as_nll(policy), as_nll(reference))
+        result = step(ModelNLL(policy), ModelNLL(reference))
         result.loss_B.sum().backward()
         gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
         results.append({"loss": result.loss_B.detach(), "score": result.score_B, **gradients})
@@ -242,12 +242,12 @@ def test_step__a_pair_alone_has_the_loss_it_has_in_a_batch():
     """Matrix products of other shapes add in another order, so not bit for bit."""
     policy, reference = make_model(torch.float32), make_model(torch.float32, seed=1)
     pairs = random_pairs()
-    together = step(as_nll(policy), as_nll(reference)).policy_B2
+    together = step(ModelNLL(policy), ModelNLL(reference)).policy_B2
     for index, pair in enumerate(pairs):
         alone = preference_step(
             to_batch([pair], [index]),
-            as_nll(policy),
-            as_nll(reference),
+            ModelNLL(policy),
+            ModelNLL(reference),
             estimator=estimator(),
             beta=0.2,
             sft_weight=0.0,

@@ -33,16 +33,16 @@ def trainer_of(tmp_path, model, tokenizer, rows=ROWS, eval_dataset=None, **field
 def fills_seen(monkeypatch) -> dict[tuple[int, int], int]:
     """(epoch, example) -> fill, of every example that goes through a step from now on."""
     seen: dict[tuple[int, int], int] = {}
-    original = DiffusionSFTTrainer._micro_batch_loss
+    original = DiffusionSFTTrainer._parts
 
-    def spy(self, model, batch, epoch):
+    def spy(self, model, batch, pack, epoch):
         if batch.fill_R is not None:
             keys = [(epoch, example) for example in batch.example_R.tolist()]
             assert not set(keys) & set(seen)
             seen.update(zip(keys, batch.fill_R.tolist(), strict=True))
-        return original(self, model, batch, epoch)
+        return original(self, model, batch, pack, epoch)
 
-    monkeypatch.setattr(DiffusionSFTTrainer, "_micro_batch_loss", spy)
+    monkeypatch.setattr(DiffusionSFTTrainer, "_parts", spy)
     return seen
 
 
@@ -51,8 +51,10 @@ def test_sft__gradient_is_that_of_the_filled_responses(tmp_path, tiny_model, tok
     trainer = trainer_of(tmp_path, model, tokenizer, ROWS[:4], learning_rate=0.0, max_grad_norm=0.0)
     batch = trainer._responses(next(iter(trainer.get_train_dataloader())), model.train())
     assert batch.fill_R.sum() > 0
-    loss_B, metrics, _ = trainer._micro_batch_loss(model, batch, epoch=0)
+    ((_, step),) = trainer._steps(model, trainer._micro_batches(batch))
+    loss_B = step.losses()
     loss_B.mean().backward()
+    metrics = trainer._metrics(batch, step.result)
     plain = PlainLLaDA.like(model)
 
     drawn = masking.draw(batch, design="paper", num_samples=2, seed=trainer.args.seed, epoch=0)
@@ -223,14 +225,16 @@ def test_sft__token_budget_counts_the_largest_fill(tmp_path, tiny_model, tokeniz
         len(r["prompt_ids"] + r["completion_ids"])
         for r in trainer_of(tmp_path, tiny_model, tokenizer).train_dataset
     )
-    budget = 2 * (longest + 5)
-    trainer_of(tmp_path, tiny_model, tokenizer, max_eos_fill=5, max_tokens_per_pack=budget)
+    joint = {"max_tokens_per_pack": 2 * (longest + 5), "gradient_mode": "joint"}
+    trainer_of(tmp_path, tiny_model, tokenizer, max_eos_fill=5, **joint)
     with pytest.raises(ValueError, match=r"longer than the token budget.*max_eos_fill \(up to 6 tokens"):
-        trainer_of(tmp_path, tiny_model, tokenizer, max_eos_fill=6, max_tokens_per_pack=budget)
+        trainer_of(tmp_path, tiny_model, tokenizer, max_eos_fill=6, **joint)
     # Within max_length there is no more than that to add.
-    trainer_of(
-        tmp_path, tiny_model, tokenizer, max_eos_fill=60, max_tokens_per_pack=budget, max_length=longest + 5
-    )
+    trainer_of(tmp_path, tiny_model, tokenizer, max_eos_fill=60, max_length=longest + 5, **joint)
+    replayed = {"max_tokens_per_pack": longest + 5}
+    trainer_of(tmp_path, tiny_model, tokenizer, max_eos_fill=5, **replayed)
+    with pytest.raises(ValueError, match=rf"one masked copy takes {longest + 6} tokens"):
+        trainer_of(tmp_path, tiny_model, tokenizer, max_eos_fill=6, **replayed)
 
 
 @pytest.mark.parametrize("value", [-1, 2**30])

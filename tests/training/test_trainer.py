@@ -56,8 +56,10 @@ def test_train__margins_are_exactly_zero_for_any_batch(
         {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
         {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens_per_pack": 150},
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens_per_pack": 20},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_mode": "replay"},
     ],
-    ids=["8x1", "2x4", "token-budget"],
+    ids=["8x1", "2x4", "token-budget", "divided-pairs", "replay"],
 )
 def test_train__accumulation_and_token_budget_do_not_matter(
     tmp_path, tiny_model, tokenizer, pair_rows, spread
@@ -123,13 +125,13 @@ def test_train__epochs_draw_fresh_masks_and_evaluation_repeats_its_own(
         eval_strategy="epoch",
     )
     epochs = []
-    original = VRPOTrainer._micro_batch_loss
+    original = VRPOTrainer._parts
 
-    def spy(self, model, batch, epoch):
+    def spy(self, model, batch, pack, epoch):
         epochs.append(epoch)
-        return original(self, model, batch, epoch)
+        return original(self, model, batch, pack, epoch)
 
-    monkeypatch.setattr(VRPOTrainer, "_micro_batch_loss", spy)
+    monkeypatch.setattr(VRPOTrainer, "_parts", spy)
     trainer.train()
     assert epochs == [0] * 3 + [EVALUATION_EPOCH] * 2 + [1] * 3 + [EVALUATION_EPOCH] * 2
     evaluated = [e for e in trainer.state.log_history if "eval_loss" in e]
@@ -289,8 +291,12 @@ def test_init__refuses_a_missing_tokenizer(tmp_path, tiny_model, pair_rows):
 
 
 def test_init__refuses_a_pair_larger_than_the_token_budget(tmp_path, tiny_model, tokenizer, pair_rows):
-    with pytest.raises(ValueError, match="max_tokens_per_pack"):
-        trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, max_tokens_per_pack=20)
+    budget = {"max_tokens_per_pack": 20}
+    trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, **budget)
+    with pytest.raises(ValueError, match=r"its num_samples=2 masked copies take .* max_tokens_per_pack=20"):
+        trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, gradient_mode="joint", **budget)
+    with pytest.raises(ValueError, match=r"one masked copy takes .* max_tokens_per_pack=2"):
+        trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, max_tokens_per_pack=2)
 
 
 @pytest.mark.parametrize(

@@ -74,12 +74,14 @@ def check_token_budget(
     *,
     max_fill: int = 0,
     max_length: int = 0,
+    divisible: bool = False,
 ) -> None:
-    """Raise unless every example of a prepared dataset fits into a pack, which never divides one.
+    """Raise unless every example of a prepared dataset fits into a pack.
 
         K * sum over its responses of (P + L + F) <= max_tokens_per_pack
 
-    Args: max_fill: the largest EOS fill F of a response, as far as P + L + F stays within max_length.
+    Args: divisible: packs may divide an example, down to one masked copy of one response (P + L + F).
+        max_fill: the largest EOS fill F of a response, as far as P + L + F stays within max_length.
     Errors: ValueError with the number of examples that do not fit, and the longest.
     """
     sides = [name for name in dataset.column_names if name in SIDE_COLUMNS]
@@ -87,15 +89,18 @@ def check_token_budget(
     for part in dataset.with_format("arrow").iter(batch_size=10_000):
         prompt = compute.list_value_length(part["prompt_ids"]).to_numpy()
         lengths = [prompt + compute.list_value_length(part[side]).to_numpy() for side in sides]
-        tokens = num_samples * sum(length + np.clip(max_length - length, 0, max_fill) for length in lengths)
+        filled = [length + np.clip(max_length - length, 0, max_fill) for length in lengths]
+        tokens = np.maximum.reduce(filled) if divisible else num_samples * sum(filled)
         over += int((tokens > max_tokens_per_pack).sum())
         if tokens.max() > longest:
             longest, longest_id = int(tokens.max()), part["example_id"][int(tokens.argmax())].as_py()
     if over:
+        copies = "one masked copy takes" if divisible else f"its num_samples={num_samples} masked copies take"
+        remedy = "" if divisible else ", num_samples"
         raise ValueError(
             f"{over} of {len(dataset)} examples are longer than the token budget, the longest is example "
-            f"{longest_id}: its num_samples={num_samples} masked copies take {longest} tokens, but "
-            f"max_tokens_per_pack={max_tokens_per_pack}; raise that, or lower max_length, num_samples"
+            f"{longest_id}: {copies} {longest} tokens, but max_tokens_per_pack={max_tokens_per_pack}; raise "
+            f"that, or lower max_length{remedy}"
             + (f" or max_eos_fill (up to {max_fill} tokens a response)" if max_fill else "")
         )
 

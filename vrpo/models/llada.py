@@ -17,7 +17,12 @@ from vrpo.models.attention import ATTENTION_NAMES, Segments
 from vrpo.models.layers import Attention, RMSNorm, RotaryEmbedding
 from vrpo.models.llada_config import LLaDAConfig
 from vrpo.models.names import CHECKPOINT_RENAMINGS, TO_HERE, to_here
-from vrpo_kernels import gather_rows, linear_cross_entropy
+from vrpo_kernels import (
+    gather_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_replay,
+    linear_cross_entropy_statistics,
+)
 
 
 def checkpoint_renamings() -> list[WeightRenaming]:
@@ -52,15 +57,19 @@ def _accept_checkpoint_names(module: nn.Module, state_dict: dict[str, Tensor], p
 
 @dataclass
 class MaskedDiffusionOutput(ModelOutput):
-    """What one call returns: exactly one of the two.
+    """What one call returns: nll or logits.
 
     Fields:
         nll: (N,) fp32, nats; -log p(target) of each masked row (training).
+        statistics: (3, N), beside nll if asked for: what a second pass needs to know (`known`).
+        drift: 0-dim, beside a known nll: the largest difference between the target logits of the two passes.
         logits: (N, V) of the rows asked for, or (B, L, V), in the model's dtype. Position i predicts
             token i: no shift.
     """
 
     nll: Tensor | None = None
+    statistics: Tensor | None = None
+    drift: Tensor | None = None
     logits: Tensor | None = None
 
 
@@ -80,10 +89,24 @@ class MaskedDiffusionHead(nn.Linear):
         head.weight = weight
         return head
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, backend: str = "auto") -> Tensor:
-        """Logits (..., V) of hidden (..., D), or NLLs (N,) fp32 of hidden (N, D) and targets (N,) int64."""
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        backend: str = "auto",
+        return_statistics: bool = False,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (..., V) of hidden (..., D), or NLLs (N,) fp32 of hidden (N, D) and targets (N,) int64.
+
+        With return_statistics (nll, statistics), without gradient; with `known`, that pair, (nll, drift).
+        """
         if targets is None:
             return super().forward(hidden)
+        if return_statistics:
+            return linear_cross_entropy_statistics(hidden, self.weight, targets, backend=backend)
+        if known is not None:
+            return linear_cross_entropy_replay(hidden, self.weight, targets, *known, backend=backend)
         return linear_cross_entropy(hidden, self.weight, targets, backend=backend)
 
 
@@ -148,6 +171,8 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         backend: str = "auto",
+        return_statistics: bool = False,
+        known: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> MaskedDiffusionOutput:
         """NLL or logits of chosen rows of a pack, or logits of padded sequences.
@@ -167,6 +192,9 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             rows: (N,) int64, unique: which of the B * L (or T) positions meet the head; None = all.
             targets: (N,) int64 in [0, V): the clean token of each row; None = return logits.
             backend: of `vrpo_kernels.linear_cross_entropy`.
+            return_statistics: with targets; the first pass of a replay, whose nll has no gradient.
+            known: (nll, statistics) of the first pass on the same inputs; the second pass, whose head
+                computes no logits in forward (`vrpo_kernels.linear_cross_entropy_replay`).
         Returns: `MaskedDiffusionOutput` with `nll` if `targets` is given, else with `logits`.
         Errors: ValueError for labels (transformers' loss shifts), targets without rows, a pack on
             an attention that would leak across segments, an adapter on the head that the fused loss
@@ -203,6 +231,12 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
                 "an adapter on lm_head would be bypassed by the fused loss: leave lm_head out of "
                 "target_modules, or train it whole with modules_to_save=['lm_head']"
             )
+        if return_statistics:
+            nll, statistics = self.lm_head(hidden_ND, targets, backend=backend, return_statistics=True)
+            return MaskedDiffusionOutput(nll=nll, statistics=statistics)
+        if known is not None:
+            nll, drift = self.lm_head(hidden_ND, targets, backend=backend, known=known)
+            return MaskedDiffusionOutput(nll=nll, drift=drift)
         return MaskedDiffusionOutput(nll=self.lm_head(hidden_ND, targets, backend=backend))
 
     def _segments(self, attention_mask, cu_q, cu_k, max_q, max_k) -> Segments | None:

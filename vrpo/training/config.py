@@ -16,6 +16,8 @@ from vrpo.estimator.masking import check_design, check_loss, default_replicates
 from vrpo.training.ranges import check_numbers
 from vrpo.training.support import check_supported
 
+GRADIENT_MODES = ("auto", "joint", "replay")
+
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -61,7 +63,18 @@ class DiffusionConfig(TrainingArguments):
         metadata=_help(
             "Token budget of one forward pass: all masked copies of a micro-batch. It decides how many "
             "examples share a pack and never changes the loss. One pair needs 2 * num_samples * length; "
-            "65536 holds a pair of the longest sequences at the defaults. Lower it when memory runs out."
+            "65536 holds a pair of the longest sequences at the defaults. Lower it when memory runs out; "
+            "one masked copy of the longest sequence must fit."
+        ),
+    )
+    gradient_mode: str = field(
+        default="auto",
+        metadata=_help(
+            "How the gradient of an example is taken. 'joint': from one graph of all its masked copies, "
+            "which must fit into max_tokens_per_pack. 'replay': a first pass without graph gives the loss, a "
+            "second one its gradient pack by pack; memory does not grow with num_samples, for one more "
+            "forward pass. 'auto': joint where an example fits, replayed where it does not. The gradient is "
+            "the same."
         ),
     )
     mask_token_id: int | None = field(
@@ -123,6 +136,8 @@ class DiffusionConfig(TrainingArguments):
         if self.logging_strategy == IntervalStrategy.NO:
             self.logging_first_step = False
         check_design(self.mask_design, self.num_samples, self.masks_per_level)
+        if self.gradient_mode not in GRADIENT_MODES:
+            raise ValueError(f"gradient_mode must be one of {GRADIENT_MODES}, got {self.gradient_mode!r}")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator reads columns by name")
         if self.max_length < 2:

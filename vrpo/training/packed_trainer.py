@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
-from vrpo.step import NLL, split_by_tokens
+from vrpo.gradient import JointStep, LinearStep, Parts, ReplayStep, StepResult, evaluate
+from vrpo.step import NLL, Estimator, Objective, num_cuts, split_by_tokens, split_segments
 from vrpo.training.adapter_trainer import AdapterTrainer
 from vrpo.training.checks import responses_of
 from vrpo.training.finite import last_good_checkpoint
@@ -26,17 +27,33 @@ Metrics = dict[str, Tensor]
 """Name -> one value per example of the micro-batch."""
 
 
-def as_nll(model: nn.Module) -> NLL:
-    """The model as step.py sees it: a pack in, nll_N out."""
+class ModelNLL:
+    """A model as step.py and gradient.py see it: a pack in, nll_N out."""
 
-    def nll(pack: PackedBatch) -> Tensor:
-        return model(**pack.model_inputs()).nll
+    def __init__(self, model: nn.Module):
+        self.model = model
 
-    return nll
+    def __call__(self, pack: PackedBatch) -> Tensor:
+        return self.model(**pack.model_inputs()).nll
+
+    def first(self, pack: PackedBatch) -> tuple[Tensor, Tensor]:
+        output = self.model(**pack.model_inputs(), return_statistics=True)
+        return output.nll, output.statistics
+
+    def again(self, pack: PackedBatch, nll_N: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.model(**pack.model_inputs(), known=(nll_N, statistics))
+        return output.nll, output.drift
 
 
 class PackedTrainer(AdapterTrainer):
-    """Trains and evaluates on packs; a subclass says what a micro-batch costs (`_micro_batch_loss`)."""
+    """Trains and evaluates on packs; a subclass gives the estimator, the objective and the metrics.
+
+    linear_objective: it is linear in the policy's ELBOs and needs no reference.
+    whole_batches: the loss of an example depends on the others of its batch, which is cut into packs only.
+    """
+
+    linear_objective = False
+    whole_batches = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._sums: dict[str, dict[str, Tensor | float]] = {
@@ -53,47 +70,100 @@ class PackedTrainer(AdapterTrainer):
         """What a batch trains or evaluates on; the token budget cuts what this returns."""
         return responses_of(inputs)
 
-    def _micro_batch_loss(
-        self, model: nn.Module, batch: ResponseBatch, epoch: int
-    ) -> tuple[Tensor, Metrics, int]:
-        """(loss of each example with gradient, metrics of each example, tokens in the pack)."""
+    @property
+    def estimator(self) -> Estimator:
         raise NotImplementedError
+
+    def _objective(self, batch: ResponseBatch, replicate_K: tuple[int, ...]) -> Objective:
+        """The loss of each example of a micro-batch."""
+        raise NotImplementedError
+
+    def _metrics(self, batch: ResponseBatch, result: StepResult) -> Metrics:
+        """What is logged of a micro-batch beside the loss."""
+        raise NotImplementedError
+
+    def _reference(self, model: nn.Module) -> NLL | None:
+        """The reference; None where the objective needs none."""
+        return None
+
+    def _known_reference(self, batch: ResponseBatch, epoch: int) -> Tensor | None:
+        """The reference's ELBOs (R, K) in nats, float32, where they need not be computed."""
+        return None
+
+    def _prepare_pack(self, pack: PackedBatch) -> PackedBatch:
+        return pack.to(self.args.device)
 
     def _draw_epoch(self, model: nn.Module) -> int:
         # Keyed by epoch and not by step, so that an example's masks do not depend on the batch size.
         return int(self.state.epoch or 0) if model.training else EVALUATION_EPOCH
 
-    def _micro_batches(self, batch: ResponseBatch) -> list[ResponseBatch]:
-        def split(at_least: int) -> list[ResponseBatch]:
-            return list(
-                split_by_tokens(batch, self.args.num_samples, self.args.max_tokens_per_pack, at_least)
-            )
+    def _micro_batches(self, batch: ResponseBatch) -> list[tuple[ResponseBatch, int]]:
+        """(examples, number of packs) of each micro-batch.
 
-        parts = split(at_least=1)
-        if self.args.world_size > 1:
-            # Sharded models run collectives in every forward: all ranks must make the same number of them.
-            count = torch.tensor([len(parts)], device=self.args.device)
-            parts = split(at_least=int(self.accelerator.gather(count).max()))
-        return parts
+        Sharded models run collectives in every pass, so all processes make the same number of micro-batches,
+        and of packs in each.
+        """
+        args = self.args
+        parts = [batch]
+        if args.gradient_mode != "replay" and not self.whole_batches:
 
-    def _losses(self, model: nn.Module, parts: list[ResponseBatch]) -> Iterator[tuple[Tensor, Metrics, int]]:
-        """(loss of each example, metrics, tokens) of each micro-batch, in order."""
-        epoch = self._draw_epoch(model)
-        for part in parts:
-            with self.compute_loss_context_manager():
-                loss_B, metrics, num_tokens = self._micro_batch_loss(model, part, epoch)
-            if not torch.isfinite(loss_B.detach()).all():
-                self._raise_not_finite(loss_B, part)
-            yield loss_B, metrics, num_tokens
+            def split(at_least: int) -> list[ResponseBatch]:
+                return list(split_by_tokens(batch, args.num_samples, args.max_tokens_per_pack, at_least))
 
-    def _raise_not_finite(self, loss_B: Tensor, part: ResponseBatch) -> None:
-        bad = ~torch.isfinite(loss_B.detach()).cpu()
-        examples = part.example_R[:: part.num_sides][bad].tolist()
+            parts = split(at_least=1)
+            if args.world_size > 1:
+                parts = split(at_least=self._largest([len(parts)])[0])
+        counts = [1] * len(parts)
+        if args.gradient_mode != "joint":
+            counts = [num_cuts(part, args.num_samples, args.max_tokens_per_pack) for part in parts]
+            if args.world_size > 1:
+                counts = self._largest(counts)
+        return list(zip(parts, counts, strict=True))
+
+    def _largest(self, numbers: list[int]) -> list[int]:
+        """The elementwise maximum over the processes."""
+        local = torch.tensor([numbers], device=self.args.device)
+        return self.accelerator.gather(local).max(dim=0).values.tolist()
+
+    def _parts(self, model: nn.Module, batch: ResponseBatch, pack: PackedBatch, epoch: int) -> Parts:
+        known_RK = self._known_reference(batch, epoch)
+        return Parts(
+            policy=ModelNLL(model),
+            reference=None if known_RK is not None else self._reference(model),
+            objective=self._objective(batch, pack.replicate_K),
+            prepare=self._prepare_pack,
+            reference_RK=known_RK,
+        )
+
+    def _steps(
+        self, model: nn.Module, micro_batches: list[tuple[ResponseBatch, int]]
+    ) -> Iterator[tuple[ResponseBatch, JointStep | ReplayStep]]:
+        """Each micro-batch with the step that takes its gradient."""
+        epoch, args = self._draw_epoch(model), self.args
+        for batch, count in micro_batches:
+            pack = self.estimator.pack(batch, epoch, "cpu")
+            parts = self._parts(model, batch, pack, epoch)
+            if count == 1 and args.gradient_mode != "replay":
+                yield batch, JointStep(parts, pack)
+                continue
+            packs = split_segments(pack, args.max_tokens_per_pack, at_least=count)
+            kind = LinearStep if self.linear_objective else ReplayStep
+            yield batch, kind(parts, packs, num_shares=count)
+
+    def _raise_not_finite(self, step: JointStep | ReplayStep, batch: ResponseBatch) -> None:
+        """FloatingPointError if a loss is not finite, naming the examples."""
+        result = getattr(step, "result", None)
+        losses = [] if result is None else result.loss_B.cpu()
+        bad = ~torch.isfinite(torch.as_tensor(losses))
+        if result is not None and not bad.any():
+            return
+        examples = batch.example_R[:: batch.num_sides]
+        values = "" if result is None else f"{losses[bad].tolist()} for "
+        named = (examples if result is None else examples[bad]).tolist()
         raise FloatingPointError(
-            f"loss is not finite at step {self.state.global_step}: {loss_B.detach().cpu()[bad].tolist()} for "
-            f"the examples {examples} (rows of the dataset). Stopped before another optimizer step; "
-            f"{last_good_checkpoint(self.args.output_dir)}. Check these rows, lower learning_rate, or train "
-            "in a wider dtype."
+            f"loss is not finite at step {self.state.global_step}: {values}the examples {named} (rows of the "
+            f"dataset). Stopped before another optimizer step; {last_good_checkpoint(self.args.output_dir)}. "
+            "Check these rows, lower learning_rate, or train in a wider dtype."
         )
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
@@ -111,23 +181,37 @@ class PackedTrainer(AdapterTrainer):
             num_items_in_batch = (
                 batch.num_examples * self.args.gradient_accumulation_steps * self.args.world_size
             )
-        parts = self._micro_batches(batch)
+        factor = self.args.world_size / num_items_in_batch
+        micro_batches = self._micro_batches(batch)
         total = torch.zeros((), device=self.args.device)
-        losses = self._losses(model, parts)
-        for index in range(len(parts)):
-            with self._gradient_sync(model, is_last=index == len(parts) - 1):
-                loss_B, metrics, num_tokens = next(losses)
-                self._record("train", metrics)
-                self._num_tokens += num_tokens
-                loss = loss_B.sum() * (self.args.world_size / num_items_in_batch)
-                kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-                self.accelerator.backward(loss, **kwargs)
-            total += loss.detach()
+        for number, (part, step) in enumerate(self._steps(model, micro_batches), start=1):
+            for index in range(step.num_shares):
+                is_last = number == len(micro_batches) and index == step.num_shares - 1
+                self._backward(model, part, step, index, factor, is_last)
+            self._record("train", self._metrics_of(part, step.result))
+            self._num_tokens += step.result.num_tokens
+            total += step.result.loss_B.sum() * factor
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         self._seconds += time.perf_counter() - started
         return total
+
+    def _backward(self, model, batch, step, index: int, factor: float, is_last: bool) -> None:
+        """Forward and backward of one share of a step."""
+        with self._gradient_sync(model, is_last=is_last):
+            with self.compute_loss_context_manager():
+                share = step.share(index)
+            if not torch.isfinite(share.detach()):
+                self._raise_not_finite(step, batch)
+            kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+            self.accelerator.backward(share * factor, **kwargs)
+
+    def _metrics_of(self, batch: ResponseBatch, result: StepResult) -> Metrics:
+        metrics = self._metrics(batch, result)
+        if result.drift is not None:
+            metrics["vrpo/replay_drift"] = result.drift.expand(batch.num_examples)
+        return metrics
 
     @contextlib.contextmanager
     def _gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
@@ -155,8 +239,14 @@ class PackedTrainer(AdapterTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the batch's examples, in one graph."""
-        parts = self._micro_batches(self._responses(inputs, model))
-        loss_B = torch.cat([loss_B for loss_B, _, _ in self._losses(model, parts)])
+        losses, epoch = [], self._draw_epoch(model)
+        for batch, _ in self._micro_batches(self._responses(inputs, model)):
+            pack = self.estimator.pack(batch, epoch, "cpu")
+            step = JointStep(self._parts(model, batch, pack, epoch), pack)
+            with self.compute_loss_context_manager():
+                losses.append(step.losses())
+            self._raise_not_finite(step, batch)
+        loss_B = torch.cat(losses)
         return (loss_B.mean(), {"loss": loss_B}) if return_outputs else loss_B.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -166,11 +256,13 @@ class PackedTrainer(AdapterTrainer):
         what compute_metrics gets, and predict() returns.
         """
         parts: dict[str, list[Tensor]] = defaultdict(list)
-        with torch.no_grad():
-            batch = self._responses(inputs, model)
-            for loss_B, metrics, _ in self._losses(model, self._micro_batches(batch)):
-                for key, value_B in {"loss": loss_B, **metrics}.items():
-                    parts[key].append(value_B)
+        batch = self._responses(inputs, model)
+        for part, step in self._steps(model, self._micro_batches(batch)):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                step.result = evaluate(step.parts, step.packs, num_passes=step.num_shares)
+            self._raise_not_finite(step, part)
+            for key, value_B in {"loss": step.result.loss_B, **self._metrics(part, step.result)}.items():
+                parts[key].append(value_B)
         values = {key: torch.cat(part) for key, part in parts.items()}
         # Ranks fill up their last batch with examples seen before; this gathers and drops them again.
         self._record("eval", self.accelerator.gather_for_metrics(values))

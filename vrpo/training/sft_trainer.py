@@ -12,12 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from vrpo import data
+from vrpo.batch import ResponseBatch
 from vrpo.data.encode import closing_ids
 from vrpo.estimator.eos_fill import EosFill, mean_fill
+from vrpo.gradient import StepResult
 from vrpo.models import max_positions, special_tokens
-from vrpo.step import denoising_step
+from vrpo.objectives import preference
+from vrpo.step import Objective
 from vrpo.training.config import DiffusionSFTConfig
-from vrpo.training.packed_trainer import as_nll
+from vrpo.training.packed_trainer import Metrics
 from vrpo.training.trainer import DiffusionTrainer
 
 logger = logging.get_logger(__name__)
@@ -47,6 +50,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     prepare_dataset = staticmethod(data.prepare_completions)
     method = "sft"
     metric_names = ("logps/completion", "elbo/completion_per_token")
+    linear_objective = True
     eos_fill: EosFill | None = None
 
     def __init__(
@@ -69,6 +73,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             args.max_tokens_per_pack,
             max_fill=self.eos_fill.max_fill,
             max_length=self.eos_fill.max_length,
+            divisible=args.gradient_mode != "joint",
         )
 
     def _responses(self, inputs, model):
@@ -77,21 +82,17 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             return batch
         return self.eos_fill(batch, self._draw_epoch(model))
 
-    def _micro_batch_loss(self, model, batch, epoch):
-        result = denoising_step(
-            batch,
-            policy=as_nll(model),
-            estimator=self.estimator,
-            epoch=epoch,
-            device=self.args.device,
-        )
+    def _objective(self, batch: ResponseBatch, replicate_K: tuple[int, ...]) -> Objective:
+        return lambda policy_RK, _: preference.denoising_loss(policy_RK, batch.response_length_R)
+
+    def _metrics(self, batch: ResponseBatch, result: StepResult) -> Metrics:
         metrics = {
-            "logps/completion": result.elbo_R,
-            "elbo/completion_per_token": -result.loss_R.detach(),
+            "logps/completion": result.policy_RK.mean(dim=1),
+            "elbo/completion_per_token": -result.loss_B,
         }
         if batch.fill_R is not None:
-            metrics["sft/eos_fill"] = batch.fill_R.to(result.elbo_R)
-        return result.loss_R, metrics, result.num_tokens
+            metrics["sft/eos_fill"] = batch.fill_R.to(result.policy_RK)
+        return metrics
 
 
 def build_eos_fill(

@@ -292,7 +292,12 @@ class DiffusionTrainer(PackedTrainer):
 
     def _check_prepared(self, prepared, tokenizer, args, model, split) -> None:
         """ValueError unless every example of a prepared dataset fits into a pack."""
-        data.check_token_budget(prepared, args.num_samples, args.max_tokens_per_pack)
+        data.check_token_budget(
+            prepared,
+            args.num_samples,
+            args.max_tokens_per_pack,
+            divisible=args.gradient_mode != "joint",
+        )
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and not isinstance(eval_dataset, str):

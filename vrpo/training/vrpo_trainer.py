@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from vrpo import data
-from vrpo.batch import PackedBatch
+from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.gradient import StepResult
 from vrpo.models import load_tokenizer
 from vrpo.models.adapters import is_peft_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.objectives import preference
-from vrpo.step import NLL, Estimator, preference_step
+from vrpo.step import NLL, Estimator, Objective, preference_objective
 from vrpo.training.config import VRPOConfig
-from vrpo.training.packed_trainer import as_nll
+from vrpo.training.packed_trainer import Metrics, ModelNLL
 from vrpo.training.reference import build_reference
 from vrpo.training.resume import digest_of_weights
 from vrpo.training.trainer import DiffusionTrainer
@@ -132,9 +133,9 @@ class VRPOTrainer(DiffusionTrainer):
             self.ref_model = build_reference(self, self._given_reference)
         return model
 
-    def _reference(self, model: nn.Module) -> NLL:
+    def _reference(self, model: nn.Module) -> NLL | None:
         if self.ref_model is not None:
-            return as_nll(self.ref_model)
+            return ModelNLL(self.ref_model)
 
         def nll(pack: PackedBatch) -> Tensor:
             with self.accelerator.unwrap_model(model).disable_adapter():
@@ -142,33 +143,32 @@ class VRPOTrainer(DiffusionTrainer):
 
         return nll
 
-    def _micro_batch_loss(self, model, batch, epoch):
+    def _objective(self, batch: ResponseBatch, replicate_K: tuple[int, ...]) -> Objective:
         args = self.args
-        result = preference_step(
-            batch,
-            policy=as_nll(model),
-            reference=self._reference(model),
-            estimator=self.estimator,
-            beta=args.beta,
-            sft_weight=args.sft_weight,
-            epoch=epoch,
-            device=args.device,
-            loss_type=args.loss_type,
+        return preference_objective(
+            batch, replicate_K, beta=args.beta, sft_weight=args.sft_weight, loss_type=args.loss_type
         )
-        reward_B2 = args.beta * (result.policy_B2 - result.reference_B2)
+
+    def _metrics(self, batch: ResponseBatch, result: StepResult) -> Metrics:
+        beta, policy_RK, reference_RK = self.args.beta, result.policy_RK, result.reference_RK
+        policy_B2 = policy_RK.mean(dim=1).view(-1, 2)
+        reference_B2 = reference_RK.mean(dim=1).view(-1, 2)
+        reward_B2 = beta * (policy_B2 - reference_B2)
+        score_B = preference.preference_score(policy_RK, reference_RK, beta)
         length_B2 = batch.response_length_R.view(-1, 2).to(reward_B2)
         metrics = {
-            "rewards/accuracies": (result.score_B > 0).float(),
-            "rewards/margins": result.score_B,
-            "vrpo/sft_loss": result.sft_loss_B,
+            "rewards/accuracies": (score_B > 0).float(),
+            "rewards/margins": score_B,
+            "vrpo/sft_loss": preference.denoising_loss(policy_RK[0::2], batch.response_length_R[0::2]),
         }
-        if not result.score_std_B.isnan().any():
-            noise = preference.noise_diagnostics(result.score_B, result.score_std_B)
-            metrics["vrpo/score_std"] = result.score_std_B
+        score_std_B = preference.score_std(policy_RK, reference_RK, beta, result.replicate_K)
+        if not score_std_B.isnan().any():
+            noise = preference.noise_diagnostics(score_B, score_std_B)
+            metrics["vrpo/score_std"] = score_std_B
             metrics |= {f"vrpo/{name}": value_B for name, value_B in noise.items()}
         for side, name in enumerate(("chosen", "rejected")):
             metrics[f"rewards/{name}"] = reward_B2[:, side]
-            metrics[f"logps/{name}"] = result.policy_B2[:, side]
-            metrics[f"elbo/ref_{name}"] = result.reference_B2[:, side]
-            metrics[f"elbo/{name}_per_token"] = result.policy_B2[:, side] / length_B2[:, side]
-        return result.loss_B, metrics, result.num_tokens
+            metrics[f"logps/{name}"] = policy_B2[:, side]
+            metrics[f"elbo/ref_{name}"] = reference_B2[:, side]
+            metrics[f"elbo/{name}_per_token"] = policy_B2[:, side] / length_B2[:, side]
+        return metrics
