@@ -90,6 +90,7 @@ class PackedBatch:
     max_seqlen: the longest segment, on the host.
     row_N: int64 ascending index into T of the masked tokens; target_N: int64, what stood there.
     weight_N, offsets_S1, num_samples, replicate_K: as in MaskDraw.
+    trunk_TD, trunk_layers: activations after that many of the model's lowest layers, where they are known.
 
     A pack may hold a run of the segments only (`segments`); its S is then no multiple of num_samples.
     """
@@ -104,6 +105,8 @@ class PackedBatch:
     offsets_S1: Tensor
     num_samples: int
     replicate_K: tuple[int, ...]
+    trunk_TD: Tensor | None = None
+    trunk_layers: int = 0
 
     @property
     def num_segments(self) -> int:
@@ -141,7 +144,8 @@ class PackedBatch:
 
     def model_inputs(self) -> dict[str, Tensor | int]:
         """Keyword arguments of the model's forward (vrpo/models), which returns nll_N."""
-        return {
+        trunk = {} if self.trunk_TD is None else {"trunk_hidden": self.trunk_TD[None]}
+        return trunk | {
             "input_ids": self.tokens_T[None],
             "position_ids": self.position_T[None],
             "cu_seq_lens_q": self.cu_seqlens_S1,
@@ -150,4 +154,5 @@ class PackedBatch:
             "max_length_k": self.max_seqlen,
             "rows": self.row_N,
             "targets": self.target_N,
+            "trunk_layers": self.trunk_layers,
         }

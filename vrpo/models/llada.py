@@ -8,10 +8,11 @@ the original names again.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from vrpo.models.attention import ATTENTION_NAMES, Segments
 from vrpo.models.layers import Attention, RMSNorm, RotaryEmbedding
@@ -65,12 +66,16 @@ class MaskedDiffusionOutput(ModelOutput):
         drift: 0-dim, beside a known nll: the largest difference between the target logits of the two passes.
         logits: (N, V) of the rows asked for, or (B, L, V), in the model's dtype. Position i predicts
             token i: no shift.
+        trunk_hidden: (1, T, D), activations after the layers of the trunk, and trunk_dtype their dtype,
+            which mixed precision may have widened on the way out.
     """
 
     nll: Tensor | None = None
     statistics: Tensor | None = None
     drift: Tensor | None = None
     logits: Tensor | None = None
+    trunk_hidden: Tensor | None = None
+    trunk_dtype: torch.dtype | None = None
 
 
 class MaskedDiffusionHead(nn.Linear):
@@ -129,6 +134,48 @@ class LLaDABody(LlamaModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.post_init()
 
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        trunk_layers: int = 0,
+        trunk_hidden: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """All layers and the norm; of a pack also the lowest `trunk_layers` alone, or those above them.
+
+        The same bits in one go or in two.
+        """
+        if not trunk_layers:
+            return super().forward(input_ids, *args, **kwargs)
+        if trunk_hidden is None:
+            hidden = self._run_layers(self.embed_tokens(input_ids), slice(trunk_layers), **kwargs)
+        else:
+            if self._checkpoints_reentrantly():  # that form differentiates only what its input tells it to
+                trunk_hidden = trunk_hidden.detach().requires_grad_()
+            hidden = self.norm(self._run_layers(trunk_hidden, slice(trunk_layers, None), **kwargs))
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _run_layers(
+        self, hidden: Tensor, which: slice, position_ids: Tensor, segments: Segments, **_: Any
+    ) -> Tensor:
+        position_embeddings = self.rotary_emb(hidden, position_ids=position_ids)
+        for layer in self.layers[which]:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                segments=segments,
+            )
+        return hidden
+
+    def _checkpoints_reentrantly(self) -> bool:
+        layer = self.layers[-1]
+        if not (layer.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return False
+        return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
+
 
 class LLaDAForMaskedDiffusion(LlamaForCausalLM):
     """LLaDA: p(token at i | all tokens, some of them masked), for every position i at once."""
@@ -173,6 +220,8 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         backend: str = "auto",
         return_statistics: bool = False,
         known: tuple[Tensor, Tensor] | None = None,
+        trunk_layers: int = 0,
+        trunk_hidden: Tensor | None = None,
         **kwargs: Any,
     ) -> MaskedDiffusionOutput:
         """NLL or logits of chosen rows of a pack, or logits of padded sequences.
@@ -195,6 +244,8 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             return_statistics: with targets; the first pass of a replay, whose nll has no gradient.
             known: (nll, statistics) of the first pass on the same inputs; the second pass, whose head
                 computes no logits in forward (`vrpo_kernels.linear_cross_entropy_replay`).
+            trunk_layers, trunk_hidden: of a pack; how many of the lowest layers make up a trunk, and what
+                they gave, (1, T, D). Without trunk_hidden only the trunk runs, and its activations return.
         Returns: `MaskedDiffusionOutput` with `nll` if `targets` is given, else with `logits`.
         Errors: ValueError for labels (transformers' loss shifts), targets without rows, a pack on
             an attention that would leak across segments, an adapter on the head that the fused loss
@@ -210,6 +261,9 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         segments = self._segments(attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         if segments is not None:
             body_kwargs["segments"] = segments
+        if trunk_layers:
+            self._check_trunk(trunk_layers, segments)
+            body_kwargs |= {"trunk_layers": trunk_layers, "trunk_hidden": trunk_hidden}
         if attention_mask is not None and self.config._attn_implementation in ATTENTION_NAMES:
             # Our attention builds no mask, so hand it a finished one, (B, 1, 1, L), True = attend.
             attention_mask = attention_mask.bool()[:, None, None, :]
@@ -221,6 +275,8 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             use_cache=False,
             **body_kwargs,
         ).last_hidden_state
+        if trunk_layers and trunk_hidden is None:
+            return MaskedDiffusionOutput(trunk_hidden=hidden_BLD, trunk_dtype=hidden_BLD.dtype)
         if rows is None:
             return MaskedDiffusionOutput(logits=self.lm_head(hidden_BLD))
         hidden_ND = gather_rows(hidden_BLD.flatten(0, 1), rows)
@@ -238,6 +294,15 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             nll, drift = self.lm_head(hidden_ND, targets, backend=backend, known=known)
             return MaskedDiffusionOutput(nll=nll, drift=drift)
         return MaskedDiffusionOutput(nll=self.lm_head(hidden_ND, targets, backend=backend))
+
+    def _check_trunk(self, trunk_layers: int, segments: Segments | None) -> None:
+        if segments is None:
+            raise ValueError("trunk_layers need a pack: cu_seq_lens_q, cu_seq_lens_k and max_length")
+        if not 0 < trunk_layers < self.config.num_hidden_layers:
+            raise ValueError(
+                f"trunk_layers must be in [0, {self.config.num_hidden_layers}), the model's layers, "
+                f"got {trunk_layers}"
+            )
 
     def _segments(self, attention_mask, cu_q, cu_k, max_q, max_k) -> Segments | None:
         """Boundaries of a pack, after the checks that keep segments apart; None if padded."""

@@ -77,6 +77,13 @@ class DiffusionConfig(TrainingArguments):
             "the same."
         ),
     )
+    train_top_layers: int | None = field(
+        default=None,
+        metadata=_help(
+            "Train only so many of the uppermost layers, with the last norm and the head; with LoRA, adapt "
+            "only these. What is below is frozen. None: all."
+        ),
+    )
     mask_token_id: int | None = field(
         default=None,
         metadata=_help("Id of the mask token. None: the model config's, else the tokenizer's."),
@@ -217,6 +224,14 @@ class VRPOConfig(DiffusionConfig):
         metadata=_help(
             "Weight of the masked-diffusion SFT loss of the chosen response (nats per token); >= 0. 0.05 in "
             "LLaDA 1.5. Raise it when logps/chosen falls below the reference's."
+        ),
+    )
+    share_trunk: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Compute the lowest layers once for policy and reference, where they are frozen in both and "
+            "equal: the same bits for less work. None: as far as possible; true: an error where it is not; "
+            "false: never."
         ),
     )
     num_samples: int = field(

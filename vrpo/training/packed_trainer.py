@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class PackedTrainer(AdapterTrainer):
         """The reference's ELBOs (R, K) in nats, float32, where they need not be computed."""
         return None
 
-    def _prepare_pack(self, pack: PackedBatch) -> PackedBatch:
+    def _prepare_pack(self, model: nn.Module, pack: PackedBatch) -> PackedBatch:
+        """A pack from the CPU, as the models take it."""
         return pack.to(self.args.device)
 
     def _draw_epoch(self, model: nn.Module) -> int:
@@ -131,7 +133,7 @@ class PackedTrainer(AdapterTrainer):
             policy=ModelNLL(model),
             reference=None if known_RK is not None else self._reference(model),
             objective=self._objective(batch, pack.replicate_K),
-            prepare=self._prepare_pack,
+            prepare=partial(self._prepare_pack, model),
             reference_RK=known_RK,
         )
 

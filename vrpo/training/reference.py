@@ -13,6 +13,7 @@ from vrpo.models.adapters import equals_its_base, is_peft_model
 from vrpo.models.files import first_few
 from vrpo.training.precision import prepare_reference
 from vrpo.training.trainer import DiffusionTrainer, switch_dropout_off
+from vrpo.training.trunk import frozen_copy
 
 
 def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None) -> nn.Module | None:
@@ -24,7 +25,9 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
     if ref_model is None:
         if is_peft_model(trainer.model):
             return _check_adapter_is_new(trainer)
-        ref_model = copy.deepcopy(trainer.model)
+        # Shared parameters would be sharded twice.
+        is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        ref_model = (frozen_copy if is_whole else copy.deepcopy)(trainer.model)
     else:
         _check_apart(trainer.model, ref_model)
         _check_same_computation(trainer.model, ref_model)

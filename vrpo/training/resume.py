@@ -57,7 +57,7 @@ _INHERITED = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )
-_OWN_WITHOUT_EFFECT = {"max_tokens_per_pack", "gradient_mode", "dataset_num_proc"}
+_OWN_WITHOUT_EFFECT = {"max_tokens_per_pack", "gradient_mode", "share_trunk", "dataset_num_proc"}
 
 
 def run_of(

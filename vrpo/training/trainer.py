@@ -49,6 +49,7 @@ from vrpo.training.resume import (
     write_run,
 )
 from vrpo.training.support import check_runnable
+from vrpo.training.trunk import adapter_on_top_layers, train_top_layers
 
 logger = logging.get_logger(__name__)
 
@@ -151,8 +152,16 @@ class DiffusionTrainer(PackedTrainer):
         check_model(model, self.args)
         if self.args.mask_token_id is not None:  # what is saved must be asked with the mask it was trained on
             model.config.mask_token_id = self.args.mask_token_id
+        number = self.args.train_top_layers
         if self.peft_config is not None:
-            model = add_adapter(model, self.peft_config, seed=self.args.seed)
+            config = self.peft_config
+            if number is not None:
+                config = adapter_on_top_layers(config, number, model.config.num_hidden_layers)
+            model = add_adapter(model, config, seed=self.args.seed)
+        elif number is not None:
+            if is_peft_model(model):
+                raise ValueError("train_top_layers cannot move the adapter of a PeftModel: pass peft_config")
+            train_top_layers(model, number)
         if is_peft_model(model):
             check_adapters(model)
             leave_adapter_inputs_to_autocast(model)

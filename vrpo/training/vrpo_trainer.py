@@ -22,6 +22,7 @@ from vrpo.training.packed_trainer import Metrics, ModelNLL
 from vrpo.training.reference import build_reference
 from vrpo.training.resume import digest_of_weights
 from vrpo.training.trainer import DiffusionTrainer
+from vrpo.training.trunk import shared_layers, with_trunk
 
 
 class VRPOTrainer(DiffusionTrainer):
@@ -110,6 +111,10 @@ class VRPOTrainer(DiffusionTrainer):
             compute_metrics=compute_metrics,
             model_init=model_init,
         )
+        self._set_reference()
+
+    def _set_reference(self) -> None:
+        self._trunk_layers = shared_layers(self.model, self._given_reference, self.args.share_trunk)
         self.ref_model = build_reference(self, self._given_reference)
 
     @property
@@ -130,7 +135,7 @@ class VRPOTrainer(DiffusionTrainer):
         model = super().call_model_init(trial)
         if hasattr(self, "ref_model"):
             self.model = model
-            self.ref_model = build_reference(self, self._given_reference)
+            self._set_reference()
         return model
 
     def _reference(self, model: nn.Module) -> NLL | None:
@@ -142,6 +147,10 @@ class VRPOTrainer(DiffusionTrainer):
                 return model(**pack.model_inputs()).nll
 
         return nll
+
+    def _prepare_pack(self, model: nn.Module, pack: PackedBatch) -> PackedBatch:
+        pack = super()._prepare_pack(model, pack)
+        return with_trunk(model, pack, self._trunk_layers) if self._trunk_layers else pack
 
     def _objective(self, batch: ResponseBatch, replicate_K: tuple[int, ...]) -> Objective:
         args = self.args
