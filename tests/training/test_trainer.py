@@ -38,6 +38,29 @@ def test_train__starts_at_log_two_with_margin_zero(tmp_path, tiny_model, tokeniz
     assert losses[-1] < losses[0]
 
 
+def test_init__does_not_replay_a_model_with_dropout(tmp_path, tiny_model, tokenizer, pair_rows):
+    fields = {"peft_config": LORA, "disable_dropout": False}
+    with pytest.raises(ValueError, match=r"gradient_mode='replay' passes every pack twice.*dropout"):
+        trainer_of(
+            tmp_path, copy.deepcopy(tiny_model), tokenizer, pair_rows, gradient_mode="replay", **fields
+        )
+    with pytest.raises(ValueError, match=r"its num_samples=2 masked copies take .* max_tokens_per_pack=20"):
+        trainer_of(
+            tmp_path, copy.deepcopy(tiny_model), tokenizer, pair_rows, max_tokens_per_pack=20, **fields
+        )
+    trainer = trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, **fields)
+    assert trainer.gradient_mode == "joint"
+
+
+def test_train__logs_how_far_the_passes_of_a_replay_differ(tmp_path, tiny_model, tokenizer, pair_rows):
+    trainer = trainer_of(
+        tmp_path, tiny_model, tokenizer, pair_rows, max_tokens_per_pack=20, eval_dataset=pair_rows
+    )
+    trainer.train()
+    assert set(logged(trainer, "vrpo/replay_drift")) == {0.0}
+    assert "eval_vrpo/replay_drift" not in trainer.evaluate()
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 12])
 def test_train__margins_are_exactly_zero_for_any_batch(
     tmp_path, tiny_model, tokenizer, pair_rows, batch_size

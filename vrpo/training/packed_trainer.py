@@ -51,10 +51,12 @@ class PackedTrainer(AdapterTrainer):
 
     linear_objective: it is linear in the policy's ELBOs and needs no reference.
     whole_batches: the loss of an example depends on the others of its batch, which is cut into packs only.
+    gradient_mode: see DiffusionConfig.
     """
 
     linear_objective = False
     whole_batches = False
+    gradient_mode = "joint"
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._sums: dict[str, dict[str, Tensor | float]] = {
@@ -106,8 +108,8 @@ class PackedTrainer(AdapterTrainer):
         and of packs in each.
         """
         args = self.args
-        parts = [batch]
-        if args.gradient_mode != "replay" and not self.whole_batches:
+        mode, parts = self.gradient_mode, [batch]
+        if mode != "replay" and not self.whole_batches:
 
             def split(at_least: int) -> list[ResponseBatch]:
                 return list(split_by_tokens(batch, args.num_samples, args.max_tokens_per_pack, at_least))
@@ -116,7 +118,7 @@ class PackedTrainer(AdapterTrainer):
             if args.world_size > 1:
                 parts = split(at_least=self._largest([len(parts)])[0])
         counts = [1] * len(parts)
-        if args.gradient_mode != "joint":
+        if mode != "joint":
             counts = [num_cuts(part, args.num_samples, args.max_tokens_per_pack) for part in parts]
             if args.world_size > 1:
                 counts = self._largest(counts)
@@ -145,7 +147,7 @@ class PackedTrainer(AdapterTrainer):
         for batch, count in micro_batches:
             pack = self.estimator.pack(batch, epoch, "cpu")
             parts = self._parts(model, batch, pack, epoch)
-            if count == 1 and args.gradient_mode != "replay":
+            if count == 1 and self.gradient_mode != "replay":
                 yield batch, JointStep(parts, pack)
                 continue
             packs = split_segments(pack, args.max_tokens_per_pack, at_least=count)

@@ -73,7 +73,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             args.max_tokens_per_pack,
             max_fill=self.eos_fill.max_fill,
             max_length=self.eos_fill.max_length,
-            divisible=args.gradient_mode != "joint",
+            divisible=self.gradient_mode != "joint",
         )
 
     def _responses(self, inputs, model):

@@ -61,6 +61,22 @@ def switch_dropout_off(model: nn.Module) -> None:
             module.p = 0.0
 
 
+def gradient_mode_of(model: nn.Module, args: DiffusionConfig, *, is_linear: bool) -> str:
+    """gradient_mode; "auto" is "joint" where a second pass would drop other activations than the first.
+
+    Errors: ValueError for "replay" in that case.
+    """
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if not drops or is_linear:  # a linear objective is not passed twice
+        return args.gradient_mode
+    if args.gradient_mode == "replay":
+        raise ValueError(
+            "gradient_mode='replay' passes every pack twice and needs the same values both times, but the "
+            "model has dropout: leave disable_dropout=True, or use gradient_mode='joint'"
+        )
+    return "joint"
+
+
 class LogTheLastStep(TrainerCallback):
     """A run shorter than logging_steps, and the end of every run, are logged too."""
 
@@ -117,6 +133,7 @@ class DiffusionTrainer(PackedTrainer):
             set_seed(args.seed)
             model = super().call_model_init()
         model = self._ready(model)
+        self.gradient_mode = gradient_mode_of(model, args, is_linear=self.linear_objective)
         check_optimizer(args, model)
         self.mask_token_id = args.mask_token_id
         if self.mask_token_id is None:
@@ -305,7 +322,7 @@ class DiffusionTrainer(PackedTrainer):
             prepared,
             args.num_samples,
             args.max_tokens_per_pack,
-            divisible=args.gradient_mode != "joint",
+            divisible=self.gradient_mode != "joint",
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
