@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from vrpo.objectives.curves import Softplus, jackknife
+
 
 def log_ratio(policy_RK: Tensor, reference_RK: Tensor) -> Tensor:
     """B_policy - B_reference of every response, mean over the K samples: (R, K) x 2 -> (R,), nats."""
@@ -36,58 +38,48 @@ def dpo_loss(score_B: Tensor) -> Tensor:
 def jackknife_dpo_loss(
     policy_RK: Tensor, reference_RK: Tensor, beta: float, replicate_K: tuple[int, ...]
 ) -> Tensor:
-    """softplus(-s) of each pair with most of its bias from a noisy score removed, (B,), nats.
+    """softplus(-s) of each pair with most of its bias removed, (B,), nats: curves.jackknife."""
+    return jackknife(Softplus(), replicate_scores(policy_RK, reference_RK, beta, replicate_K))
 
-        loss = G f(s) - ((G - 1) / G) sum_g f(s^(-g)),    f(s) = softplus(-s)
 
-    s is the mean of the G replicate scores, s^(-g) the mean without replicate g. f is convex, so f(s) is too
-    high by E f(s) - f(E s) = a / G + O(1 / G^2), a = f''(E s) Var(replicate) / 2 (method: Taylor at E s). The
-    same expansion holds for f(s^(-g)) with G - 1, and G (a / G) - (G - 1) (a / (G - 1)) = 0: what is left is
-    O(1 / G^2). Unlike the delta method, f(s) - f''(s) v / 2, whose v is unbounded, the result grows linearly
-    in the scores, so that a model cannot lower its loss by making its samples disagree.
+def replicate_means(elbo_RK: Tensor, replicate_K: tuple[int, ...]) -> Tensor:
+    """Mean over the samples of each replicate, (R, K) -> (R, G); replicate_K as in MaskDraw."""
+    num_replicates = max(replicate_K) + 1
+    replicate = torch.tensor(replicate_K, device=elbo_RK.device)
+    size_G = torch.zeros(num_replicates, device=elbo_RK.device, dtype=elbo_RK.dtype)
+    size_G.index_add_(0, replicate, torch.ones_like(elbo_RK[0]))
+    sum_RG = elbo_RK.new_zeros(len(elbo_RK), num_replicates)
+    return sum_RG.index_add(1, replicate, elbo_RK) / size_G
 
-    Needs replicates that are independent and identically distributed, at least two (G >= 2). The gradient is
-    the jackknife of the gradient; it differs from that of f(s) by what the noise of the score puts into the
-    coefficient sigmoid(-s).
+
+def standard_error(score_BG: Tensor) -> Tensor:
+    """Standard error of the mean of G replicates, (B, G) -> (B,).
+
+        std = sqrt( sum_g (s_g - mean_g s_g)^2 / (G (G - 1)) )
+
+    Its square is an unbiased estimate of the variance of the mean when replicates are independent and
+    identically distributed, and on average too large when they come from different strata. NaN for G = 1.
     """
-    score_BG = replicate_scores(policy_RK, reference_RK, beta, replicate_K)
     num_replicates = score_BG.shape[1]
-    if num_replicates < 2:
-        raise ValueError("the jackknife loss needs at least 2 independent replicates, got 1")
-    total_B1 = score_BG.sum(dim=1, keepdim=True)
-    left_out_BG = (total_B1 - score_BG) / (num_replicates - 1)
-    left_out_B = dpo_loss(left_out_BG).mean(dim=1)
-    return num_replicates * dpo_loss(score_BG.mean(dim=1)) - (num_replicates - 1) * left_out_B
+    if num_replicates == 1:
+        return score_BG.new_full((len(score_BG),), math.nan)
+    return score_BG.std(dim=1, correction=1) / math.sqrt(num_replicates)
 
 
 def replicate_scores(
     policy_RK: Tensor, reference_RK: Tensor, beta: float, replicate_K: tuple[int, ...]
 ) -> Tensor:
     """The score of each pair from each replicate's samples alone, (B, G)."""
-    num_replicates = max(replicate_K) + 1
-    difference_RK = policy_RK - reference_RK
-    replicate = torch.tensor(replicate_K, device=difference_RK.device)
-    size_G = torch.zeros(num_replicates, device=difference_RK.device, dtype=difference_RK.dtype)
-    size_G.index_add_(0, replicate, torch.ones_like(difference_RK[0]))
-    sum_RG = difference_RK.new_zeros(len(difference_RK), num_replicates)
-    mean_RG = sum_RG.index_add(1, replicate, difference_RK) / size_G
+    mean_RG = replicate_means(policy_RK - reference_RK, replicate_K)
     return beta * (mean_RG[0::2] - mean_RG[1::2])
 
 
 def score_std(policy_RK: Tensor, reference_RK: Tensor, beta: float, replicate_K: tuple[int, ...]) -> Tensor:
-    """Standard error of each pair's score, estimated from the replicates of its own K samples.
+    """Standard error of each pair's score, from the replicates of its own K samples: `standard_error`, (B,).
 
-        std = sqrt( sum_g (s_g - mean_g s_g)^2 / (G (G - 1)) ),  s_g = score of replicate g, G replicates
-
-    Its square is an unbiased estimate of the score's variance when replicates are independent and identically
-    distributed, and on average too large when they come from different strata.
-    Returns: (B,); NaN when the design has a single replicate, since nothing can be said then.
+    NaN when the design has a single replicate, since nothing can be said then.
     """
-    num_replicates = max(replicate_K) + 1
-    if num_replicates == 1:
-        return policy_RK.new_full((len(policy_RK) // 2,), math.nan)
-    score_BG = replicate_scores(policy_RK, reference_RK, beta, replicate_K)
-    return score_BG.std(dim=1, correction=1) / math.sqrt(num_replicates)
+    return standard_error(replicate_scores(policy_RK, reference_RK, beta, replicate_K))
 
 
 def noise_diagnostics(score_B: Tensor, score_std_B: Tensor) -> dict[str, Tensor]:
