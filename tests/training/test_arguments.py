@@ -86,7 +86,6 @@ def test_config__refuses_what_would_do_nothing_or_harm(tmp_path, name, kind):
         ({"disable_dropout": "maybe"}, "disable_dropout must be true or false"),
         ({"fp16": True}, "fp16=True does nothing on a CPU"),
         ({"fp16": True, "bf16": True}, "At most one of fp16 and bf16"),
-        ({"deepspeed": "ds.json"}, "deepspeed needs the package deepspeed"),
         ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType"),
         ({"optim": "adam"}, "adam is not a valid OptimizerNames"),
         (

@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_available
 from transformers.trainer_utils import IntervalStrategy
 
 from vrpo.estimator.masking import check_design, check_loss, default_replicates
+from vrpo.training.launch import check_engine, check_launch
 from vrpo.training.ranges import check_numbers
 from vrpo.training.support import check_supported
 
@@ -128,6 +129,9 @@ class DiffusionConfig(TrainingArguments):
             value = getattr(self, name, None)
             if isinstance(value, int | float):
                 raise ValueError(f"{name} must be a dictionary or the path of a JSON file, got {value!r}")
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):
+            self.fsdp = self.fsdp.lower() == "true"  # a flag or a YAML file has words for it
+        check_engine(self)
         if not isinstance(self.report_to, str | list | tuple | None):
             raise ValueError(f"report_to must be a name or a list of names, got {self.report_to!r}")
         try:
@@ -155,6 +159,7 @@ class DiffusionConfig(TrainingArguments):
                 f"got {self.max_prompt_length}"
             )
         check_supported(self)
+        check_launch(self)
         _check_writable(self.output_dir)
 
 

@@ -1,0 +1,69 @@
+"""How a test starts each engine on CPUs with gloo: what a process sets, and the arguments that go with it.
+
+On accelerators `fsdp=True` or `deepspeed=...` is all; on the CPU accelerate takes neither unless the state of
+the process is made beforehand. DeepSpeed would compile a shared-memory collective at its first start; gloo
+does without.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def launch(script: str, num_processes: int, *arguments: Any) -> None:
+    """Run a script of this folder in several processes; fails with what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone", HERE / script]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.pathsep.join(str(HERE.parents[level]) for level in (1, 0)) + os.pathsep + str(HERE),
+    }
+    done = subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def use(engine: str, **settings: Any) -> dict[str, Any]:
+    """Make this process one of the engine's; the arguments of a trainer's configuration on it.
+
+    settings: of fsdp_config, or of DeepSpeed's zero_optimization.
+    """
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
+    for name in _SWITCHES:
+        os.environ.pop(name, None)
+    if engine == "ddp":
+        return {"use_cpu": True}
+    configured = {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+    if engine == "fsdp2":
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU
+        return {**configured, "fsdp": True, "fsdp_config": {"version": 2, **settings}}
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    return {**configured, "deepspeed": zero(int(engine[-1]), **settings)}
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration that leaves everything else to the trainer's arguments."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": stage, **settings},
+    }
