@@ -73,6 +73,7 @@ def test_train__margins_are_exactly_zero_for_any_batch(
     assert set(logged(trainer, "rewards/chosen")) == {0.0}
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize(
     "spread",
     [
@@ -85,7 +86,7 @@ def test_train__margins_are_exactly_zero_for_any_batch(
     ids=["8x1", "2x4", "token-budget", "divided-pairs", "replay"],
 )
 def test_train__accumulation_and_token_budget_do_not_matter(
-    tmp_path, tiny_model, tokenizer, pair_rows, spread
+    tmp_path, tiny_model, tokenizer, pair_rows, spread, adapter
 ):
     """Two epochs of 12 pairs in steps of 8 and 4: the short last step counts pairs, not batches."""
     ends = []
@@ -101,7 +102,9 @@ def test_train__accumulation_and_token_budget_do_not_matter(
             num_train_epochs=2,
             max_grad_norm=0.1,
             **fields,
+            **({"peft_config": LORA} if adapter else {}),
         )
+        trainer.model.double()  # PEFT makes adapters float32
         trainer.train()
         assert trainer.state.global_step == 4
         ends.append((parameters(trainer.model), logged(trainer, "loss"), logged(trainer, "rewards/margins")))
