@@ -18,6 +18,7 @@ BENCHMARKS = {
     "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),
     "elbo": ("benchmarks.bench_elbo", "variance of ELBOs by themselves under every mask design"),
     "step": ("benchmarks.bench_step", "the whole VRPO step at LLaDA-8B's shape on one GPU"),
+    "trainer": ("benchmarks.bench_trainer", "a step of the trainer with each of its options"),
     "gpu-table": ("benchmarks.gpu_table", "Markdown tables of what `make gpu` measured"),
     "liger-view": ("benchmarks.liger_view", "a kernels CSV in Liger's columns, and back"),
     "model": ("benchmarks.bench_model", "expected GPU times of linear_cross_entropy, beside measured ones"),

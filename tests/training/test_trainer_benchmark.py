@@ -1,0 +1,39 @@
+"""`python -m benchmarks trainer` at a tiny size: every variant, gated, one row each."""
+
+import csv
+
+import pytest
+import torch
+
+from benchmarks import bench_trainer
+
+TINY = ["--hidden", "16", "--layers", "2", "--vocabulary", "300", "--prompt", "4", "--response", "5"]
+TINY += ["--pairs", "1", "--num-samples", "2", "--rounds", "1"]
+
+
+def test_main__writes_a_row_for_every_variant(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert bench_trainer.main([*TINY, "--output", str(tmp_path / "trainer.csv")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    with (tmp_path / "trainer.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == list(bench_trainer.variants(2))
+    assert all(float(row["ms"]) > 0 and float(row["gradient_error"]) < 1e-4 for row in rows)
+    assert "top, shared trunk" in capsys.readouterr().out
+
+
+def test_measure__stops_where_a_gradient_is_another(monkeypatch):
+    args = bench_trainer.parse([*TINY, "--variants", "plain", "plain, replay"])
+    wrong = bench_trainer.variants(2) | {"plain, replay": bench_trainer.Variant("plain", {"beta": 0.3})}
+    monkeypatch.setattr(bench_trainer, "variants", lambda layers: wrong)
+    with pytest.raises(RuntimeError, match=r"plain, replay: the gradient differs by .* from plain"):
+        bench_trainer.measure(args)
+
+
+@pytest.mark.parametrize("names", [["fast"], ["lora, replay"]])
+def test_parse__refuses_unknown_variants_and_those_without_their_baseline(names, capsys):
+    with pytest.raises(SystemExit):
+        bench_trainer.parse(["--variants", *names])
+    assert "--variants" in capsys.readouterr().err
