@@ -12,6 +12,7 @@ from vrpo.data.rows import (
     CompletionCollator,
     PairCollator,
     check_token_budget,
+    num_tokens,
     prepare_completions,
     prepare_pairs,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "encode_prompts",
     "encode_rows",
     "load_rows",
+    "num_tokens",
     "prepare_completions",
     "prepare_pairs",
     "read_columns",

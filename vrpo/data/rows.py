@@ -67,6 +67,17 @@ def prepare_completions(
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, **options)
 
 
+def num_tokens(dataset: Dataset) -> np.ndarray:
+    """Tokens of each example of a prepared dataset, its prompt once per response; (E,) int64."""
+    sides = [name for name in dataset.column_names if name in SIDE_COLUMNS]
+    parts = [np.zeros(0, np.int64)]
+    for part in dataset.select_columns(["prompt_ids", *sides]).with_format("arrow").iter(batch_size=10_000):
+        prompt, *responses = (compute.list_value_length(part[name]) for name in ("prompt_ids", *sides))
+        total = len(sides) * prompt.to_numpy().astype(np.int64)
+        parts.append(sum((response.to_numpy() for response in responses), start=total))
+    return np.concatenate(parts)
+
+
 def check_token_budget(
     dataset: Dataset,
     num_samples: int,

@@ -1,4 +1,4 @@
-"""AdapterTrainer: transformers.Trainer with adapters whose folders stay usable.
+"""AdapterTrainer: EngineTrainer with adapters whose folders stay usable.
 
 What it adds for PEFT models: saved adapters carry LLaDA's names (vrpo.models.adapters), resuming reads them
 and misses no weight, and the base that the adapter was trained on is on disk before the first step. Where it
@@ -12,12 +12,12 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vrpo.models.adapter_config import check_kind
 from vrpo.models.adapters import is_peft_model, load_adapter_weights, rename_saved_adapters
 from vrpo.models.base import keep_base
+from vrpo.training.engine_trainer import EngineTrainer
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -28,8 +28,8 @@ def check_adapters(model: nn.Module) -> None:
         raise ValueError("the model's adapter is merged into its weights: call model.unmerge_adapter() first")
 
 
-class AdapterTrainer(Trainer):
-    """What the trainers do beyond transformers.Trainer if the model is a PeftModel; else nothing."""
+class AdapterTrainer(EngineTrainer):
+    """What the trainers do beyond EngineTrainer if the model is a PeftModel; else nothing."""
 
     _base_is_kept = False
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as compute
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from transformers.utils import logging
 from vrpo import data
 from vrpo.batch import ResponseBatch
 from vrpo.data.encode import closing_ids
-from vrpo.estimator.eos_fill import EosFill, mean_fill
+from vrpo.estimator.eos_fill import EosFill, fill_lengths, mean_fill
 from vrpo.gradient import StepResult
 from vrpo.models import max_positions, special_tokens
 from vrpo.objectives import preference
@@ -75,6 +76,18 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             max_length=self.eos_fill.max_length,
             divisible=self.gradient_mode != "joint",
         )
+
+    def _costs_of_epoch(self, dataset, epoch):
+        tokens_E = torch.from_numpy(data.num_tokens(dataset))
+        if self.eos_fill is None:
+            return tokens_E.tolist()
+        fill = self.eos_fill
+        ends = [fill.is_whole(ids) for part in _tables(dataset) for ids in _tails(part, fill.longest_ending)]
+        room_E = (fill.max_length - tokens_E).clamp(min=0, max=fill.max_fill)
+        bound_E = torch.where(torch.tensor(ends, dtype=torch.bool), room_E, 0)
+        example_E = torch.tensor(dataset.with_format(None)["example_id"][:], dtype=torch.int64)
+        fill_E = fill_lengths(fill.seed, epoch, example_E, torch.zeros_like(example_E), bound_E)
+        return (tokens_E + fill_E).tolist()
 
     def _responses(self, inputs, model):
         batch = super()._responses(inputs, model)

@@ -25,7 +25,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "label_names": (lambda value: value is not None, _NO_LABELS),
     "train_sampling_strategy": (
         lambda value: value not in ("random", "sequential"),
-        "packs have no padding, so grouping by length gains nothing; use 'random' or 'sequential'",
+        "packs have no padding, so grouping by length gains nothing, and several processes get equally long "
+        "batches anyway; use 'random' or 'sequential'",
     ),
     "bf16_full_eval": (bool, "it rounds the policy's weights for good, and no reference's; use bf16=True"),
     "fp16_full_eval": (bool, "it rounds the policy's weights for good, and no reference's; use bf16=True"),

@@ -325,6 +325,9 @@ class DiffusionTrainer(PackedTrainer):
             divisible=self.gradient_mode != "joint",
         )
 
+    def _costs_of_epoch(self, dataset, epoch):
+        return data.num_tokens(dataset).tolist()
+
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare(eval_dataset, self.processing_class, self.model, "eval")

@@ -1,0 +1,97 @@
+"""EngineTrainer: transformers.Trainer on DDP, FSDP2 and DeepSpeed alike.
+
+What it adds: `save_model` writes whole weights under every engine, also where each process holds a part of
+them; a checkpoint of parts has the configuration and the tokenizer beside them; and the processes of a run
+have equally long batches (balance.py).
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import RandomSampler, Sampler
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from vrpo.models.adapters import is_peft_model
+from vrpo.training.balance import BalancedSampler
+
+
+class EngineTrainer(Trainer):
+    """The same files and the same batches, whatever engine holds the model."""
+
+    @property
+    def _holds_parts(self) -> bool:
+        """Whether no process has the whole weights when they are saved."""
+        if self.is_fsdp_enabled:
+            return "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        return self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes weights (of a PeftModel its adapters), configuration and tokenizer; all processes call it.
+
+        Under FSDP with SHARDED_STATE_DICT and under ZeRO-3 the weights are gathered in the memory of the
+        first process. Checkpoints keep them in parts, but for adapters and save_only_model.
+        """
+        if not self._holds_parts:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if _internal_call and not self.args.save_only_model and not is_peft_model(self.model):
+            if self.args.should_save:
+                self._save_description(folder)
+            return
+        weights = self._gather()
+        if self.args.should_save:
+            self._save(folder, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _gather(self) -> dict[str, Tensor]:
+        """The weights, of a PeftModel those that train, whole and on the CPU; empty but in one process."""
+        trained_only = is_peft_model(self.model)
+        if self.is_deepspeed_enabled:
+            if self.deepspeed is None:
+                raise ValueError(
+                    "under DeepSpeed ZeRO-3 a model is saved after train() has started its engine"
+                )
+            return self.deepspeed._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only)
+        if not self.accelerator.is_fsdp2:
+            return self.accelerator.get_state_dict(self.model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        return get_model_state_dict(self.model, options=options)
+
+    def _save_description(self, folder: str) -> None:
+        """All of a model's folder but its weights."""
+        os.makedirs(folder, exist_ok=True)
+        self.model.config.save_pretrained(folder)
+        if self.model.can_generate():
+            self.model.generation_config.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _costs_of_epoch(self, dataset: Any, epoch: int) -> Sequence[int]:
+        """Tokens of each example of the training set in an epoch."""
+        raise NotImplementedError
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        args, sampler = self.args, super()._get_train_sampler(train_dataset)
+        if sampler is None or args.world_size == 1:
+            return sampler
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(sampler, RandomSampler):
+            # What accelerate would put in its place, which it cannot see inside another sampler.
+            sampler = SeedableRandomSampler(dataset, data_seed=args.data_seed)
+        return BalancedSampler(
+            sampler,
+            lambda epoch: self._costs_of_epoch(dataset, epoch),
+            batch_size=args.train_batch_size,
+            num_processes=args.world_size,
+            num_batches=args.gradient_accumulation_steps,
+            drop_last=args.dataloader_drop_last,
+        )
