@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from vrpo.data.budget import check_token_budget
 from vrpo.data.encode import encode_prompts, encode_rows
 from vrpo.data.files import load_rows
 from vrpo.data.formats import split_prompt
@@ -18,7 +19,6 @@ from vrpo.data.limits import truncated_lengths
 from vrpo.data.rows import (
     CompletionCollator,
     PairCollator,
-    check_token_budget,
     prepare_completions,
     prepare_pairs,
 )
@@ -523,3 +523,36 @@ def test_completion_collator__one_response_per_example():
     assert batch.tokens_U.tolist() == [1, 2, 3]
     assert (batch.example_R.tolist(), batch.side_R.tolist()) == ([5], [0])
     assert batch.num_sides == 1
+
+
+def test_prepare_pairs__drops_and_lists_unusable_rows_where_asked_to(tokenizer):
+    other, same = PLAIN | {"rejected": " It is 4."}, PLAIN | {"rejected": PLAIN["chosen"]}
+    rows = [PLAIN, PLAIN | {"chosen": None}, other, same]
+    with pytest.raises(ValueError, match=r"chosen .*\(row 1\).*\(row 3\)"):
+        prepare_pairs(rows, tokenizer)
+    prepared, report = prepare_pairs(rows, tokenizer, drop_unusable_rows=True)
+    assert prepared["example_id"][:] == [0, 2]  # what keys the masks is the number in the data, as before
+    assert (report.rows, report.kept, report.num_changed) == (4, 2, 2)
+    assert [row for row, _ in report.unusable] == [1, 3]
+    assert "2 unusable rows dropped" in str(report) and "50% OF ALL ROWS" in str(report)
+    whole, _ = prepare_pairs([rows[0], rows[2]], tokenizer)
+    assert prepared["chosen_ids"][:] == whole["chosen_ids"][:]
+
+
+def test_prepare_pairs__a_few_dropped_rows_raise_no_doubt_about_the_format(tokenizer):
+    rows = [PLAIN | {"rejected": f" It is {n}."} for n in range(4, 40)] + [PLAIN | {"chosen": ""}]
+    _, report = prepare_pairs(rows, tokenizer, drop_unusable_rows=True)
+    assert "1 unusable rows dropped" in str(report) and "OF ALL ROWS" not in str(report)
+
+
+def test_prepare_pairs__names_the_reasons_if_all_rows_are_unusable(tokenizer):
+    with pytest.raises(ValueError, match=r"drop_unusable_rows leaves none of the 2 rows: .*\(rows 0, 1\)"):
+        prepare_pairs([PLAIN | {"chosen": PLAIN["rejected"]}] * 2, tokenizer, drop_unusable_rows=True)
+
+
+def test_prepare_pairs__names_repeated_ids_by_their_row_in_the_data(tokenizer):
+    ids = [4, 7, 9, 9]
+    rows = [PLAIN | {"rejected": f" It is {n}{n}.", "example_id": n} for n in ids]
+    rows[0]["chosen"] = None
+    with pytest.raises(ValueError, match="example_id 9 stands in rows 2 and 3"):
+        prepare_pairs(rows, tokenizer, drop_unusable_rows=True)

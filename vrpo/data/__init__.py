@@ -1,5 +1,6 @@
 """Files -> rows -> token ids, checked -> batches. Needs the package `datasets`."""
 
+from vrpo.data.budget import TokenBudget, check_token_budget, num_tokens
 from vrpo.data.containers import as_dataset, read_columns
 from vrpo.data.encode import encode_prompts, encode_rows
 from vrpo.data.files import load_rows
@@ -11,10 +12,9 @@ from vrpo.data.rows import (
     PAIR_SIDES,
     CompletionCollator,
     PairCollator,
-    check_token_budget,
-    num_tokens,
     prepare_completions,
     prepare_pairs,
+    without,
 )
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "PairCollator",
     "RowProblem",
     "Text",
+    "TokenBudget",
     "as_dataset",
     "check_token_budget",
     "encode_prompts",
@@ -34,4 +35,5 @@ __all__ = [
     "prepare_completions",
     "prepare_pairs",
     "read_columns",
+    "without",
 ]

@@ -13,12 +13,16 @@ class RowProblem(ValueError):
 
 def raise_problems(problem_by_row: Sequence[str | None]) -> None:
     """ValueError that names each problem with its rows, in the order of the first; "" and None are none."""
+    found = [(row, problem) for row, problem in enumerate(problem_by_row) if problem]
+    if found:
+        raise ValueError(f"unusable rows in the dataset: {told_problems(found)}")
+
+
+def told_problems(found: Sequence[tuple[int, str]]) -> str:
+    """(row, problem) pairs in one line: each problem with its first rows, the first problems."""
     rows_of: dict[str, list[int]] = {}
-    for row, problem in enumerate(problem_by_row):
-        if problem:
-            rows_of.setdefault(problem, []).append(row)
-    if not rows_of:
-        return
+    for row, problem in found:
+        rows_of.setdefault(problem, []).append(row)
     told = []
     for problem, rows in rows_of.items():
         shown = ", ".join(map(str, rows[:_SHOWN]))
@@ -26,7 +30,7 @@ def raise_problems(problem_by_row: Sequence[str | None]) -> None:
         told.append(f"{problem} (row{'s' * (len(rows) > 1)} {shown}{more})")
     shown = "; ".join(told[:_SHOWN])
     more = f"; and {len(told) - _SHOWN} more problems" if len(told) > _SHOWN else ""
-    raise ValueError(f"unusable rows in the dataset: {shown}{more}")
+    return f"{shown}{more}"
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from vrpo.data.problems import told_problems
+
+MANY_UNUSABLE = 0.1
+"""Share of unusable rows from which on the format of the data is in doubt, and not some of its rows."""
+
 
 @dataclass(frozen=True)
 class DataReport:
@@ -19,6 +24,7 @@ class DataReport:
     doubled: rows whose responses are plain text that begins with the prompt's, which stays.
     unrendered: rows of which the chat template left something out: a message, tools, or calls of tools.
     special_in_text: rows in whose messages special tokens are spelt out, which become those tokens.
+    unusable: (row, reason) of each row that was dropped because it cannot be used (drop_unusable_rows).
     """
 
     rows: int
@@ -36,12 +42,13 @@ class DataReport:
     doubled: int = 0
     unrendered: int = 0
     special_in_text: int = 0
+    unusable: tuple[tuple[int, str], ...] = ()
 
     @property
     def num_changed(self) -> int:
         """Rows and responses that lost something or are not what they seem; 0: nothing worth a warning."""
         lost = self.dropped_same + self.prompts_truncated + self.responses_truncated + self.unrendered
-        return lost + self.boundaries_merged + self.special_in_text + self.doubled
+        return lost + self.boundaries_merged + self.special_in_text + self.doubled + len(self.unusable)
 
     def __str__(self) -> str:
         told = [
@@ -66,4 +73,11 @@ class DataReport:
         ):
             if count:
                 told.append(f"{count} {text}")
+        if self.unusable:
+            told.append(f"{len(self.unusable)} unusable rows dropped: {told_problems(self.unusable)}")
+        if len(self.unusable) > MANY_UNUSABLE * self.rows:
+            told.append(
+                f"THESE ARE {len(self.unusable) / self.rows:.0%} OF ALL ROWS: check the format of the data "
+                "before you trust what is left"
+            )
         return "; ".join(told)

@@ -20,12 +20,11 @@ from vrpo.data.containers import as_dataset, plain
 from vrpo.data.encode import encode_rows
 from vrpo.data.formats import EXTRA_COLUMNS, MESSAGES_COLUMNS
 from vrpo.data.limits import Limits, RowCounts, truncate
-from vrpo.data.problems import RowProblem, raise_problems, shown
+from vrpo.data.problems import RowProblem, raise_problems, shown, told_problems
 from vrpo.data.report import DataReport
 
 PAIR_SIDES = ("chosen", "rejected")
 COMPLETION_SIDES = ("completion",)
-SIDE_COLUMNS = ("chosen_ids", "rejected_ids", "completion_ids")
 _MAX_EXAMPLE_ID = 2**32 - 1
 _STAMP = "prepared by vrpo with "
 
@@ -49,9 +48,12 @@ def prepare_pairs(
             vocab_size: rows of the model's embedding; ids must be below.
             mask_token_id: may not stand in the data. None: the tokenizer's.
             num_proc: processes that tokenise.
+            drop_unusable_rows: leave rows that cannot be used out, and list them in the report, instead of
+            raising.
     Returns: the dataset, rows in order, and what was truncated or dropped. A dataset that was prepared with
         the same options comes back as it is.
-    Errors: ValueError naming the missing columns, or the unusable rows and what is wrong with each.
+    Errors: ValueError naming the missing columns, or the unusable rows and what is wrong with each, or
+        saying that no row is left.
     """
     return _prepare(dataset, tokenizer, PAIR_SIDES, **options)
 
@@ -67,55 +69,6 @@ def prepare_completions(
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, **options)
 
 
-def num_tokens(dataset: Dataset) -> np.ndarray:
-    """Tokens of each example of a prepared dataset, its prompt once per response; (E,) int64."""
-    sides = [name for name in dataset.column_names if name in SIDE_COLUMNS]
-    parts = [np.zeros(0, np.int64)]
-    for part in dataset.select_columns(["prompt_ids", *sides]).with_format("arrow").iter(batch_size=10_000):
-        prompt, *responses = (compute.list_value_length(part[name]) for name in ("prompt_ids", *sides))
-        total = len(sides) * prompt.to_numpy().astype(np.int64)
-        parts.append(sum((response.to_numpy() for response in responses), start=total))
-    return np.concatenate(parts)
-
-
-def check_token_budget(
-    dataset: Dataset,
-    num_samples: int,
-    max_tokens_per_pack: int,
-    *,
-    max_fill: int = 0,
-    max_length: int = 0,
-    divisible: bool = False,
-) -> None:
-    """Raise unless every example of a prepared dataset fits into a pack.
-
-        K * sum over its responses of (P + L + F) <= max_tokens_per_pack
-
-    Args: divisible: packs may divide an example, down to one masked copy of one response (P + L + F).
-        max_fill: the largest EOS fill F of a response, as far as P + L + F stays within max_length.
-    Errors: ValueError with the number of examples that do not fit, and the longest.
-    """
-    sides = [name for name in dataset.column_names if name in SIDE_COLUMNS]
-    longest, longest_id, over = 0, 0, 0
-    for part in dataset.with_format("arrow").iter(batch_size=10_000):
-        prompt = compute.list_value_length(part["prompt_ids"]).to_numpy()
-        lengths = [prompt + compute.list_value_length(part[side]).to_numpy() for side in sides]
-        filled = [length + np.clip(max_length - length, 0, max_fill) for length in lengths]
-        tokens = np.maximum.reduce(filled) if divisible else num_samples * sum(filled)
-        over += int((tokens > max_tokens_per_pack).sum())
-        if tokens.max() > longest:
-            longest, longest_id = int(tokens.max()), part["example_id"][int(tokens.argmax())].as_py()
-    if over:
-        copies = "one masked copy takes" if divisible else f"its num_samples={num_samples} masked copies take"
-        remedy = "" if divisible else ", num_samples"
-        raise ValueError(
-            f"{over} of {len(dataset)} examples are longer than the token budget, the longest is example "
-            f"{longest_id}: {copies} {longest} tokens, but max_tokens_per_pack={max_tokens_per_pack}; raise "
-            f"that, or lower max_length{remedy}"
-            + (f" or max_eos_fill (up to {max_fill} tokens a response)" if max_fill else "")
-        )
-
-
 def _prepare(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -127,6 +80,7 @@ def _prepare(
     vocab_size: int | None = None,
     mask_token_id: int | None = None,
     num_proc: int | None = None,
+    drop_unusable_rows: bool = False,
 ) -> tuple[Dataset, DataReport]:
     """Encode, check, truncate; the arguments are explained at `prepare_pairs`."""
     dataset = as_dataset(dataset)
@@ -144,14 +98,16 @@ def _prepare(
     if not tokenised and tokenizer is None:
         raise ValueError("processing_class is None, but the dataset holds text; pass the tokenizer")
     mapped = _mapped(dataset, None if tokenised else tokenizer, sides, limits, num_proc)
-    raise_problems(mapped["problem"])
+    unusable = _unusable(mapped, drop_unusable_rows)
+    if unusable:
+        mapped = without(mapped, [row for row, _ in unusable])
     if "example_id" in columns:
-        _check_unique(mapped)
+        _check_unique(mapped, np.delete(np.arange(len(dataset)), [row for row, _ in unusable]))
     counts = [field.name for field in fields(RowCounts)]
     totals = {name: torch.tensor(mapped[name][:]) for name in counts}
     same = totals.pop("same").bool()
     if same.any():
-        mapped = mapped.select((~same).nonzero().flatten().tolist())
+        mapped = without(mapped, same.nonzero().flatten().tolist())
     if not len(mapped):
         raise ValueError(f"no pair is left: all are equal after truncation to max_length={max_length}")
     longest = int(totals.pop("longest")[~same].max())
@@ -160,11 +116,30 @@ def _prepare(
         kept=len(mapped),
         dropped_same=int(same.sum()),
         longest=longest,
+        unusable=tuple(unusable),
         **{name: int(count[~same].sum()) for name, count in totals.items()},
     )
     mapped = mapped.remove_columns([*counts, "problem"])
     mapped.info.description = stamp
     return mapped, report
+
+
+def _unusable(mapped: Dataset, may_drop: bool) -> list[tuple[int, str]]:
+    """(row, problem) of the rows that cannot be used; ValueError if they may not be dropped, or are all."""
+    problems = mapped["problem"][:]
+    if not may_drop:
+        raise_problems(problems)
+    found = [(row, problem) for row, problem in enumerate(problems) if problem]
+    if len(found) == len(problems):
+        raise ValueError(
+            f"drop_unusable_rows leaves none of the {len(problems)} rows: {told_problems(found)}"
+        )
+    return found
+
+
+def without(dataset: Dataset, rows: Sequence[int]) -> Dataset:
+    """The dataset but for these rows."""
+    return dataset.select(np.delete(np.arange(len(dataset)), rows))
 
 
 def _mapped(
@@ -273,16 +248,17 @@ def _split_tokens(pieces: list[Any], sides: tuple[str, ...]) -> tuple[list[int],
     return pieces[0], pieces[1:]
 
 
-def _check_unique(mapped: Dataset) -> None:
+def _check_unique(mapped: Dataset, rows: np.ndarray) -> None:
+    """ValueError if an example_id stands twice; `rows`: the numbers that the rows of `mapped` had."""
     ids = np.asarray(mapped["example_id"][:])
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(ids)))
     if len(again):
-        row = int(again[0])
+        index = int(again[0])
         raise ValueError(
-            f"example_id {ids[row]} stands in rows {first[inverse[row]]} and {row}, and {len(again)} rows in "
-            "all repeat one: each needs its own, because it decides the masks; without the column, rows "
-            "are numbered"
+            f"example_id {ids[index]} stands in rows {rows[first[inverse[index]]]} and {rows[index]}, and "
+            f"{len(again)} rows in all repeat one: each needs its own, because it decides the masks; without "
+            "the column, rows are numbered"
         )
 
 

@@ -94,6 +94,13 @@ class DiffusionConfig(TrainingArguments):
         metadata=_help("Switch every dropout off, LoRA's too; the ELBO needs a deterministic model."),
     )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenise the dataset."))
+    drop_unusable_rows: bool = field(
+        default=False,
+        metadata=_help(
+            "Leave rows that cannot be used out of training and evaluation instead of stopping. What is "
+            "wrong with each is logged and written to dropped_rows.jsonl in output_dir."
+        ),
+    )
     # The defaults of TrainingArguments that the recipe replaces.
     adam_beta2: float = field(default=0.95, metadata=_help("AdamW beta2; 0.95 in LLaDA 1.5."))
     lr_scheduler_type: str = field(default="cosine", metadata=_help("Learning-rate schedule."))

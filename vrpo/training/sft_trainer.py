@@ -62,20 +62,14 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     ):
         super().__init__(model, args or DiffusionSFTConfig(output_dir="sft_output"), **kwargs)
 
-    def _check_prepared(self, prepared, tokenizer, args, model, split):
-        if split != "train":  # evaluation is without fill
-            return super()._check_prepared(prepared, tokenizer, args, model, split)
-        self.eos_fill = build_eos_fill(prepared, tokenizer, args, model)
-        if self.eos_fill is None:
-            return super()._check_prepared(prepared, tokenizer, args, model, split)
-        data.check_token_budget(
-            prepared,
-            args.num_samples,
-            args.max_tokens_per_pack,
-            max_fill=self.eos_fill.max_fill,
-            max_length=self.eos_fill.max_length,
-            divisible=self.gradient_mode != "joint",
-        )
+    def _fitting(self, prepared, tokenizer, model, split):
+        if split != "train" or self.args.max_eos_fill == 0:  # evaluation is without fill
+            return super()._fitting(prepared, tokenizer, model, split)
+        if self.args.drop_unusable_rows:  # else the fill would be made for responses that are dropped
+            prepared = super()._fitting(prepared, tokenizer, model, split)
+        fill = self.eos_fill = build_eos_fill(prepared, tokenizer, self.args, model)
+        budget = self._budget(max_fill=fill.max_fill, max_length=fill.max_length)
+        return self._within(budget, prepared, split)
 
     def _costs_of_epoch(self, dataset, epoch):
         tokens_E = torch.from_numpy(data.num_tokens(dataset))

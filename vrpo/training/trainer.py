@@ -21,8 +21,7 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from vrpo import data
-from vrpo.models import load_tokenizer, max_positions, special_tokens
+from vrpo.models import load_tokenizer, special_tokens
 from vrpo.models.adapters import add_adapter, is_peft_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.step import Estimator
@@ -34,9 +33,10 @@ from vrpo.training.checks import (
     check_optimizer,
 )
 from vrpo.training.config import DiffusionConfig
+from vrpo.training.data_trainer import DataTrainer
+from vrpo.training.dropped import DroppedRows
 from vrpo.training.finite import StopAtBadGradients, check_weights
 from vrpo.training.model_card import model_card
-from vrpo.training.packed_trainer import PackedTrainer
 from vrpo.training.precision import keep_output_dtype, leave_adapter_inputs_to_autocast, release
 from vrpo.training.resume import (
     check_checkpoint,
@@ -85,7 +85,7 @@ class LogTheLastStep(TrainerCallback):
             control.should_log = True
 
 
-class DiffusionTrainer(PackedTrainer):
+class DiffusionTrainer(DataTrainer):
     """What the two trainers share; not used by itself.
 
     A subclass says how its dataset is prepared and collated, and what a micro-batch costs
@@ -128,6 +128,7 @@ class DiffusionTrainer(PackedTrainer):
         if isinstance(model, str):
             model = load_policy(model, dtype=torch.float32)
         self.adapter_is_new = peft_config is not None
+        self.dropped_rows = DroppedRows(args.output_dir, is_writer=args.process_index == 0)
         self.args, self.peft_config, self.model_init = args, peft_config, model_init
         if model_init is not None:
             set_seed(args.seed)
@@ -285,55 +286,3 @@ class DiffusionTrainer(PackedTrainer):
             if entry.get("step") == self.state.global_step:
                 found |= {key: value for key, value in entry.items() if key.startswith("eval_")}
         return found or None
-
-    def _prepare_each(self, dataset, tokenizer, model):
-        """A dataset, or each of a dict of them."""
-        if not isinstance(dataset, dict):
-            return self._prepare(dataset, tokenizer, model, "eval")
-        return {name: self._prepare(part, tokenizer, model, f"eval {name}") for name, part in dataset.items()}
-
-    def _prepare(self, dataset, tokenizer, model, split):
-        """Rows as token ids, checked; what is prepared already comes back as it is."""
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            raise ValueError(
-                f"the {split} dataset is a dict of {sorted(dataset)}: pass one of them, such as "
-                f"dataset[{sorted(dataset)[-1]!r}]"
-            )
-        args = self.args
-        prepared, report = self.prepare_dataset(
-            dataset,
-            tokenizer,
-            max_length=args.max_length,
-            max_prompt_length=args.max_prompt_length,
-            max_positions=max_positions(model.config),
-            vocab_size=model.config.vocab_size,
-            mask_token_id=self.mask_token_id,
-            num_proc=args.dataset_num_proc,
-        )
-        self._check_prepared(prepared, tokenizer, args, model, split)
-        (logger.warning if report.num_changed else logger.info)(f"{split} data: {report}")
-        return prepared
-
-    def _check_prepared(self, prepared, tokenizer, args, model, split) -> None:
-        """ValueError unless every example of a prepared dataset fits into a pack."""
-        data.check_token_budget(
-            prepared,
-            args.num_samples,
-            args.max_tokens_per_pack,
-            divisible=self.gradient_mode != "joint",
-        )
-
-    def _costs_of_epoch(self, dataset, epoch):
-        return data.num_tokens(dataset).tolist()
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._prepare(eval_dataset, self.processing_class, self.model, "eval")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        return super().get_test_dataloader(
-            self._prepare(test_dataset, self.processing_class, self.model, "test")
-        )
