@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vrpo.gradient import JointStep, LinearStep, Parts, ReplayStep, evaluate
 from vrpo.models import create_model
 from vrpo.objectives import preference
-from vrpo.step import Estimator, num_cuts, preference_objective, split_segments
+from vrpo.objectives.losses import LOSSES
+from vrpo.objectives.pairs import PairObjective
+from vrpo.step import Estimator, num_cuts, split_segments
 from vrpo.training.packed_trainer import ModelNLL
 
 LENGTHS = [(3, 5, 2), (1, 1, 9), (6, 4, 4)]
@@ -31,7 +33,14 @@ def packed(policy, design="paper", num_samples=NUM_SAMPLES, **options):
 
 
 def parts_of(models, batch, replicate_K, loss_type="sigmoid", known=None):
-    objective = preference_objective(batch, replicate_K, beta=0.2, sft_weight=0.05, loss_type=loss_type)
+    objective = PairObjective(
+        batch.response_length_R,
+        replicate_K,
+        loss_type=(loss_type,) if isinstance(loss_type, str) else loss_type,
+        beta=0.2,
+        sft_weight=0.05,
+        label_smoothing=0.01 if loss_type == "exo_pair" else 0.0,
+    )
     policy, reference = (ModelNLL(model) for model in models)
     return Parts(policy, None if known is not None else reference, objective, lambda pack: pack, known)
 
@@ -69,6 +78,16 @@ def test_replay__has_the_gradient_of_the_joint_graph(models, loss_type, max_toke
     torch.testing.assert_close(replay.result.policy_RK, joint.result.policy_RK, rtol=1e-5, atol=0)
     assert replay.result.num_tokens == joint.result.num_tokens
     assert replay.result.drift == 0.0
+
+
+@pytest.mark.parametrize("models", [torch.float64], indirect=True, ids=str)
+@pytest.mark.parametrize("loss_type", [*LOSSES, ("sigmoid_jackknife", "ipo", "simpo")], ids=str)
+def test_replay__has_the_gradient_of_the_joint_graph_for_every_loss(models, loss_type):
+    batch, pack = packed(models[0])
+    parts = parts_of(models, batch, pack.replicate_K, loss_type)
+    joint, replay = JointStep(parts, pack), ReplayStep(parts, split_segments(pack, 45))
+    assert_same_gradient(gradient(models[0], joint), gradient(models[0], replay))
+    torch.testing.assert_close(replay.result.loss_B, joint.result.loss_B, rtol=1e-10, atol=0)
 
 
 def test_replay__policy_equal_to_reference_scores_zero_in_any_cut(models):

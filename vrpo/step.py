@@ -18,7 +18,7 @@ from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator import masking
 from vrpo.estimator.elbo import elbo
 from vrpo.estimator.packing import pack
-from vrpo.objectives import preference
+from vrpo.objectives.pairs import PairObjective
 
 NLL = Callable[[PackedBatch], Tensor]
 """A model as the step sees it: a packed batch in, nll_N (N,) float32 in nats out."""
@@ -64,44 +64,14 @@ class PreferenceResult:
     score_std_B: Tensor
     sft_loss_B: Tensor
     policy_B2: Tensor
-    reference_B2: Tensor
+    reference_B2: Tensor | None
     num_tokens: int
-
-
-def preference_objective(
-    batch: ResponseBatch,
-    replicate_K: tuple[int, ...],
-    *,
-    beta: float,
-    sft_weight: float,
-    loss_type: str = "sigmoid",
-) -> Objective:
-    """The loss of the pairs of a batch.
-
-        loss = softplus(-s) + sft_weight * (-B_policy(y_w) / L_w)
-
-    loss_type "sigmoid_jackknife" replaces the first term by preference.jackknife_dpo_loss.
-    The auxiliary masked-diffusion SFT term on the chosen response (arXiv 2505.19223 App. D, weight 0.05)
-    reuses the same masks and costs no forward pass.
-    """
-    chosen_length_B = batch.response_length_R[0::2]
-
-    def objective(policy_RK: Tensor, reference_RK: Tensor | None) -> Tensor:
-        if loss_type == "sigmoid_jackknife":
-            loss_B = preference.jackknife_dpo_loss(policy_RK, reference_RK, beta, replicate_K)
-        else:
-            loss_B = preference.dpo_loss(preference.preference_score(policy_RK, reference_RK, beta))
-        if not sft_weight:
-            return loss_B
-        return loss_B + sft_weight * preference.denoising_loss(policy_RK[0::2], chosen_length_B)
-
-    return objective
 
 
 def preference_step(
     batch: ResponseBatch,
     policy: NLL,
-    reference: NLL,
+    reference: NLL | None,
     *,
     estimator: Estimator,
     beta: float,
@@ -109,27 +79,38 @@ def preference_step(
     epoch: int,
     device: torch.device | str,
     loss_type: str = "sigmoid",
+    **options: float,
 ) -> PreferenceResult:
-    """One VRPO step up to the per-pair loss, in one graph; for training loops of one's own."""
+    """One VRPO step up to the per-pair loss, in one graph; for training loops of one's own.
+
+    loss_type, options: as in PairObjective, which says what the loss is. reference: None if that needs none.
+    """
     packed = estimator.pack(batch, epoch, device)
-    with torch.no_grad():
-        reference_RK = elbo(reference(packed), packed)
-    policy_RK = elbo(policy(packed), packed)
-    objective = preference_objective(
-        batch, packed.replicate_K, beta=beta, sft_weight=sft_weight, loss_type=loss_type
+    objective = PairObjective(
+        batch.response_length_R,
+        packed.replicate_K,
+        loss_type=(loss_type,),
+        beta=beta,
+        sft_weight=sft_weight,
+        **options,
     )
+    reference_RK = None
+    if objective.uses_reference:
+        with torch.no_grad():
+            reference_RK = elbo(reference(packed), packed)
+    policy_RK = elbo(policy(packed), packed)
     loss_B = objective(policy_RK, reference_RK)
     with torch.no_grad():
-        score_B = preference.preference_score(policy_RK, reference_RK, beta)
-        score_std_B = preference.score_std(policy_RK, reference_RK, beta, packed.replicate_K)
-        sft_loss_B = preference.denoising_loss(policy_RK[0::2], batch.response_length_R[0::2])
+        score_B = objective.score(policy_RK, reference_RK)
+        sft_loss_B = objective.sft_loss(policy_RK)
+    noise = objective.noise(policy_RK, reference_RK)
     return PreferenceResult(
         loss_B=loss_B,
         score_B=score_B,
-        score_std_B=score_std_B,
+        score_std_B=noise.get("score_std", torch.full_like(score_B, torch.nan)),
         sft_loss_B=sft_loss_B,
         policy_B2=policy_RK.detach().mean(dim=1).view(-1, 2),
-        reference_B2=reference_RK.mean(dim=1).view(-1, 2),
+        reference_B2=None if reference_RK is None else reference_RK.mean(dim=1).view(-1, 2),
         num_tokens=len(packed.tokens_T),
     )
 

@@ -92,21 +92,19 @@ def independent_replicates(design: str, num_samples: int, num_replicates: int) -
     return tuple(k // size for k in range(num_samples))
 
 
-def check_loss(loss_type: str, design: str, num_levels: int, num_replicates: int = 1) -> None:
-    """ValueError unless the loss exists and the draw has the independent replicates it needs."""
-    if loss_type not in ("sigmoid", "sigmoid_jackknife"):
-        raise ValueError(f"loss_type must be 'sigmoid' or 'sigmoid_jackknife', got {loss_type!r}")
-    if loss_type == "sigmoid" or has_replicates(design, num_levels, num_replicates):
+def check_replicates(loss_type: str, design: str, num_levels: int, num_replicates: int = 1) -> None:
+    """ValueError unless the draw has the independent replicates that the loss needs."""
+    if has_replicates(design, num_levels, num_replicates):
         return
     per_replicate = DESIGNS[design].samples_per_replicate
     if per_replicate is None:
         able = sorted(name for name, known in DESIGNS.items() if known.samples_per_replicate)
         raise ValueError(
-            f"loss_type='sigmoid_jackknife' needs num_replicates of 2 or more, or a mask_design with "
+            f"loss_type={loss_type!r} needs num_replicates of 2 or more, or a mask_design with "
             f"independent samples, one of {able}, got {design!r}"
         )
     raise ValueError(
-        f"loss_type='sigmoid_jackknife' needs at least 2 whole replicates of {per_replicate} levels of "
+        f"loss_type={loss_type!r} needs at least 2 whole replicates of {per_replicate} levels of "
         f"{design!r}, got {num_levels} levels"
     )
 

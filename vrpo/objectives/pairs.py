@@ -13,6 +13,9 @@ from vrpo.objectives.curves import jackknife
 from vrpo.objectives.losses import LOSSES, Score, Settings, Term, check_losses, needs_reference
 from vrpo.objectives.preference import denoising_loss, replicate_means, standard_error
 
+NOISE = ("score_std", "loss_bias", "loss_bias_bound", "sign_flips", "gradient_noise")
+"""What `PairObjective.noise` reports."""
+
 
 @dataclass(frozen=True, eq=False)
 class PairObjective:

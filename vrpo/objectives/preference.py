@@ -82,25 +82,6 @@ def score_std(policy_RK: Tensor, reference_RK: Tensor, beta: float, replicate_K:
     return standard_error(replicate_scores(policy_RK, reference_RK, beta, replicate_K))
 
 
-def noise_diagnostics(score_B: Tensor, score_std_B: Tensor) -> dict[str, Tensor]:
-    """What the estimated noise of each pair's score does to its loss and gradient, (B,) each.
-
-    loss_bias: sigmoid(s) sigmoid(-s) v / 2, the upward bias of softplus(-s) to second order, v = std^2.
-    loss_bias_bound: min(std, v / 8), which no distribution of the score exceeds (softplus is 1-Lipschitz and
-        its second derivative at most 1/4).
-    sign_flips: Phi(-|s| / std), the chance that a Gaussian score of this mean and std has the other sign.
-    gradient_noise: sigmoid(s) std, the relative error of the gradient's coefficient sigmoid(-s).
-    """
-    variance_B = score_std_B.square()
-    slope_B = torch.sigmoid(score_B)
-    return {
-        "loss_bias": slope_B * torch.sigmoid(-score_B) * variance_B / 2,
-        "loss_bias_bound": torch.minimum(score_std_B, variance_B / 8),
-        "sign_flips": torch.special.ndtr(-score_B.abs() / score_std_B.clamp(min=1e-12)),
-        "gradient_noise": slope_B * score_std_B,
-    }
-
-
 def denoising_loss(elbo_RK: Tensor, response_length_R: Tensor) -> Tensor:
     """Masked-diffusion SFT loss of each response: -B / L, mean over samples, (R, K) -> (R,), nats per token.
 

@@ -6,13 +6,16 @@ Names follow TRL's DPOConfig and SFTConfig where they have one. Defaults are the
 
 import os
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_available
 from transformers.trainer_utils import IntervalStrategy
 
-from vrpo.estimator.masking import check_design, check_loss, default_replicates
+from vrpo.estimator.masking import check_design, check_replicates, default_replicates
+from vrpo.objectives.losses import NEEDS_REPLICATES, check_losses, needs_reference
 from vrpo.training.launch import check_engine, check_launch
 from vrpo.training.ranges import check_numbers
 from vrpo.training.support import check_supported
@@ -180,29 +183,9 @@ def _check_writable(output_dir: str) -> None:
 
 
 @dataclass
-class VRPOConfig(DiffusionConfig):
-    """Preference training of a masked-diffusion LM: arXiv 2505.19223, LLaDA 1.5.
+class ReferenceConfig(DiffusionConfig):
+    """What trainers with a reference need beside; not used by itself."""
 
-    The paper's batch is 64 pairs: 8 per device times 8 accumulated here, on one device. Only the mask draw
-    departs from its recipe, to another one of the same expectation and a fraction of the variance;
-    mask_design="paper", pair_masks="independent" is the paper's.
-    """
-
-    beta: float = field(
-        default=0.2,
-        metadata=_help(
-            "Weight of the ELBO log-ratio inside the sigmoid, per nat of the un-normalised sum; > 0. "
-            "0.2 in LLaDA 1.5."
-        ),
-    )
-    loss_type: str = field(
-        default="sigmoid",
-        metadata=_help(
-            "'sigmoid': -log sigmoid(score), biased upward by the noise of the score. 'sigmoid_jackknife': "
-            "the same with the first order of that bias removed; needs num_replicates > 1, or a mask_design "
-            "whose samples are independent (paper, t, coupled) and num_samples > 1."
-        ),
-    )
     mask_design: str = field(
         default="balanced",
         metadata=_help(
@@ -213,15 +196,6 @@ class VRPOConfig(DiffusionConfig):
             "own model."
         ),
     )
-    pair_masks: str = field(
-        default="positions",
-        metadata=_help(
-            "What the masks of the two responses of a pair have in common. 'positions': token i is masked in "
-            "both or in neither, as far as lengths allow, so that noise of what they share cancels in the "
-            "score; 'levels': the mask levels, as fractions of their lengths; 'independent': nothing, as in "
-            "LLaDA 1.5. Each response's masks have the same law in all three: none adds a bias."
-        ),
-    )
     num_replicates: int | None = field(
         default=None,
         metadata=_help(
@@ -229,13 +203,6 @@ class VRPOConfig(DiffusionConfig):
             "masks_per_level. With 2 or more every design logs its own noise (vrpo/score_std) and allows the "
             "jackknife loss, but each has fewer samples to balance. None: 2 where the design has no "
             "independent samples of its own and num_samples is even and at least 8, else 1."
-        ),
-    )
-    sft_weight: float = field(
-        default=0.05,
-        metadata=_help(
-            "Weight of the masked-diffusion SFT loss of the chosen response (nats per token); >= 0. 0.05 in "
-            "LLaDA 1.5. Raise it when logps/chosen falls below the reference's."
         ),
     )
     share_trunk: bool | None = field(
@@ -250,6 +217,71 @@ class VRPOConfig(DiffusionConfig):
         default=8,
         metadata=_help("K: masked copies of each response per ELBO estimate; 8 in LLaDA 1.5."),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_replicates is None:
+            self.num_replicates = default_replicates(self.mask_design, self.num_samples)
+        check_design(self.mask_design, self.num_samples, self.masks_per_level, self.num_replicates)
+
+
+@dataclass
+class VRPOConfig(ReferenceConfig):
+    """Preference training of a masked-diffusion LM: arXiv 2505.19223, LLaDA 1.5.
+
+    The paper's batch is 64 pairs: 8 per device times 8 accumulated here, on one device. Only the mask draw
+    departs from its recipe, to another one of the same expectation and a fraction of the variance;
+    mask_design="paper", pair_masks="independent" is the paper's.
+    """
+
+    beta: float = field(
+        default=0.2,
+        metadata=_help(
+            "Weight of the ELBO log-ratio inside the sigmoid, per nat of the un-normalised sum; > 0. 0.2 in "
+            "LLaDA 1.5. Per nat per token in sigmoid_norm and simpo, which want one about as many times "
+            "larger as a response has tokens (2 to 10); in ipo and sppo_hard the target is 1 / (2 beta)."
+        ),
+    )
+    loss_type: list[str] | str = field(
+        default="sigmoid",
+        metadata=_help(
+            "One of vrpo.objectives.losses.LOSSES, TRL's names, or several to be added with loss_weights: "
+            "sigmoid (DPO), robust, exo_pair, hinge, ipo, sigmoid_norm, simpo (without reference), apo_zero, "
+            "apo_down, nca_pair, bco_pair, sppo_hard. The noise of the score biases each, see "
+            "vrpo/loss_bias. 'sigmoid_jackknife': sigmoid with the first order of that bias removed; needs "
+            "num_replicates > 1, or a mask_design whose samples are independent (paper, t, coupled) and "
+            "num_samples > 1."
+        ),
+    )
+    loss_weights: list[float] | None = field(
+        default=None, metadata=_help("Weights of the losses in loss_type, positive. None: 1 for each.")
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=_help(
+            "Share of pairs labelled the wrong way round, in [0, 0.5): conservative DPO in sigmoid, "
+            "sigmoid_norm and simpo, the unbiased correction in robust, the target in exo_pair (1e-3 there)."
+        ),
+    )
+    simpo_gamma: float = field(
+        default=0.5, metadata=_help("Margin that simpo asks for, in units of the score; at least 0.")
+    )
+    pair_masks: str = field(
+        default="positions",
+        metadata=_help(
+            "What the masks of the two responses of a pair have in common. 'positions': token i is masked in "
+            "both or in neither, as far as lengths allow, so that noise of what they share cancels in the "
+            "score; 'levels': the mask levels, as fractions of their lengths; 'independent': nothing, as in "
+            "LLaDA 1.5. Each response's masks have the same law in all three: none adds a bias."
+        ),
+    )
+    sft_weight: float = field(
+        default=0.05,
+        metadata=_help(
+            "Weight of the masked-diffusion SFT loss of the chosen response (nats per token); >= 0. 0.05 in "
+            "LLaDA 1.5. Raise it when logps/chosen falls below the reference's."
+        ),
+    )
     learning_rate: float = field(default=5e-7, metadata=_help("Peak learning rate; 5e-7 in LLaDA 1.5."))
     weight_decay: float = field(default=0.01, metadata=_help("AdamW decay; 0.01 in LLaDA 1.5."))
     warmup_steps: float = field(
@@ -261,17 +293,36 @@ class VRPOConfig(DiffusionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_replicates is None:
-            self.num_replicates = default_replicates(self.mask_design, self.num_samples)
         check_design(
             self.mask_design, self.num_samples, self.masks_per_level, self.num_replicates, self.pair_masks
         )
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
-        if not self.sft_weight >= 0:
-            raise ValueError(f"sft_weight must not be negative, got {self.sft_weight}")
-        num_levels = self.num_samples // self.masks_per_level
-        check_loss(self.loss_type, self.mask_design, num_levels, self.num_replicates)
+        self.loss_type = _listed("loss_type", self.loss_type)
+        if self.loss_weights is not None:
+            self.loss_weights = _listed("loss_weights", self.loss_weights)
+        check_losses(
+            self.loss_type,
+            self.loss_weights,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            simpo_gamma=self.simpo_gamma,
+            sft_weight=self.sft_weight,
+        )
+        if self.share_trunk and not needs_reference(self.loss_type):
+            raise ValueError(
+                f"share_trunk=True shares layers with a reference, and loss_type={self.loss_type} has none"
+            )
+        if needing := sorted(NEEDS_REPLICATES & set(self.loss_type)):
+            num_levels = self.num_samples // self.masks_per_level
+            check_replicates(needing[0], self.mask_design, num_levels, self.num_replicates)
+
+
+def _listed(name: str, value: Any) -> list:
+    """One value as a list of it, several as a list."""
+    if isinstance(value, str | Real):
+        return [value]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be one value or a list, got {value!r}")
+    return list(value)
 
 
 @dataclass

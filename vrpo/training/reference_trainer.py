@@ -1,0 +1,118 @@
+"""ReferenceTrainer: a DiffusionTrainer whose objective compares the policy with a frozen reference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from vrpo.batch import PackedBatch
+from vrpo.models import load_tokenizer
+from vrpo.models.adapters import is_peft_model
+from vrpo.models.checkpoint import load_policy
+from vrpo.step import NLL, Estimator
+from vrpo.training.config import ReferenceConfig
+from vrpo.training.packed_trainer import ModelNLL
+from vrpo.training.reference import build_reference
+from vrpo.training.resume import digest_of_weights
+from vrpo.training.trainer import DiffusionTrainer
+from vrpo.training.trunk import shared_layers, with_trunk
+
+
+class ReferenceTrainer(DiffusionTrainer):
+    """What trainers with a reference share; not used by itself. VRPOTrainer explains the arguments."""
+
+    args: ReferenceConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module | None = None,
+        ref_model: str | PreTrainedModel | None = None,
+        args: ReferenceConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+    ):
+        if isinstance(model, str):
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_policy(model, dtype=torch.float32)
+        if ref_model is not None and ref_model is model:
+            raise ValueError("ref_model is the model itself and would move with it; pass None or a copy")
+        if isinstance(ref_model, str):
+            dtype = next(model.parameters()).dtype if model is not None else torch.float32
+            attention = model.config._attn_implementation if model is not None else "vrpo"
+            ref_model = load_policy(ref_model, dtype=dtype, attn_implementation=attention)
+        self._given_reference = ref_model
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            compute_metrics=compute_metrics,
+            model_init=model_init,
+        )
+        self._set_reference()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the objective looks at a reference; without one none is copied, kept or run."""
+        return True
+
+    def _set_reference(self) -> None:
+        if not self.needs_reference:
+            self._trunk_layers, self.ref_model = 0, None
+            return
+        self._trunk_layers = shared_layers(self.model, self._given_reference, self.args.share_trunk)
+        self.ref_model = build_reference(self, self._given_reference)
+
+    @property
+    def estimator(self) -> Estimator:
+        return replace(super().estimator, num_replicates=self.args.num_replicates)
+
+    def _digest_of_frozen_weights(self) -> str:
+        """The reference: given, or the policy as it is before training, or the model under its adapter."""
+        if not self.needs_reference:
+            return super()._digest_of_frozen_weights()
+        model = self.model if self._given_reference is None else self._given_reference
+        is_base = self._given_reference is None and is_peft_model(model)
+        return digest_of_weights(
+            (name, p) for name, p in model.named_parameters() if not (is_base and p.requires_grad)
+        )
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        """A new policy; the reference that is a copy of it is copied again."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "ref_model"):
+            self.model = model
+            self._set_reference()
+        return model
+
+    def _reference(self, model: nn.Module) -> NLL | None:
+        if not self.needs_reference:
+            return None
+        if self.ref_model is not None:
+            return ModelNLL(self.ref_model)
+
+        def nll(pack: PackedBatch) -> Tensor:
+            with self.accelerator.unwrap_model(model).disable_adapter():
+                return model(**pack.model_inputs()).nll
+
+        return nll
+
+    def _prepare_pack(self, model: nn.Module, pack: PackedBatch) -> PackedBatch:
+        pack = super()._prepare_pack(model, pack)
+        return with_trunk(model, pack, self._trunk_layers) if self._trunk_layers else pack
