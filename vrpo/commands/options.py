@@ -63,6 +63,8 @@ class _Parser(HfArgumentParser):
         defaults = {f.name: f.default for group in groups for f in dataclasses.fields(group)}
         for action in self._actions:
             kind = kinds[action.dest]
+            if action.default is None and defaults[action.dest] not in (dataclasses.MISSING, ""):
+                action.default = defaults[action.dest]  # HfArgumentParser forgets those of lists
             if action.type is int:
                 action.type = _integer
             elif action.type is float:
