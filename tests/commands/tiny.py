@@ -20,6 +20,7 @@ def train_flags(files, model_path, output, *more):
         "--warmup_steps=0",
         "--use_cpu",
         "--disable_tqdm=true",
+        "--training_report=false",
         *more,
     ]
 

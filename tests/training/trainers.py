@@ -24,6 +24,7 @@ def config(tmp_path: Path, kind: type = VRPOConfig, **fields: Any) -> DiffusionC
         "gradient_accumulation_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "training_report": False,
         "disable_tqdm": True,
         "use_cpu": True,
         "dataloader_pin_memory": False,

@@ -97,6 +97,10 @@ class DiffusionConfig(TrainingArguments):
         metadata=_help("Switch every dropout off, LoRA's too; the ELBO needs a deterministic model."),
     )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenise the dataset."))
+    training_report: bool = field(
+        default=True,
+        metadata=_help("Write report.md and report.png, the curves of the run, beside the saved model."),
+    )
     drop_unusable_rows: bool = field(
         default=False,
         metadata=_help(

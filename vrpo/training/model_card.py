@@ -34,6 +34,7 @@ def model_card(
     dataset: str | None,
     settings: dict[str, Any],
     metrics: dict[str, float],
+    report: str | None = None,
     tags: list[str] | str = ("vrpo", "masked-diffusion"),
     license: str | None = None,
     language: str | list[str] | None = None,
@@ -55,6 +56,8 @@ def model_card(
     lines[-1] += "`AutoModelForCausalLM.from_pretrained`; answer with `vrpo generate`."
     lines += ["", "## Training", "", "| setting | value |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in settings.items()]
+    if report:
+        lines += ["", f"Curves of the run: [{report}]({report})."]
     if metrics:
         lines += ["", "## Last evaluation", "", "| metric | value |", "|---|---|"]
         lines += [f"| {key} | {value:.6g} |" for key, value in metrics.items()]

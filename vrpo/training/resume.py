@@ -59,7 +59,7 @@ _INHERITED = (
 )
 _OWN_WITHOUT_EFFECT = {"max_tokens_per_pack", "gradient_mode", "share_trunk", "dataset_num_proc"}
 # What is left out by drop_unusable_rows shows in the digest of the data.
-_OWN_WITHOUT_EFFECT |= {"drop_unusable_rows"}
+_OWN_WITHOUT_EFFECT |= {"drop_unusable_rows", "training_report"}
 
 
 def run_of(

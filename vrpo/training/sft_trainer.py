@@ -131,6 +131,12 @@ def build_eos_fill(
         seed=args.seed,
     )
     _report(fill, prepared, tokenizer)
+    longest = _longest_response(prepared)
+    if max_fill < longest:
+        logger.warning(
+            f"max_eos_fill={max_fill} is below the longest response of {longest} tokens: decoded into as "
+            "many masks, a short answer has more to fill than it was trained with; raise max_eos_fill"
+        )
     return fill
 
 

@@ -26,6 +26,7 @@ from vrpo.models.adapters import add_adapter, is_peft_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.step import Estimator
 from vrpo.training.adapter_trainer import check_adapters
+from vrpo.training.advice import Advise
 from vrpo.training.checks import (
     check_batches_exist,
     check_metric_for_best_model,
@@ -36,8 +37,10 @@ from vrpo.training.config import DiffusionConfig
 from vrpo.training.data_trainer import DataTrainer
 from vrpo.training.dropped import DroppedRows
 from vrpo.training.finite import StopAtBadGradients, check_weights
+from vrpo.training.memory import peak_memory_gb
 from vrpo.training.model_card import model_card
 from vrpo.training.precision import keep_output_dtype, leave_adapter_inputs_to_autocast, release
+from vrpo.training.report import REPORT_FILE, write_report
 from vrpo.training.resume import (
     check_checkpoint,
     check_output_dir,
@@ -161,6 +164,7 @@ class DiffusionTrainer(DataTrainer):
         if compute_metrics is None:
             check_metric_for_best_model(args, self.eval_dataset, self.metric_names)
         self.add_callback(StopAtBadGradients(self.accelerator))
+        self.add_callback(Advise(self.train_dataset))
         if args.logging_strategy != IntervalStrategy.NO:
             self.add_callback(LogTheLastStep())
         keep_output_dtype(self.accelerator)
@@ -252,7 +256,22 @@ class DiffusionTrainer(DataTrainer):
         if _internal_call and self.args.should_save and self.train_dataset is not None:
             write_run(output_dir, self._run())
         if not _internal_call:
+            self._write_report(output_dir or self.args.output_dir)
             self._write_card(output_dir or self.args.output_dir)
+
+    def _write_report(self, folder: str) -> None:
+        """What a report fails by must not take the run with it, whose model is written already."""
+        if not (self.args.training_report and self.is_world_process_zero()):
+            return
+        try:
+            write_report(folder, self.state.log_history, os.path.basename(os.path.abspath(folder)))
+        except Exception as error:
+            logger.warning(f"no {REPORT_FILE} in {folder}: {type(error).__name__}: {error}")
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs = {**logs, "vrpo/peak_memory_gb": peak_memory_gb(self.args.device)}
+        super().log(logs, start_time)
 
     def create_model_card(self, *args, dataset=None, model_name=None, dataset_name=None, **kwargs) -> None:
         """Writes README.md to output_dir: base model, dataset, settings, last evaluation, whom to cite.
@@ -274,6 +293,7 @@ class DiffusionTrainer(DataTrainer):
             dataset=dataset or self.dataset_name,
             settings=settings | settings_of(self.args),
             metrics=self.last_evaluation() or {},
+            report=REPORT_FILE if os.path.isfile(os.path.join(folder, REPORT_FILE)) else None,
             **known,
         )
         card.save(os.path.join(folder, "README.md"))

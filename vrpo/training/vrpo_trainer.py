@@ -50,7 +50,8 @@ class VRPOTrainer(ReferenceTrainer):
     Metrics, means over pairs: `rewards/{chosen,rejected,margins,accuracies}` (beta times the log-ratios, for
     every loss; a tie counts as 0, so the first step logs 0), `logps/{chosen,rejected}` and
     `elbo/ref_{chosen,rejected}` (ELBO estimates of policy and reference, nats),
-    `elbo/{chosen,rejected}_per_token`, `vrpo/sft_loss`, `vrpo/tokens_per_second` (packed policy tokens).
+    `elbo/{chosen,rejected}_per_token`, `vrpo/sft_loss`, `vrpo/tokens_per_second` (packed policy tokens),
+    `vrpo/peak_memory_gb` (of the main process).
     Where the draw has independent replicates (num_replicates, or the design's own), also `vrpo/score_std`
     (standard error of the score, from the spread between replicates) and what follows from it for the losses
     in use, see `PairObjective.noise`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
