@@ -13,6 +13,7 @@ from datasets import Dataset
 from trainers import LORA, config, logged, parameters, trainer_of
 
 from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
+from vrpo.training.checkpoints import MANIFEST
 from vrpo.training.resume import LOCK_FILE, RUN_FILE, checkpoint_to_resume, digest_of_dataset
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -42,9 +43,10 @@ def test_train__true_and_more_steps_go_on_from_the_last_checkpoint(tmp_path, sto
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
 def test_train__refuses_a_checkpoint_without_its_optimizer_or_schedule(tmp_path, stopped, name, caplog):
     (tmp_path / "out/checkpoint-4" / name).unlink()
+    last = str(tmp_path / "out/checkpoint-4")
     with pytest.raises(ValueError, match=f"has no {name}, so Adam and the warm-up would start again"):
-        stopped().train(resume_from_checkpoint=True)
-    stopped(save_only_model=True).train(resume_from_checkpoint=True)
+        stopped().train(resume_from_checkpoint=last)
+    stopped(save_only_model=True).train(resume_from_checkpoint=last)
     assert f"has no {name}: optimizer and schedule start again" in caplog.text
 
 
@@ -54,8 +56,12 @@ def test_train__refuses_a_checkpoint_without_its_optimizer_or_schedule(tmp_path,
 def test_train__refuses_a_damaged_checkpoint_by_name(tmp_path, stopped, name):
     path = tmp_path / "out/checkpoint-4" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=name) as error:
-        stopped().train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=f"checkpoint-4 is damaged: {name} has") as error:
+        stopped().train(resume_from_checkpoint=str(path.parent))
+    assert "\n" not in str(error.value)
+    (path.parent / MANIFEST).unlink()  # as transformers' Trainer leaves a checkpoint
+    with pytest.raises(ValueError, match=f"checkpoint-4 is damaged: {name} cannot be opened") as error:
+        stopped().train(resume_from_checkpoint=str(path.parent))
     assert "\n" not in str(error.value)
 
 
@@ -169,11 +175,13 @@ def test_train__two_runs_do_not_share_an_output_dir(tmp_path, tiny_model, tokeni
         ("true", "checkpoint-10"),
         ("TRUE", "checkpoint-10"),
         ("yes", "checkpoint-10"),
+        ("auto", "checkpoint-10"),
     ],
 )
 def test_checkpoint_to_resume__reads_words(tmp_path, value, expected):
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text("{}")
     found = checkpoint_to_resume(value, str(tmp_path))
     assert (found and Path(found).name) == expected
 
@@ -182,6 +190,7 @@ def test_checkpoint_to_resume__says_what_is_missing(tmp_path):
     assert checkpoint_to_resume(str(tmp_path), "nowhere") == str(tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint"):
         checkpoint_to_resume(True, str(tmp_path))
+    assert checkpoint_to_resume("auto", str(tmp_path)) is None
     with pytest.raises(ValueError, match="there is no folder 'last'; 'true' takes the last"):
         checkpoint_to_resume("last", str(tmp_path))
 

@@ -18,8 +18,9 @@ _PIPE_CLOSED = 141  # 128 + SIGPIPE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line.
 
-    Returns: the exit code: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C; 141 when the
-        reader of standard output left (`vrpo train --help | head`).
+    Returns: the exit code: 0; 2 after an error, told in one line on stderr; 130 after Ctrl-C and 143 after
+        SIGTERM, in training once a checkpoint is saved; 141 when the reader of standard output left
+        (`vrpo train --help | head`).
     """
     _open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show_traceback:
             raise
         return _fail("interrupted", _INTERRUPTED)
+    except SystemExit as error:
+        if not hasattr(error, "signum"):  # TrainingInterrupted, which cannot be imported yet
+            raise
+        return _fail(str(error), error.code)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_stdout_closed():
             return _PIPE_CLOSED

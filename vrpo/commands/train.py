@@ -1,5 +1,6 @@
 """`vrpo sft` and `vrpo train`: check, load, build, run, save. They have no defaults of their own."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from vrpo.models import load_tokenizer
 from vrpo.models.adapter_config import ALL_LINEAR, require_peft
 from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_loading, check_model_path
+from vrpo.training.checkpoints import fault_of
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
 from vrpo.training.resume import checkpoint_to_resume
 from vrpo.training.sft_trainer import DiffusionSFTTrainer
@@ -61,7 +63,11 @@ def _run(
 ) -> None:
     """Check, load, train, save; `make` builds a new model from the training rows instead of loading one."""
     check_runnable(config)
-    checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, config.output_dir)
+    # The trainer chooses, in all processes the same, and tells; a new model needs the tokenizer before.
+    whole = functools.partial(fault_of, save_only_model=config.save_only_model)
+    checkpoint = checkpoint_to_resume(
+        config.resume_from_checkpoint, config.output_dir, fault=whole, is_told=False
+    )
     adapter = _adapter(model_args)
     set_seed(config.seed)
     check_loading(model_args.dtype, model_args.attn_implementation)
@@ -77,7 +83,7 @@ def _run(
         peft_config=adapter,
     )
     trainer.dataset_name = script.dataset_name
-    _train_and_save(trainer, checkpoint)
+    _train_and_save(trainer)
 
 
 def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
@@ -155,9 +161,9 @@ def _texts(rows: Dataset) -> Iterator[str]:
             yield from (message["content"] for message in messages if message.get("content"))
 
 
-def _train_and_save(trainer: DiffusionTrainer, checkpoint: str | None) -> None:
+def _train_and_save(trainer: DiffusionTrainer) -> None:
     output_dir = trainer.args.output_dir
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     # Before the evaluation, which may fail: what was trained is not lost to it.
     trainer.save_model(output_dir)
     trainer.save_state()

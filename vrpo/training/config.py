@@ -108,6 +108,13 @@ class DiffusionConfig(TrainingArguments):
             "wrong with each is logged and written to dropped_rows.jsonl in output_dir."
         ),
     )
+    enable_jit_checkpoint: bool = field(
+        default=True,
+        metadata=_help(
+            "SIGTERM, or one Ctrl-C: finish the running step, save a checkpoint, leave with exit code 143 or "
+            "130. Not with save_strategy='no'."
+        ),
+    )
     # The defaults of TrainingArguments that the recipe replaces.
     adam_beta2: float = field(default=0.95, metadata=_help("AdamW beta2; 0.95 in LLaDA 1.5."))
     lr_scheduler_type: str = field(default="cosine", metadata=_help("Learning-rate schedule."))

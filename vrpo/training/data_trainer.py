@@ -12,14 +12,14 @@ from transformers.utils import logging
 from vrpo import data
 from vrpo.data import TokenBudget
 from vrpo.models import max_positions
+from vrpo.training.checkpoint_trainer import CheckpointTrainer
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.dropped import DroppedRows
-from vrpo.training.packed_trainer import PackedTrainer
 
 logger = logging.get_logger(__name__)
 
 
-class DataTrainer(PackedTrainer):
+class DataTrainer(CheckpointTrainer):
     """Prepares datasets, those of the constructor and those that an evaluation is given.
 
     A subclass sets `args`, `mask_token_id`, `gradient_mode` and `dropped_rows` before the first one.

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from vrpo.training.checkpoints import checkpoints
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
@@ -92,16 +93,6 @@ def last_good_checkpoint(run_dir: str) -> str:
         except (SafetensorError, OSError):  # cut short by a crash: nothing to resume from
             continue
     return f"{run_dir} holds no checkpoint with finite weights"
-
-
-def checkpoints(run_dir: str) -> list[Path]:
-    """The checkpoint-N folders of run_dir, the highest step first."""
-    found = [
-        folder
-        for folder in Path(run_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.is_dir() and folder.name.rpartition("-")[2].isdecimal()
-    ]
-    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
 
 def _file_is_finite(path: Path) -> bool:

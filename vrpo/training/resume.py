@@ -10,8 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,17 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from vrpo.training.finite import checkpoints
+from vrpo.training.checkpoints import STATE_FILES, checkpoints, fault_of
 
 logger = logging.get_logger(__name__)
 
 RUN_FILE = "vrpo_run.json"
 LOCK_FILE = ".vrpo.lock"
-_STATE = ("optimizer.pt", "scheduler.pt")
 _SAMPLED = 64
 _MUST_EQUAL = {
     "trainer": "the kind of training",
@@ -121,25 +118,57 @@ def digest_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def checkpoint_to_resume(value: str | bool | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(
+    value: str | bool | None,
+    output_dir: str,
+    *,
+    found: list[Path] | None = None,
+    fault: Callable[[Path], str | None] = fault_of,
+    is_told: bool = True,
+) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means; None to start anew.
 
-    Errors: ValueError for "true" where output_dir has no checkpoint, and for a path that is no folder.
+    Args:
+        value: a folder; "true": the newest whole checkpoint in output_dir; "auto": the same, or None where
+            there is no checkpoint at all, so that one command line starts a run and goes on with it.
+        found: the checkpoints in output_dir, newest first; None: looked up.
+        fault: what keeps a run from going on from a checkpoint, None if it is whole.
+        is_told: warn of the checkpoints that are passed over.
+
+    Errors: ValueError for "true" where output_dir has no checkpoint, for both words where none is whole, with
+        the fault of each, and for a path that is no folder.
     """
     word = str(value).strip().lower()
     if word in ("none", "false", "no", "off", ""):
         return None
-    if word in ("true", "yes", "on"):
-        found = checkpoints(output_dir)
+    if word in ("true", "yes", "on", "auto"):
+        found = checkpoints(output_dir) if found is None else found
+        if not found and word == "auto":
+            return None
         if not found:
             raise ValueError(f"resume_from_checkpoint={word}: output_dir {output_dir!r} has no checkpoint")
-        return str(found[0])
+        return str(_newest_whole(found, fault, is_told))
     if not Path(str(value)).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint: there is no folder {str(value)!r}; 'true' takes the last checkpoint in "
-            "output_dir, 'false' starts anew"
+            f"resume_from_checkpoint: there is no folder {str(value)!r}; 'true' takes the last whole "
+            "checkpoint in output_dir, 'auto' the same where there is one, 'false' starts anew"
         )
     return str(value)
+
+
+def _newest_whole(found: list[Path], fault: Callable[[Path], str | None], is_told: bool) -> Path:
+    passed_over = []
+    for folder in found:
+        told = fault(folder)
+        if told is None:
+            if passed_over and is_told:
+                logger.warning(f"going on from {folder}; passed over: {'; '.join(passed_over)}")
+            return folder
+        passed_over.append(f"{folder.name} {told}")
+    raise ValueError(
+        f"resume_from_checkpoint: no checkpoint in {found[0].parent} is whole: {'; '.join(passed_over)}. "
+        "Mend one, or remove them to start anew"
+    )
 
 
 def check_checkpoint(
@@ -149,7 +178,11 @@ def check_checkpoint(
 
     is_plain: neither FSDP nor DeepSpeed, which keep states in files of their own.
     """
-    _check_whole(Path(folder), save_only_model, is_plain)
+    if fault := fault_of(Path(folder), save_only_model=save_only_model, is_plain=is_plain):
+        raise ValueError(f"resume_from_checkpoint: {folder} {fault}")
+    missing = [name for name in STATE_FILES if not Path(folder, name).is_file()]
+    if is_plain and missing:
+        logger.warning(f"{folder} has no {' and no '.join(missing)}: optimizer and schedule start again")
     if is_plain:
         _check_kind(Path(folder), is_adapter)
     saved = _read_run(folder)
@@ -241,32 +274,3 @@ def _check_kind(folder: Path, is_adapter: bool) -> None:
         raise ValueError(f"{folder} has the weights of a whole model and no adapter_model.safetensors")
     if not is_adapter and has_adapter:
         raise ValueError(f"{folder} has an adapter, but the trainer trains the whole model: pass peft_config")
-
-
-def _check_whole(folder: Path, save_only_model: bool, is_plain: bool) -> None:
-    state = folder / "trainer_state.json"
-    if not state.is_file():
-        raise ValueError(f"resume_from_checkpoint: {folder} is no checkpoint, it has no trainer_state.json")
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"resume_from_checkpoint: {state} is not JSON ({error})") from error
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"resume_from_checkpoint: {path} is damaged ({error})") from error
-    if not is_plain:
-        return
-    missing = [name for name in _STATE if not (folder / name).is_file()]
-    if missing and not save_only_model:
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} has no {' and no '.join(missing)}, so Adam and the warm-up "
-            "would start again in the middle; save_only_model=True allows that"
-        )
-    if missing:
-        logger.warning(f"{folder} has no {' and no '.join(missing)}: optimizer and schedule start again")
-    for name in _STATE:
-        if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
-            raise ValueError(f"resume_from_checkpoint: {folder / name} is damaged")

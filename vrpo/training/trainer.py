@@ -4,11 +4,14 @@ Optimizer, schedule, checkpoints, distributed wrapping and logging are the Train
 packed_trainer.py's. This file prepares and checks model and data, and says which run a checkpoint is of.
 """
 
+import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -18,7 +21,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from vrpo.models import load_tokenizer, special_tokens
@@ -27,6 +30,7 @@ from vrpo.models.checkpoint import load_policy
 from vrpo.step import Estimator
 from vrpo.training.adapter_trainer import check_adapters
 from vrpo.training.advice import Advise
+from vrpo.training.checkpoints import checkpoints, fault_of, remove_incomplete
 from vrpo.training.checks import (
     check_batches_exist,
     check_metric_for_best_model,
@@ -212,19 +216,57 @@ class DiffusionTrainer(DataTrainer):
         return digest_of_weights((n, p) for n, p in self.model.named_parameters() if not p.requires_grad)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Trains; `resume_from_checkpoint` is a folder, or True (or "true") for the last one in output_dir.
+        """Trains; `resume_from_checkpoint` is a folder, True (or "true") for the last whole checkpoint in
+        output_dir, or "auto" for the same if there is one.
 
         Errors: ValueError for a checkpoint of another run or with a part missing, an output_dir that holds
-            another run's checkpoints or is in use; FloatingPointError where a loss, a gradient or a weight to
-            be saved is not finite.
+            another run's checkpoints or is in use, a second call that would overwrite the first one's
+            checkpoints; FloatingPointError where a loss, a gradient or a weight to be saved is not finite;
+            OSError where a checkpoint cannot be written; TrainingInterrupted, a SystemExit, after SIGTERM or
+            Ctrl-C (args.enable_jit_checkpoint).
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if self.model is self.model_wrapped and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             release(self.model)  # an evaluation prepares the model too, without DistributedDataParallel
         self._forget()
         with only_run_in(self.args.output_dir, is_writer=self.args.should_save):
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            if self.args.should_save:
+                remove_incomplete(self.args.output_dir)
             self._check_run(checkpoint)
-            return super().train(checkpoint, *args, **kwargs)
+            self._read_log(checkpoint)
+            with self._stopping_on_signals():
+                return super().train(checkpoint, *args, **kwargs)
+
+    def _checkpoint_to_resume(self, value: str | bool | None) -> str | None:
+        """The same in every process: whole for each that has a copy of the files to save to."""
+        found = [checkpoints(self.args.output_dir)]
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        told = functools.partial(
+            fault_of,
+            save_only_model=self.args.save_only_model,
+            is_plain=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+        )
+
+        def fault(folder: Path) -> str | None:
+            everywhere = gather_object([told(folder) if self.args.should_save else None])
+            return next((one for one in everywhere if one is not None), None)
+
+        checkpoint = checkpoint_to_resume(
+            value, self.args.output_dir, found=found[0], fault=fault, is_told=self.is_world_process_zero()
+        )
+        if checkpoint is None and found[0] and self.args.save_strategy != SaveStrategy.NO:
+            self._check_first_call()
+        return checkpoint
+
+    def _check_first_call(self) -> None:
+        if self.state.global_step and self.model_init is None:
+            raise ValueError(
+                "train() was called before on this trainer and its weights are where that run ended, whose "
+                f"checkpoints in output_dir {self.args.output_dir!r} those of another run would "
+                "overwrite. Go on with resume_from_checkpoint=True, make a new trainer to start again, or "
+                "set save_strategy='no'"
+            )
 
     def _run(self) -> dict[str, Any]:
         kind = type(self).__name__ if self.method is None else self.method
@@ -249,7 +291,7 @@ class DiffusionTrainer(DataTrainer):
             self.model,
             self.accelerator,
             step=self.state.global_step,
-            output_dir=output_dir or self.args.output_dir,
+            output_dir=self._final_name(output_dir or self.args.output_dir),
             run_dir=self.args.output_dir,
         )
         super().save_model(output_dir, _internal_call=_internal_call)
