@@ -8,13 +8,22 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "DiffusionKTOConfig": "vrpo.training.kto_config",
+    "DiffusionKTOTrainer": "vrpo.training.kto_trainer",
     "DiffusionSFTConfig": "vrpo.training.config",
     "DiffusionSFTTrainer": "vrpo.training.sft_trainer",
     "VRPOConfig": "vrpo.training.config",
     "VRPOTrainer": "vrpo.training.vrpo_trainer",
 }
 
-__all__ = ["DiffusionSFTConfig", "DiffusionSFTTrainer", "VRPOConfig", "VRPOTrainer"]
+__all__ = [
+    "DiffusionKTOConfig",
+    "DiffusionKTOTrainer",
+    "DiffusionSFTConfig",
+    "DiffusionSFTTrainer",
+    "VRPOConfig",
+    "VRPOTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ class ResponseBatch:
     tokens_U: int64, the sequences one after the other, without padding.
     prompt_length_R, response_length_R: int64, both at least 1.
     example_R: int64 in [0, 2**32), the row of the dataset; it keys the mask draw.
-    side_R: int64, 0 chosen (or the only completion), 1 rejected.
+    side_R: int64, 0 chosen (or the only completion, or a desirable one), 1 rejected (or undesirable).
     num_sides: responses per example, 2 for preference pairs and 1 for completions.
     fill_R: int64, how many tokens at the end of each response are EOS fill (SFT only, estimator/eos_fill.py);
         response_length_R counts them. None: no response has any.

@@ -30,7 +30,7 @@ def train(output_dir: Path, num_processes: int, batch_size: int) -> dict:
 def test_train__two_processes_equal_one(tmp_path):
     one, two = train(tmp_path / "one", 1, 4), train(tmp_path / "two", 2, 2)
     speeds = ("runtime", "per_second", "preparation_time", "memory_gb")
-    for kind in ("frozen", "adapter", "sft"):
+    for kind in ("frozen", "adapter", "sft", "kto"):
         for name, weight in one[kind]["weights"].items():
             torch.testing.assert_close(two[kind]["weights"][name], weight, rtol=1e-8, atol=1e-11, msg=name)
         for alone, both in zip(one[kind]["log"], two[kind]["log"], strict=True):

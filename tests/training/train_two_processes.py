@@ -9,13 +9,20 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
+from vrpo import (
+    DiffusionKTOConfig,
+    DiffusionKTOTrainer,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    VRPOConfig,
+    VRPOTrainer,
+)
 from vrpo.commands.new_model import train_tokenizer
 from vrpo.models import create_model
 
 
 def train(output_dir: str, batch_size: int, reference: str) -> dict:
-    """reference: "frozen" or "adapter" of VRPO, or "sft" for supervised fine-tuning with EOS fill."""
+    """reference: "frozen" or "adapter" of VRPO, "sft" for fine-tuning with EOS fill, or "kto"."""
     rows = [
         # Lengths differ, so that the token budget cuts the ranks' batches into different numbers of packs.
         {"prompt": f"What is {n}?", "chosen": "one " * (1 + n % 7), "rejected": f"two {n}"}
@@ -24,9 +31,11 @@ def train(output_dir: str, batch_size: int, reference: str) -> dict:
     tokenizer = train_tokenizer([text for row in rows for text in row.values()], vocab_size=300)
     model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.2, seed=3).double()
     peft_config = LoraConfig(r=2, target_modules=["q_proj"]) if reference == "adapter" else None
-    kind, config = (
-        (DiffusionSFTTrainer, DiffusionSFTConfig) if reference == "sft" else (VRPOTrainer, VRPOConfig)
-    )
+    kinds = {
+        "sft": (DiffusionSFTTrainer, DiffusionSFTConfig),
+        "kto": (DiffusionKTOTrainer, DiffusionKTOConfig),
+    }
+    kind, config = kinds.get(reference, (VRPOTrainer, VRPOConfig))
     if reference == "sft":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     trainer = kind(
@@ -34,6 +43,7 @@ def train(output_dir: str, batch_size: int, reference: str) -> dict:
         args=config(
             output_dir=output_dir,
             per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,  # KTO's z0 is a mean over a batch
             gradient_accumulation_steps=1,
             num_train_epochs=2,
             num_samples=2,
@@ -61,7 +71,7 @@ def train(output_dir: str, batch_size: int, reference: str) -> dict:
 
 
 def main(output_dir: str, batch_size: str) -> None:
-    ends = {name: train(output_dir, int(batch_size), name) for name in ("frozen", "adapter", "sft")}
+    ends = {name: train(output_dir, int(batch_size), name) for name in ("frozen", "adapter", "sft", "kto")}
     if torch.distributed.get_rank() == 0:
         torch.save(ends, f"{output_dir}/end.pt")
 

@@ -76,6 +76,16 @@ _COMMANDS = (
         "not explain is transformers'.",
     ),
     Command(
+        "kto",
+        "align a masked-diffusion model with single responses labelled good or bad (KTO)",
+        "vrpo kto --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name labelled.jsonl "
+        "--output_dir out",
+        "vrpo.commands.train:kto",
+        _DATA | {"KTO": "vrpo.training.kto_config:DiffusionKTOConfig"},
+        defaults="rate and beta of ELBO-KTO, the masks of vrpo train. What the fields below do not explain "
+        "is transformers'.",
+    ),
+    Command(
         "score",
         "write the ELBO of each response of a file, and rewards against a reference",
         "vrpo score --model_name_or_path out --dataset_name pairs.jsonl --output_file scores.jsonl",

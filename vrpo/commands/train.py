@@ -1,4 +1,4 @@
-"""`vrpo sft` and `vrpo train`: check, load, build, run, save. They have no defaults of their own."""
+"""`vrpo sft`, `vrpo train` and `vrpo kto`: check, load, build, run, save. No defaults of their own."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +19,8 @@ from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_loading, check_model_path
 from vrpo.training.checkpoints import fault_of
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
+from vrpo.training.kto_config import DiffusionKTOConfig
+from vrpo.training.kto_trainer import DiffusionKTOTrainer
 from vrpo.training.resume import checkpoint_to_resume
 from vrpo.training.sft_trainer import DiffusionSFTTrainer
 from vrpo.training.support import check_runnable
@@ -52,6 +54,12 @@ def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfi
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
     _run(VRPOTrainer, script, model_args, config)
+
+
+def kto(script: ScriptArguments, model_args: ModelArguments, config: DiffusionKTOConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is needed: the checkpoint to align")
+    _run(DiffusionKTOTrainer, script, model_args, config)
 
 
 def _run(

@@ -4,7 +4,7 @@ No randomness and no masking here: which response tokens are masked is decided b
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -69,11 +69,62 @@ def prepare_completions(
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, **options)
 
 
+def prepare_labelled(
+    dataset: Dataset | Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase | None, **options: Any
+) -> tuple[Dataset, DataReport]:
+    """Unpaired preferences -> the columns of `prepare_completions` and label (1 desirable, 0 undesirable).
+
+    The columns are those of `prepare_completions` and label, true or false, as in TRL. Pairs without a label
+    are taken apart: each becomes two rows, the chosen one desirable, with example_id 2 i and 2 i + 1.
+    """
+    dataset = as_dataset(dataset)
+    columns = (
+        list(dataset[0]) if dataset.format["type"] == "custom" and len(dataset) else dataset.column_names
+    )
+    if "label" not in columns and any(
+        {*sides} <= {*columns} for sides in (PAIR_SIDES, _id_columns(PAIR_SIDES))
+    ):
+        pairs, report = prepare_pairs(dataset, tokenizer, **options)
+        return _unpaired(pairs), report
+    return _prepare(dataset, tokenizer, COMPLETION_SIDES, has_label=True, **options)
+
+
+def _unpaired(pairs: Dataset) -> Dataset:
+    """Prepared pairs -> two labelled rows each."""
+    ids = np.asarray(pairs["example_id"][:])
+    if len(ids) and 2 * ids.max() + 1 > _MAX_EXAMPLE_ID:
+        raise ValueError(f"example_id must be below 2**31 where pairs are taken apart, got {ids.max()}")
+
+    def apart(rows: dict[str, list]) -> dict[str, list]:
+        sides = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+        return {
+            "prompt_ids": [prompt for prompt in rows["prompt_ids"] for _ in PAIR_SIDES],
+            "completion_ids": [completion for pair in sides for completion in pair],
+            "example_id": [2 * i + side for i in rows["example_id"] for side in (0, 1)],
+            "label": [label for _ in rows["example_id"] for label in (1, 0)],
+        }
+
+    ids_type = List(Value("int32"))
+    features = {"prompt_ids": ids_type, "completion_ids": ids_type}
+    features |= {"example_id": Value("int64"), "label": Value("int64")}
+    apart_rows = pairs.map(
+        apart,
+        batched=True,
+        remove_columns=pairs.column_names,
+        features=Features(features),
+        load_from_cache_file=False,
+        desc="Unpairing",
+    )
+    apart_rows.info.description = pairs.info.description
+    return apart_rows
+
+
 def _prepare(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     sides: tuple[str, ...],
     *,
+    has_label: bool = False,
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     max_positions: int | None = None,
@@ -89,15 +140,20 @@ def _prepare(
     limits = Limits(max_length, max_prompt_length, max_positions, vocab_size, mask_token_id)
     stamp = f"{_STAMP}{limits}"
     if dataset.info.description == stamp:
-        return dataset, _report_of_prepared(dataset, sides)
+        return dataset, _report_of_prepared(dataset, sides, has_label)
     if not len(dataset):
         raise ValueError("the dataset has no rows")
     has_transform = dataset.format["type"] == "custom"
     columns = list(dataset[0]) if has_transform else dataset.column_names
     tokenised = _check_columns(columns, sides)
+    if has_label and "label" not in columns:
+        raise ValueError(
+            f"the dataset lacks the column label, true for a desirable completion and false for another: it "
+            f"has {', '.join(columns)}; pairs (chosen, rejected) need none"
+        )
     if not tokenised and tokenizer is None:
         raise ValueError("processing_class is None, but the dataset holds text; pass the tokenizer")
-    mapped = _mapped(dataset, None if tokenised else tokenizer, sides, limits, num_proc)
+    mapped = _mapped(dataset, None if tokenised else tokenizer, sides, limits, num_proc, has_label)
     unusable = _unusable(mapped, drop_unusable_rows)
     if unusable:
         mapped = without(mapped, [row for row, _ in unusable])
@@ -148,9 +204,10 @@ def _mapped(
     sides: tuple[str, ...],
     limits: Limits,
     num_proc: int | None,
+    has_label: bool,
 ) -> Dataset:
     """The token columns, the counts and the problem of each row."""
-    wanted = {"example_id"}
+    wanted = {"example_id", "label"} if has_label else {"example_id"}
     if tokenizer is None:
         wanted |= {*_id_columns(sides)}
     else:
@@ -162,14 +219,20 @@ def _mapped(
         features = dataset.features
         dataset = dataset.with_format("arrow")
     ids = {name: List(Value("int32")) for name in _id_columns(sides)}
-    numbers = {name: Value("int64") for name in ("example_id", *(field.name for field in fields(RowCounts)))}
+    numbers = ["example_id", *(field.name for field in fields(RowCounts)), *(["label"] if has_label else [])]
     mapped = dataset.map(
         _prepare_rows,
         with_indices=True,
         batched=True,
-        fn_kwargs={"sides": sides, "tokenizer": tokenizer, "limits": limits, "features": features},
+        fn_kwargs={
+            "sides": sides,
+            "tokenizer": tokenizer,
+            "limits": limits,
+            "features": features,
+            "has_label": has_label,
+        },
         remove_columns=dataset.column_names,
-        features=Features({**ids, **numbers, "problem": Value("string")}),
+        features=Features({**ids, **dict.fromkeys(numbers, Value("int64")), "problem": Value("string")}),
         num_proc=num_proc,
         # The cache does not notice a new version of this package or an edited chat template on disk.
         load_from_cache_file=False,
@@ -186,6 +249,7 @@ def _prepare_rows(
     tokenizer: PreTrainedTokenizerBase | None,
     limits: Limits,
     features: Features | None,
+    has_label: bool = False,
 ) -> dict[str, list]:
     """A batch of rows for `Dataset.map`. Problems travel as a column, so that all of them can be named."""
     rows = list(_rows(columns, features))
@@ -193,12 +257,14 @@ def _prepare_rows(
     encoded = iter(good if tokenizer is None else encode_rows(good, sides, tokenizer))
     result: dict[str, list] = {name: [] for name in (*_id_columns(sides), "example_id", "problem")}
     result |= {field.name: [] for field in fields(RowCounts)}
+    if has_label:
+        result["label"] = []
     for row, index in zip(rows, indices, strict=True):
         try:
             item = row if isinstance(row, RowProblem) else next(encoded)
             if isinstance(item, RowProblem):
                 raise item
-            example_id = _example_id(row, index)
+            example_id, label = _example_id(row, index), _label(row) if has_label else 0
             if tokenizer is None:
                 pieces = [row[name] for name in _id_columns(sides)]
                 kept, counts = truncate(*_split_tokens(pieces, sides), sides, limits)
@@ -207,12 +273,14 @@ def _prepare_rows(
             problem = ""
         except RowProblem as error:
             kept, counts, problem = [[] for _ in (None, *sides)], RowCounts(), str(error)
-            example_id = index
+            example_id, label = index, 0
         for name, ids in zip(_id_columns(sides), kept, strict=True):
             result[name].append(ids)
         for field in fields(counts):
             result[field.name].append(int(getattr(counts, field.name)))
         result["example_id"].append(example_id)
+        if has_label:
+            result["label"].append(label)
         result["problem"].append(problem)
     return result
 
@@ -236,6 +304,13 @@ def _example_id(row: Mapping[str, Any], index: int) -> int:
     if type(example_id) is not int or not 0 <= example_id <= _MAX_EXAMPLE_ID:
         raise RowProblem(f"example_id must be in [0, 2**32), an integer, got {shown(example_id)}")
     return example_id
+
+
+def _label(row: Mapping[str, Any]) -> int:
+    label = row.get("label")
+    if type(label) not in (bool, int) or label not in (0, 1):
+        raise RowProblem(f"label must be true or false, got {shown(label)}")
+    return int(label)
 
 
 def _split_tokens(pieces: list[Any], sides: tuple[str, ...]) -> tuple[list[int], list[list[int]]]:
@@ -262,9 +337,10 @@ def _check_unique(mapped: Dataset, rows: np.ndarray) -> None:
         )
 
 
-def _report_of_prepared(dataset: Dataset, sides: tuple[str, ...]) -> DataReport:
+def _report_of_prepared(dataset: Dataset, sides: tuple[str, ...], has_label: bool = False) -> DataReport:
     names = _id_columns(sides)
-    if missing := [name for name in names if name not in dataset.column_names]:
+    needed = [*names, "label"] if has_label else names
+    if missing := [name for name in needed if name not in dataset.column_names]:
         raise ValueError(f"the dataset was prepared for another trainer: it lacks {', '.join(missing)}")
     lengths = {name: [np.zeros(0, dtype=np.int64)] for name in names}
     for part in dataset.with_format("arrow").iter(batch_size=10_000):
@@ -341,3 +417,13 @@ class CompletionCollator(PairCollator):
     """Prepared SFT rows -> the same, with one response per example (R = B)."""
 
     sides: tuple[str, ...] = COMPLETION_SIDES
+
+
+@dataclass(frozen=True)
+class LabelledCollator(CompletionCollator):
+    """Prepared labelled rows -> the same; side_R is 0 for a desirable and 1 for an undesirable response."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        inputs = super().__call__(rows)
+        side_R = 1 - torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+        return {**inputs, "responses": replace(inputs["responses"], side_R=side_R)}

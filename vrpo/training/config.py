@@ -254,7 +254,7 @@ class VRPOConfig(ReferenceConfig):
         ),
     )
     loss_type: list[str] | str = field(
-        default="sigmoid",
+        default_factory=lambda: ["sigmoid"],  # of a list, HfArgumentParser reads a factory alone
         metadata=_help(
             "One of vrpo.objectives.losses.LOSSES, TRL's names, or several to be added with loss_weights: "
             "sigmoid (DPO), robust, exo_pair, hinge, ipo, sigmoid_norm, simpo (without reference), apo_zero, "

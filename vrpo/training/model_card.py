@@ -12,6 +12,12 @@ _CITATIONS = {
   journal = {arXiv preprint arXiv:2505.19223},
   year    = {2025}
 }""",
+    "kto": """@inproceedings{ethayarajh2024kto,
+  title     = {KTO: Model Alignment as Prospect Theoretic Optimization},
+  author    = {Ethayarajh, Kawin and others},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024}
+}""",
     "sft": """@article{nie2025llada,
   title   = {Large Language Diffusion Models},
   author  = {Nie, Shen and others},
@@ -21,6 +27,7 @@ _CITATIONS = {
 }
 _METHODS = {
     "vrpo": "A masked-diffusion language model, aligned by VRPO with the package `vrpo`.",
+    "kto": "A masked-diffusion language model, aligned by KTO on ELBOs with the package `vrpo`.",
     "sft": "A masked-diffusion language model, fine-tuned with the package `vrpo`.",
 }
 _PACKAGES = ("vrpo", "torch", "transformers", "datasets", "peft")

@@ -86,10 +86,10 @@ def settings_of(args: TrainingArguments) -> dict[str, Any]:
 
 
 def digest_of_dataset(dataset: Dataset | None) -> str:
-    """SHA-256 of the token ids and example ids, in order."""
+    """SHA-256 of the token ids, example ids and labels, in order."""
     digest = hashlib.sha256()
     if dataset is not None:
-        names = sorted(name for name in dataset.column_names if name.endswith(("_ids", "_id")))
+        names = sorted(n for n in dataset.column_names if n.endswith(("_ids", "_id")) or n == "label")
         for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
             for name in names:
                 column = table.column(name).combine_chunks()
