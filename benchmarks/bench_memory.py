@@ -12,9 +12,9 @@ gradient, else nothing is measured. Then, each row written as soon as it is ther
    the profiler; CUDA: the allocator's peak); gradients_MiB of it are the gradients; rss_MiB the growth of the
    process as the kernel sees it; base_MiB the weights, which were there before; pack_KiB all masked copies on
    the CPU, the one thing that must grow with K
-2. time, at --time-samples in two packs: the modes in turns, least of the rounds; cost_pct over joint. "replay, head anew"
-   computes the logits in its second pass again, which a replay does not: its first pass left the
-   log-sum-exps. Once more with a wide head.
+2. time, at --time-samples in two packs: the modes in turns, least of the rounds; cost_pct over joint.
+   "replay, head anew" computes the logits in its second pass again, which a replay does not: its first pass
+   left the log-sum-exps. Once more with a wide head.
 
 --figure draws the memory rows of the file instead. What does not fit is a row with a note.
 """
