@@ -34,6 +34,7 @@ def use(engine: str, **settings: Any) -> dict[str, Any]:
 
     settings: of fsdp_config, or of DeepSpeed's zero_optimization.
     """
+    import transformers.training_args
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
@@ -45,6 +46,7 @@ def use(engine: str, **settings: Any) -> dict[str, Any]:
         os.environ.pop(name, None)
     if engine == "ddp":
         return {"use_cpu": True}
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # asked unless use_cpu is set
     configured = {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
     if engine == "fsdp2":
         os.environ["ACCELERATE_USE_FSDP"] = "true"

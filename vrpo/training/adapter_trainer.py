@@ -6,7 +6,9 @@ is not (an earlier adapter merged in, a new model, a resized embedding), it is w
 output_dir/base_model, and the adapter names that folder.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,20 @@ def check_adapters(model: nn.Module) -> None:
         check_kind(config, f"adapter {name!r}")
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise ValueError("the model's adapter is merged into its weights: call model.unmerge_adapter() first")
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """PEFT's disable_adapter, and what trains stays marked as such.
+
+    FSDP2 reads at the first pass of a model, which may be the reference's, which dtype its gradients have;
+    of weights that do not train it reads none, and bf16 gradients then meet float32 weights.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
 
 
 class AdapterTrainer(EngineTrainer):

@@ -14,7 +14,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import RandomSampler, Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -22,8 +22,27 @@ from vrpo.models.adapters import is_peft_model
 from vrpo.training.balance import BalancedSampler
 
 
+class SetEpoch(TrainerCallback):
+    """Tells the sampler of the training set its epoch.
+
+    Resumed inside an epoch, accelerate's DataLoaders wrap the sampler three times and reach through two, so
+    that several processes would go on in the order of the first epoch.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        sampler = getattr(train_dataloader, "batch_sampler", None)
+        while sampler is not None and not isinstance(sampler, BalancedSampler):
+            sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+        if sampler is not None:
+            sampler.set_epoch(int(state.epoch or 0))
+
+
 class EngineTrainer(Trainer):
     """The same files and the same batches, whatever engine holds the model."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(SetEpoch())
 
     @property
     def _holds_parts(self) -> bool:

@@ -14,6 +14,7 @@ from vrpo.models import load_tokenizer
 from vrpo.models.adapters import is_peft_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.step import NLL, Estimator
+from vrpo.training.adapter_trainer import adapter_off
 from vrpo.training.config import ReferenceConfig
 from vrpo.training.packed_trainer import ModelNLL
 from vrpo.training.reference import build_reference
@@ -108,7 +109,7 @@ class ReferenceTrainer(DiffusionTrainer):
             return ModelNLL(self.ref_model)
 
         def nll(pack: PackedBatch) -> Tensor:
-            with self.accelerator.unwrap_model(model).disable_adapter():
+            with adapter_off(self.accelerator.unwrap_model(model)):
                 return model(**pack.model_inputs()).nll
 
         return nll

@@ -1,0 +1,115 @@
+"""One process of test_engines.py: trains tiny models on several engines, each from the same start.
+
+    python -m torch.distributed.run --nproc_per_node N engine_runs.py OUT engine/case[/resume]...
+
+A run writes its model to OUT/<engine>-<case>-<N>, its log beside it as log.json, and a checkpoint in the
+middle of its second epoch. `resume` goes on from the checkpoint that a run of `resume` processes wrote.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import engines
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
+from vrpo.commands.new_model import train_tokenizer
+from vrpo.models import create_model
+
+ROWS = [
+    # Lengths differ, so that the token budget cuts the ranks' batches into different numbers of packs.
+    {"prompt": f"What is {n}?", "chosen": "one " * (1 + n % 7), "rejected": f"two {n}"}
+    for n in range(32)
+]
+CASES: dict[str, dict[str, Any]] = {
+    # VRPO of all weights against a frozen copy, and the second half of every pack's forward computed again.
+    "full": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "lora": {},
+    # Every pair is divided over packs.
+    "replay": {"max_tokens_per_pack": 40, "gradient_mode": "replay"},
+    "sft": {"max_eos_fill": 9},
+    # One copy of one token each: most micro-batches of a rank mask nothing.
+    "sparse": {"mask_design": "t", "num_samples": 1, "max_eos_fill": 0, "max_tokens_per_pack": 20},
+    "bf16": {"bf16": True},
+}
+GLOBAL_BATCH = 8
+STEPS = 4
+SAVED_STEP = 3
+
+
+def has_deepspeed() -> bool:
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def train(engine: str, case: str, folder: Path, resume: Path | None = None, **settings: Any) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    arguments = engines.use(engine, **settings)
+    is_sft = case in ("sft", "sparse")
+    rows: list[dict[str, str]] = ROWS
+    if is_sft:
+        word = "one" if case == "sparse" else None
+        rows = [{"prompt": row["prompt"], "completion": word or row["chosen"]} for row in ROWS]
+    tokenizer = train_tokenizer([text for row in ROWS for text in row.values()], vocab_size=300)
+    model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.2, seed=3)
+    if not engine.startswith("zero") and case != "bf16":  # DeepSpeed trains no float64
+        model = model.double()
+    fields = {
+        "per_device_train_batch_size": GLOBAL_BATCH // world_size,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "num_samples": 2,
+        "max_tokens_per_pack": 110,
+        "learning_rate": 1e-2,
+        "adam_epsilon": 1e-2,  # without it the first steps are signs of gradients, which rounding turns
+        "warmup_steps": 0,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": SAVED_STEP,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "bf16": False,
+    }
+    trainer_class, config = (DiffusionSFTTrainer, DiffusionSFTConfig) if is_sft else (VRPOTrainer, VRPOConfig)
+    trainer = trainer_class(
+        model,
+        args=config(output_dir=str(folder), **fields | CASES[case] | arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
+        if case in ("lora", "replay", "bf16")
+        else None,
+    )
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        (folder / "log.json").write_text(json.dumps(log))
+
+
+def main(out: str, *jobs: str) -> None:
+    world_size = int(os.environ["WORLD_SIZE"])
+    for job in jobs:
+        engine, case, *start = job.split("/")
+        engine, _, kind = engine.partition("+")
+        settings = {"state_dict_type": "SHARDED_STATE_DICT"} if kind == "sharded" else {}
+        name = f"{engine}{kind}-{case}-{world_size}"
+        resume = None
+        if start:
+            folder = Path(out, f"{engine}{kind}-{case}-{start[0]}")
+            resume = folder / f"checkpoint-{SAVED_STEP}"
+            name += f"-from-{start[0]}"
+        train(engine, case, Path(out, name), resume, **settings)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
