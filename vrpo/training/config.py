@@ -18,6 +18,7 @@ from vrpo.estimator.masking import check_design, check_replicates, default_repli
 from vrpo.objectives.losses import NEEDS_REPLICATES, check_losses, needs_reference
 from vrpo.training.launch import check_engine, check_launch
 from vrpo.training.ranges import check_numbers
+from vrpo.training.reference_config import ReferenceArguments
 from vrpo.training.support import check_supported
 
 GRADIENT_MODES = ("auto", "joint", "replay")
@@ -194,7 +195,7 @@ def _check_writable(output_dir: str) -> None:
 
 
 @dataclass
-class ReferenceConfig(DiffusionConfig):
+class ReferenceConfig(ReferenceArguments, DiffusionConfig):
     """What trainers with a reference need beside; not used by itself."""
 
     mask_design: str = field(

@@ -19,6 +19,7 @@ _POSITIVE_INTEGERS = (
     "max_length",
     "max_prompt_length",
     "max_tokens_per_pack",
+    "precompute_ref_batch_size",
     "train_top_layers",
     "dataset_num_proc",
     "eval_accumulation_steps",

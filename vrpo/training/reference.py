@@ -22,15 +22,13 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
     Errors: ValueError for an adapter that is trained already, a ref_model of another precision, and engines
         that cannot hold a second model.
     """
+    check_reference(trainer, ref_model)
     if ref_model is None:
         if is_peft_model(trainer.model):
-            return _check_adapter_is_new(trainer)
+            return None
         # Shared parameters would be sharded twice.
         is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         ref_model = (frozen_copy if is_whole else copy.deepcopy)(trainer.model)
-    else:
-        _check_apart(trainer.model, ref_model)
-        _check_same_computation(trainer.model, ref_model)
     ref_model.requires_grad_(False)
     ref_model.eval()
     if trainer.args.disable_dropout:
@@ -55,6 +53,15 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
         # accelerator.prepare_model would leave it whole, and accelerator.prepare wants an optimizer.
         return fsdp2_prepare_model(trainer.accelerator, ref_model)
     return prepare_reference(trainer.accelerator, ref_model)
+
+
+def check_reference(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> None:
+    """ValueError for a reference that the policy does not start from, moves with, or rounds unlike."""
+    if ref_model is not None:
+        _check_apart(trainer.model, ref_model)
+        _check_same_computation(trainer.model, ref_model)
+    elif is_peft_model(trainer.model):
+        _check_adapter_is_new(trainer)
 
 
 def _check_apart(model: nn.Module, ref_model: nn.Module) -> None:

@@ -9,14 +9,17 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from vrpo.batch import PackedBatch
+from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.gradient import StepResult
 from vrpo.models import load_tokenizer
 from vrpo.models.adapters import is_peft_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.step import NLL, Estimator
 from vrpo.training.adapter_trainer import adapter_off
 from vrpo.training.config import ReferenceConfig
-from vrpo.training.packed_trainer import ModelNLL
+from vrpo.training.known_reference import CheckEpochs, KnownReference
+from vrpo.training.packed_trainer import Metrics, ModelNLL
+from vrpo.training.precomputed import precompute
 from vrpo.training.reference import build_reference
 from vrpo.training.resume import digest_of_weights
 from vrpo.training.trainer import DiffusionTrainer
@@ -27,6 +30,7 @@ class ReferenceTrainer(DiffusionTrainer):
     """What trainers with a reference share; not used by itself. VRPOTrainer explains the arguments."""
 
     args: ReferenceConfig
+    known_reference: KnownReference | None = None
 
     def __init__(
         self,
@@ -74,8 +78,15 @@ class ReferenceTrainer(DiffusionTrainer):
         return True
 
     def _set_reference(self) -> None:
+        self._trunk_layers, self.ref_model = 0, None
+        if self.args.precompute_ref_log_probs:
+            if not self.needs_reference:
+                raise ValueError("precompute_ref_log_probs is of no use to a loss without a reference")
+            self.known_reference = precompute(self, self._given_reference)
+            self._given_reference = None  # nobody needs it any more
+            self.add_callback(CheckEpochs(self.known_reference))
+            return
         if not self.needs_reference:
-            self._trunk_layers, self.ref_model = 0, None
             return
         self._trunk_layers = shared_layers(self.model, self._given_reference, self.args.share_trunk)
         self.ref_model = build_reference(self, self._given_reference)
@@ -101,6 +112,19 @@ class ReferenceTrainer(DiffusionTrainer):
             self.model = model
             self._set_reference()
         return model
+
+    def _run(self) -> dict[str, Any]:
+        known = self.known_reference
+        return super()._run() | ({} if known is None else {"reference_elbos": known.digest})
+
+    def _known_reference(self, batch: ResponseBatch, epoch: int) -> Tensor | None:
+        known = self.known_reference
+        return None if known is None else known(batch, epoch, self.estimator)
+
+    def _metrics_of(self, batch: ResponseBatch, result: StepResult) -> Metrics:
+        if self.known_reference is not None:
+            self.known_reference.observe(result, self.state.global_step)
+        return super()._metrics_of(batch, result)
 
     def _reference(self, model: nn.Module) -> NLL | None:
         if not self.needs_reference:

@@ -1,0 +1,47 @@
+"""Where the reference's ELBOs come from: fields of the trainers whose loss compares with a reference."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class ReferenceArguments:
+    """Fields that a config inherits before DiffusionConfig. Names are TRL's where it has one."""
+
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata=_help(
+            "Compute the ELBOs of the reference for all epochs before training, and keep no reference: the "
+            "step loses its forward pass and its memory. The masks stay those of the policy. What was "
+            "computed is used again where it is of the same reference, data, draw and precision."
+        ),
+    )
+    precompute_ref_batch_size: int | None = field(
+        default=None,
+        metadata=_help(
+            "Examples of one forward pass of precompute_ref_log_probs, at most; max_tokens_per_pack bounds "
+            "it too. None: as many as that holds."
+        ),
+    )
+    ref_log_probs_cache: str | None = field(
+        default=None,
+        metadata=_help(
+            "Folder of the precomputed ELBOs, which runs with another beta, rate or loss may share. None: "
+            "output_dir/reference_elbos."
+        ),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.precompute_ref_log_probs:
+            for name in ("precompute_ref_batch_size", "ref_log_probs_cache"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} does nothing without precompute_ref_log_probs=True")
+        if self.ref_log_probs_cache is not None:
+            path = Path(self.ref_log_probs_cache)
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"ref_log_probs_cache must be a folder, got {str(path)!r}")
