@@ -112,6 +112,19 @@ _COMMANDS = (
         "least sure ones masked again.",
     ),
     Command(
+        "plan",
+        "model the memory and time of a vrpo train on a machine, and what to change where it does not fit",
+        "vrpo plan --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --num_gpus 8 --gradient_checkpointing",
+        "vrpo.commands.plan:plan",
+        {
+            "Machine and data": "vrpo.commands.plan:PlanArguments",
+            "Model": "vrpo.commands.arguments:ModelArguments",
+            "VRPO": "vrpo.training.config:VRPOConfig",
+        },
+        defaults="those of vrpo train, whose config file it takes as it is; the machine's are an H100's. It "
+        "needs no GPU, and of the model its config.json only.",
+    ),
+    Command(
         "env",
         "print versions, devices and backends for bug reports",
         "vrpo env",

@@ -1,0 +1,208 @@
+"""Memory of one GPU at the peak of a training step, part by part, in bytes.
+
+The activations are a count of what autograd keeps of one token in one layer, D hidden features and I of the
+MLP, in the numbers of features:
+
+    input of the layer, of the MLP: 2 D | outputs of the two norms: 2 D | q, k, v, attention: 4 D | gate, up,
+    silu, product: 4 I | where the norms train, their quotients: 2 D | while its backward runs: D + 2 I more
+
+With checkpointing a layer keeps its input, D, and one layer at a time all of it. Counted from vrpo/models and
+transformers' Llama layers; held against measured peaks in tests/planning.
+"""
+
+from vrpo.planning.setup import Machine, TrainingSetup
+from vrpo.planning.shape import ModelShape
+
+OPTIMIZER_BYTES = 8  # AdamW: two float32 moments of each trained weight
+MASTER_BYTES = 4  # DeepSpeed keeps float32 weights beside the 16-bit ones
+LORA_BYTES = 4  # adapters and their gradients stay in float32
+
+
+def trained_layers(shape: ModelShape, setup: TrainingSetup) -> int:
+    """How many of the uppermost layers train."""
+    top = setup.train_top_layers
+    if top is not None and top > shape.num_layers:
+        raise ValueError(
+            f"train_top_layers must be at most {shape.num_layers}, the model's layers, got {top}"
+        )
+    return shape.num_layers if top is None else top
+
+
+def trained_parameters(shape: ModelShape, setup: TrainingSetup) -> int:
+    """How many weights get a gradient: the adapters, or the top layers with the last norm and the head."""
+    layers = trained_layers(shape, setup)
+    if setup.lora_rank:
+        return shape.lora_parameters(setup.lora_rank, layers)
+    if layers == shape.num_layers:
+        return shape.total_parameters
+    frozen = shape.num_layers - layers
+    below = _lowest_layers(shape, frozen) + 2 * frozen * shape.hidden_size
+    return shape.total_parameters - below - shape.head_parameters
+
+
+def _lowest_layers(shape: ModelShape, number: int) -> int:
+    dense = min(number, shape.num_layers - shape.num_moe_layers)
+    moe = (number - dense) * shape.layer_parameters(moe=True) if number > dense else 0
+    return dense * shape.layer_parameters(moe=False) + moe
+
+
+def packs_per_step(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
+    """Packs of one GPU in one optimizer step."""
+    return max(1.0, setup.pairs_per_step * setup.pair_tokens / machine.num_gpus / setup.pack_tokens)
+
+
+def saved_bytes(
+    shape: ModelShape, setup: TrainingSetup, mlp_size: float, *, wide: int, cpu: bool = False
+) -> float:
+    """What autograd keeps of one token in one layer. wide: bytes of a feature of the residual stream.
+
+    cpu: torch's RMSNorm keeps two more intermediate results there.
+    """
+    narrow, hidden = setup.compute_bytes, shape.hidden_size
+    # Where autocast narrows what a norm returns, each projection keeps its own copy.
+    norms = 5 * narrow if wide > narrow else 2 * narrow
+    quotients = 0 if setup.lora_rank else 2 * wide
+    stream = hidden * (2 * wide + norms + quotients + (2 * wide if cpu else 0))
+    attention = (2 * shape.query_size + shape.key_value_size) * narrow + 4 * shape.num_heads
+    dispatched = 2 * shape.experts_per_token * hidden * narrow if shape.num_experts else 0
+    return stream + attention + 4 * mlp_size * narrow + dispatched
+
+
+def stream_bytes(setup: TrainingSetup, machine: Machine) -> int:
+    """Bytes of a feature of the residual stream: that of the weights where autocast narrows only matmuls."""
+    autocast = machine.engine in ("single", "ddp")
+    return max(setup.weight_bytes, setup.compute_bytes) if autocast else setup.compute_bytes
+
+
+def activation_bytes(
+    shape: ModelShape, setup: TrainingSetup, machine: Machine, *, cpu: bool = False
+) -> tuple[float, float]:
+    """(kept until the backward pass, more while one layer's backward runs), of the largest pack."""
+    wide, tokens = stream_bytes(setup, machine), setup.pack_tokens
+    layers = trained_layers(shape, setup)
+    mean = saved_bytes(shape, setup, shape.active_mlp_size, wide=wide, cpu=cpu)
+    largest = saved_bytes(shape, setup, shape.largest_mlp_size, wide=wide, cpu=cpu)
+    entry = shape.hidden_size * wide
+    backward = entry + 2 * shape.largest_mlp_size * setup.compute_bytes
+    trunk = entry if layers < shape.num_layers else 0
+    if setup.gradient_checkpointing:
+        return tokens * (layers * entry + trunk), tokens * (largest - entry + backward)
+    return tokens * (layers * mean + trunk), tokens * backward
+
+
+def memory_parts(
+    shape: ModelShape, setup: TrainingSetup, machine: Machine, *, cpu: bool = False
+) -> dict[str, float]:
+    """Bytes of one GPU at the moment of the step that needs most, by part.
+
+    weights, reference, optimizer: resident. gradients: of what is trained, with the copies that the engine
+    makes of them. gathered: what sharded weights are gathered into. casts: 16-bit copies that autocast makes
+    of float32 weights. activations: kept for the backward pass. layer: while one layer's backward runs.
+    head: the masked rows, and the head's new gradient.
+    """
+    shards = machine.num_gpus if machine.shards_weights else 1
+    trained = trained_parameters(shape, setup)
+    adapters = trained * LORA_BYTES if setup.lora_rank else 0
+    weights = shape.total_parameters * weight_bytes_of(setup, machine) + adapters
+    resident = {
+        "weights": weights / shards,
+        "reference": _reference(shape, setup, machine),
+        "optimizer": _optimizer(setup, machine, trained),
+        "gathered": _gathered(shape, setup, machine),
+        "casts": _casts(shape, setup, machine),
+    }
+    kept, layer = activation_bytes(shape, setup, machine, cpu=cpu)
+    return resident | _moment(shape, setup, machine, kept, layer)
+
+
+def _moment(
+    shape: ModelShape, setup: TrainingSetup, machine: Machine, kept: float, layer: float
+) -> dict[str, float]:
+    """The parts that come and go, at the worst of three moments of a backward pass."""
+    wide = stream_bytes(setup, machine)
+    gradients = _gradients(shape, setup, machine)
+    trains_head = not setup.lora_rank
+    new_head = shape.head_parameters * setup.weight_bytes if trains_head else 0
+    # Rows as they enter the head and their gradients, and nll, statistics and weights of all.
+    head = setup.masked_rows * (shape.hidden_size * 2 * wide + 24)
+    if packs_per_step(shape, setup, machine) > 1:
+        there, new_layer, below = gradients, _new_gradient(shape, setup), gradients
+    else:
+        # The first gradients of a step: they come while activations go, the embedding's when both are done.
+        there, new_layer, below = 0.0, 0, gradients - new_head
+    top = {"gradients": max(there, new_head) + new_layer, "activations": kept, "layer": layer, "head": 0.0}
+    moments = (
+        {"gradients": there, "activations": kept, "layer": 0.0, "head": head + new_head},
+        top,
+        {"gradients": below + new_layer, "activations": 0.0, "layer": layer, "head": 0.0},
+        {"gradients": gradients, "activations": 0.0, "layer": 0.0, "head": 0.0},
+    )
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _new_gradient(shape: ModelShape, setup: TrainingSetup) -> int:
+    """The largest gradient of a layer before it is added to the one that is there."""
+    if setup.lora_rank:
+        return 0
+    return shape.hidden_size * max(shape.intermediate_size, shape.query_size) * setup.weight_bytes
+
+
+def weight_bytes_of(setup: TrainingSetup, machine: Machine) -> int:
+    return setup.compute_bytes if machine.is_deepspeed else setup.weight_bytes
+
+
+def _reference(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
+    if setup.reference != "model":
+        return 0.0
+    if machine.shards_weights:
+        return shape.total_parameters * setup.weight_bytes / machine.num_gpus
+    # A frozen copy shares the weights that do not train, unless an engine takes hold of them.
+    own = shape.total_parameters if setup.lora_rank else trained_parameters(shape, setup)
+    whole = machine.is_deepspeed
+    return (shape.total_parameters if whole else own) * weight_bytes_of(setup, machine)
+
+
+def _optimizer(setup: TrainingSetup, machine: Machine, trained: int) -> float:
+    shards = machine.num_gpus if machine.shards_weights or machine.is_deepspeed else 1
+    if machine.is_deepspeed and setup.compute_bytes == 2:
+        return trained * (OPTIMIZER_BYTES + MASTER_BYTES) / shards
+    # Moments have the dtype of the weights.
+    scale = 1.0 if setup.lora_rank else setup.weight_bytes / 4
+    return trained * OPTIMIZER_BYTES * scale / shards
+
+
+def _gradients(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
+    """All gradients of one GPU, with what the engine holds beside them."""
+    trained = trained_parameters(shape, setup)
+    size = trained * (LORA_BYTES if setup.lora_rank else setup.weight_bytes)
+    if machine.engine == "single":
+        return size
+    if machine.engine == "ddp":
+        return 2 * size  # DDP's buckets are a second copy
+    if machine.is_deepspeed:
+        return trained * setup.compute_bytes / machine.num_gpus
+    if packs_per_step(shape, setup, machine) > 1:
+        # FSDP2 adds up whole gradients, in the dtype it computes in, until they are to be reduced.
+        return size / machine.num_gpus + trained * (LORA_BYTES if setup.lora_rank else setup.compute_bytes)
+    return size / machine.num_gpus
+
+
+def _gathered(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
+    """The layer that runs and the next one, the head, and a layer's gradients on their way."""
+    if not machine.shards_weights:
+        return 0.0
+    layer = shape.largest_layer_parameters
+    gathered = (2 * layer + shape.head_parameters) * setup.compute_bytes
+    return gathered + (0 if setup.lora_rank else layer * setup.compute_bytes)
+
+
+def _casts(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
+    narrowed = machine.engine in ("single", "ddp") and setup.weight_bytes > setup.compute_bytes
+    if not narrowed:
+        return 0.0
+    head = shape.head_parameters
+    layers = trained_layers(shape, setup) / shape.num_layers
+    # Copies of trained weights live to the end of the forward pass; a graph keeps those of frozen ones too.
+    lives = not setup.lora_rank or not setup.gradient_checkpointing
+    body = layers * shape.body_parameters() if lives else shape.largest_layer_parameters
+    return (body + head) * setup.compute_bytes
