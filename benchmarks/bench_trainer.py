@@ -46,12 +46,15 @@ def variants(layers: int) -> dict[str, Variant]:
     """The upper half trains in "top"; "plain" trains everything and "lora" adapts every layer."""
     half = {"train_top_layers": layers // 2}
     apart = {"share_trunk": False}
+    known = {"precompute_ref_log_probs": True}
     return {
         "plain": Variant("plain"),
+        "plain, precomputed": Variant("plain", known),
         "plain, replay": Variant("plain", {"gradient_mode": "replay"}),
         "top, apart": Variant("plain", half | apart),
         "top, shared trunk": Variant("plain", half),
         "lora": Variant("lora", lora=True),
+        "lora, precomputed": Variant("lora", known, lora=True),
         "lora, replay": Variant("lora", {"gradient_mode": "replay"}, lora=True),
         "lora top, apart": Variant("lora", half | apart, lora=True),
         "lora top, shared trunk": Variant("lora", half, lora=True),

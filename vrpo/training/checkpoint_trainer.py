@@ -128,6 +128,10 @@ class CheckpointTrainer(PackedTrainer):
             told = {"last_logged_step": self._globalstep_last_logged, "processes": unlogged}
             Path(folder, UNLOGGED).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
+    def _load_extras(self, checkpoint: str | None) -> None:
+        """Hook: reads what `_save_extras` wrote, before training goes on; None where it begins."""
+        self._read_log(checkpoint)
+
     def _publish(self, aside: Path, folder: Path) -> None:
         """Gives the checkpoint that all processes wrote its name, first in the process that leads the run."""
         self.accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ _POSITIVE_INTEGERS = (
     "max_prompt_length",
     "max_tokens_per_pack",
     "precompute_ref_batch_size",
+    "ref_model_sync_steps",
     "train_top_layers",
     "dataset_num_proc",
     "eval_accumulation_steps",

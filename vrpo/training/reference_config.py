@@ -34,6 +34,19 @@ class ReferenceArguments:
             "output_dir/reference_elbos."
         ),
     )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata=_help(
+            "Let the reference follow the policy (TR-DPO, arXiv 2404.09656): every ref_model_sync_steps "
+            "optimizer steps, reference = alpha * policy + (1 - alpha) * reference. Needs a second model."
+        ),
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata=_help("alpha of sync_ref_model, in (0, 1]; 1 replaces the reference.")
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata=_help("Optimizer steps from one sync_ref_model to the next.")
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -45,3 +58,10 @@ class ReferenceArguments:
             path = Path(self.ref_log_probs_cache)
             if path.exists() and not path.is_dir():
                 raise ValueError(f"ref_log_probs_cache must be a folder, got {str(path)!r}")
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model and precompute_ref_log_probs exclude each other: a reference that moves "
+                "cannot be computed beforehand"
+            )

@@ -22,6 +22,7 @@ from vrpo.training.packed_trainer import Metrics, ModelNLL
 from vrpo.training.precomputed import precompute
 from vrpo.training.reference import build_reference
 from vrpo.training.resume import digest_of_weights
+from vrpo.training.sync_reference import SyncReference
 from vrpo.training.trainer import DiffusionTrainer
 from vrpo.training.trunk import shared_layers, with_trunk
 
@@ -31,6 +32,7 @@ class ReferenceTrainer(DiffusionTrainer):
 
     args: ReferenceConfig
     known_reference: KnownReference | None = None
+    _sync: SyncReference | None = None
 
     def __init__(
         self,
@@ -86,10 +88,29 @@ class ReferenceTrainer(DiffusionTrainer):
             self._given_reference = None  # nobody needs it any more
             self.add_callback(CheckEpochs(self.known_reference))
             return
-        if not self.needs_reference:
-            return
-        self._trunk_layers = shared_layers(self.model, self._given_reference, self.args.share_trunk)
-        self.ref_model = build_reference(self, self._given_reference)
+        if self.needs_reference:
+            self._trunk_layers = shared_layers(self.model, self._given_reference, self.args.share_trunk)
+            self.ref_model = build_reference(self, self._given_reference)
+        if self.args.sync_ref_model:
+            if self._sync is not None:  # of an earlier trial
+                self.remove_callback(self._sync)
+            self._sync = SyncReference(self, self.ref_model)
+            self.add_callback(self._sync)
+
+    def _save_extras(self, folder: str) -> None:
+        super()._save_extras(folder)
+        if self._sync is not None:
+            self._sync.save(folder, is_writer=self.args.should_save)
+
+    def _load_extras(self, checkpoint: str | None) -> None:
+        super()._load_extras(checkpoint)
+        if self._sync is not None and checkpoint is not None:
+            self._sync.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._sync is not None:  # the reference that it was the best against
+            self._sync.load(self.state.best_model_checkpoint)
 
     @property
     def estimator(self) -> Estimator:

@@ -233,7 +233,7 @@ class DiffusionTrainer(DataTrainer):
             if self.args.should_save:
                 remove_incomplete(self.args.output_dir)
             self._check_run(checkpoint)
-            self._read_log(checkpoint)
+            self._load_extras(checkpoint)
             with self._stopping_on_signals():
                 return super().train(checkpoint, *args, **kwargs)
 
