@@ -94,7 +94,7 @@ def _check_possible(trainer: DiffusionTrainer, reference: nn.Module | None) -> N
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "sync_ref_model is not supported under DeepSpeed, whose engine keeps weights in a form of its own: "
+            "sync_ref_model is not supported under DeepSpeed, whose engine keeps weights in its own form: "
             "use DDP or FSDP2"
         )
     shapes = [
