@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vrpo.batch import ResponseBatch
 from vrpo.data import table
+from vrpo.data.budget import SIDE_COLUMNS
 from vrpo.data.containers import as_dataset, plain
 from vrpo.data.encode import encode_rows
 from vrpo.data.formats import EXTRA_COLUMNS, MESSAGES_COLUMNS
@@ -25,6 +26,15 @@ from vrpo.data.report import DataReport
 
 PAIR_SIDES = ("chosen", "rejected")
 COMPLETION_SIDES = ("completion",)
+WANTED_COLUMNS = tuple(
+    dict.fromkeys(
+        (
+            *("example_id", "prompt", *PAIR_SIDES, *COMPLETION_SIDES, *EXTRA_COLUMNS, *MESSAGES_COLUMNS),
+            *("prompt_ids", *SIDE_COLUMNS),
+        )
+    )
+)
+"""All columns that are ever read."""
 _MAX_EXAMPLE_ID = 2**32 - 1
 _STAMP = "prepared by vrpo with "
 
@@ -82,7 +92,7 @@ def prepare_labelled(
         list(dataset[0]) if dataset.format["type"] == "custom" and len(dataset) else dataset.column_names
     )
     if "label" not in columns and any(
-        {*sides} <= {*columns} for sides in (PAIR_SIDES, _id_columns(PAIR_SIDES))
+        {*sides} <= {*columns} for sides in (PAIR_SIDES, id_columns(PAIR_SIDES))
     ):
         pairs, report = prepare_pairs(dataset, tokenizer, **options)
         return _unpaired(pairs), report
@@ -145,7 +155,7 @@ def _prepare(
         raise ValueError("the dataset has no rows")
     has_transform = dataset.format["type"] == "custom"
     columns = list(dataset[0]) if has_transform else dataset.column_names
-    tokenised = _check_columns(columns, sides)
+    tokenised = check_columns(columns, sides)
     if has_label and "label" not in columns:
         raise ValueError(
             f"the dataset lacks the column label, true for a desirable completion and false for another: it "
@@ -209,7 +219,7 @@ def _mapped(
     """The token columns, the counts and the problem of each row."""
     wanted = {"example_id", "label"} if has_label else {"example_id"}
     if tokenizer is None:
-        wanted |= {*_id_columns(sides)}
+        wanted |= {*id_columns(sides)}
     else:
         wanted |= {"prompt", *sides, *EXTRA_COLUMNS, *MESSAGES_COLUMNS}
     features = None
@@ -218,10 +228,10 @@ def _mapped(
         dataset = dataset.select_columns([name for name in dataset.column_names if name in wanted])
         features = dataset.features
         dataset = dataset.with_format("arrow")
-    ids = {name: List(Value("int32")) for name in _id_columns(sides)}
+    ids = {name: List(Value("int32")) for name in id_columns(sides)}
     numbers = ["example_id", *(field.name for field in fields(RowCounts)), *(["label"] if has_label else [])]
     mapped = dataset.map(
-        _prepare_rows,
+        prepare_rows,
         with_indices=True,
         batched=True,
         fn_kwargs={
@@ -241,7 +251,7 @@ def _mapped(
     return mapped.with_format(None)
 
 
-def _prepare_rows(
+def prepare_rows(
     columns: pa.Table | Mapping[str, Sequence[Any]],
     indices: list[int],
     *,
@@ -255,7 +265,7 @@ def _prepare_rows(
     rows = list(_rows(columns, features))
     good = [row for row in rows if not isinstance(row, RowProblem)]
     encoded = iter(good if tokenizer is None else encode_rows(good, sides, tokenizer))
-    result: dict[str, list] = {name: [] for name in (*_id_columns(sides), "example_id", "problem")}
+    result: dict[str, list] = {name: [] for name in (*id_columns(sides), "example_id", "problem")}
     result |= {field.name: [] for field in fields(RowCounts)}
     if has_label:
         result["label"] = []
@@ -266,7 +276,7 @@ def _prepare_rows(
                 raise item
             example_id, label = _example_id(row, index), _label(row) if has_label else 0
             if tokenizer is None:
-                pieces = [row[name] for name in _id_columns(sides)]
+                pieces = [row[name] for name in id_columns(sides)]
                 kept, counts = truncate(*_split_tokens(pieces, sides), sides, limits)
             else:
                 kept, counts = truncate(item.prompt_ids, item.response_ids, sides, limits, item)
@@ -274,7 +284,7 @@ def _prepare_rows(
         except RowProblem as error:
             kept, counts, problem = [[] for _ in (None, *sides)], RowCounts(), str(error)
             example_id, label = index, 0
-        for name, ids in zip(_id_columns(sides), kept, strict=True):
+        for name, ids in zip(id_columns(sides), kept, strict=True):
             result[name].append(ids)
         for field in fields(counts):
             result[field.name].append(int(getattr(counts, field.name)))
@@ -314,7 +324,7 @@ def _label(row: Mapping[str, Any]) -> int:
 
 
 def _split_tokens(pieces: list[Any], sides: tuple[str, ...]) -> tuple[list[int], list[list[int]]]:
-    for name, ids in zip(_id_columns(sides), pieces, strict=True):
+    for name, ids in zip(id_columns(sides), pieces, strict=True):
         if ids is None or ids == []:
             raise RowProblem(f"{name.removesuffix('_ids')} has no tokens")
         if not isinstance(ids, list) or set(map(type, ids)) != {int}:
@@ -338,7 +348,7 @@ def _check_unique(mapped: Dataset, rows: np.ndarray) -> None:
 
 
 def _report_of_prepared(dataset: Dataset, sides: tuple[str, ...], has_label: bool = False) -> DataReport:
-    names = _id_columns(sides)
+    names = id_columns(sides)
     needed = [*names, "label"] if has_label else names
     if missing := [name for name in needed if name not in dataset.column_names]:
         raise ValueError(f"the dataset was prepared for another trainer: it lacks {', '.join(missing)}")
@@ -363,13 +373,13 @@ def _report_of_prepared(dataset: Dataset, sides: tuple[str, ...], has_label: boo
     )
 
 
-def _id_columns(sides: Sequence[str]) -> list[str]:
+def id_columns(sides: Sequence[str]) -> list[str]:
     return [f"{name}_ids" for name in ("prompt", *sides)]
 
 
-def _check_columns(names: list[str], sides: tuple[str, ...]) -> bool:
+def check_columns(names: list[str], sides: tuple[str, ...]) -> bool:
     """Whether the dataset is tokenised already; ValueError if it has neither text nor token columns."""
-    if set(_id_columns(sides)) <= set(names):
+    if set(id_columns(sides)) <= set(names):
         return True
     is_pairs = sides == PAIR_SIDES
     if not is_pairs and set(MESSAGES_COLUMNS) & set(names):
@@ -384,7 +394,7 @@ def _check_columns(names: list[str], sides: tuple[str, ...]) -> bool:
         raise ValueError(
             f"the dataset lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: it has "
             f"{', '.join(names)}; needed are {prompt}, {', '.join(sides)}, {also}or the token columns "
-            f"{', '.join(_id_columns(sides))}{why}"
+            f"{', '.join(id_columns(sides))}{why}"
         )
     return False
 

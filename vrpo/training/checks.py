@@ -55,7 +55,7 @@ def check_batches_exist(args: TrainingArguments, train: Any, evaluation: Any) ->
     batches += [(name, dataset, args.eval_batch_size) for name, dataset in sets.items()]
     for name, dataset, batch_size in batches:
         needed = batch_size * args.world_size
-        if dataset is not None and len(dataset) < needed:
+        if hasattr(dataset, "__len__") and len(dataset) < needed:
             raise ValueError(
                 f"dataloader_drop_last leaves no batch of the {len(dataset)} {name} rows: one batch of all "
                 f"processes takes {needed}"

@@ -98,6 +98,13 @@ class DiffusionConfig(TrainingArguments):
         metadata=_help("Switch every dropout off, LoRA's too; the ELBO needs a deterministic model."),
     )
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenise the dataset."))
+    streaming_shuffle_buffer: int = field(
+        default=1000,
+        metadata=_help(
+            "Of a stream (IterableDataset): each row is drawn from the next this many ones, otherwise in "
+            "each pass. 0, or train_sampling_strategy='sequential': the order of the stream."
+        ),
+    )
     training_report: bool = field(
         default=True,
         metadata=_help("Write report.md and report.png, the curves of the run, beside the saved model."),

@@ -2,21 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from datasets import Dataset
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from vrpo import data
 from vrpo.data import TokenBudget
+from vrpo.data.limits import Limits
+from vrpo.data.stream import Deal, RowStream, StreamCollator, read_stream
 from vrpo.models import max_positions
 from vrpo.training.checkpoint_trainer import CheckpointTrainer
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.dropped import DroppedRows
 
 logger = logging.get_logger(__name__)
+
+
+def _add_dropped(dropped: DroppedRows, row: int, reason: str) -> None:
+    dropped.add("train", [(row, reason)])
 
 
 class DataTrainer(CheckpointTrainer):
@@ -30,6 +39,9 @@ class DataTrainer(CheckpointTrainer):
     gradient_mode: str
     dropped_rows: DroppedRows
     prepare_dataset: Callable
+    stream_sides: tuple[str, ...] | None = None
+    """The responses of a row of a stream; None where the trainer reads no streams."""
+    _pass: int | None = None
 
     def _prepare_each(self, dataset, tokenizer, model):
         """A dataset, or each of a dict of them."""
@@ -46,6 +58,10 @@ class DataTrainer(CheckpointTrainer):
                 f"the {split} dataset is a dict of {sorted(dataset)}: pass one of them, such as "
                 f"dataset[{sorted(dataset)[-1]!r}]"
             )
+        if isinstance(dataset, IterableDataset):
+            if split == "train":
+                return self._stream(dataset, tokenizer, model)
+            dataset = read_stream(dataset, f"{split}_dataset")
         prepared, report = self.prepare_dataset(
             dataset,
             tokenizer,
@@ -58,6 +74,80 @@ class DataTrainer(CheckpointTrainer):
         prepared = self._fitting(prepared, tokenizer, model, split)
         (logger.warning if report.num_changed else logger.info)(f"{split} data: {report}")
         return prepared
+
+    def _stream(self, rows: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> RowStream:
+        """Batches of a stream. Errors: ValueError for what needs to know all rows beforehand."""
+        args = self.args
+        if self.stream_sides is None:
+            raise ValueError(f"{type(self).__name__} reads no streams: load train_dataset without streaming")
+        if args.max_steps < 1:
+            raise ValueError("max_steps must be given for a stream, whose length is not known")
+        if args.dataloader_num_workers > 1:
+            raise ValueError(
+                f"dataloader_num_workers must be 0 or 1 for a stream, got {args.dataloader_num_workers}: "
+                "each worker would number rows of its own"
+            )
+        if getattr(args, "precompute_ref_log_probs", False):
+            raise ValueError(
+                "precompute_ref_log_probs needs all rows beforehand; load them without streaming"
+            )
+        is_shuffled = args.train_sampling_strategy == "random"
+        deal = Deal(
+            batch_size=args.train_batch_size,
+            process_index=args.process_index,
+            num_processes=args.world_size,
+            seed=args.data_seed,
+            buffer_size=args.streaming_shuffle_buffer if is_shuffled else 0,
+            drop_last=args.dataloader_drop_last,
+        )
+        return RowStream(
+            rows,
+            tokenizer,
+            self.stream_sides,
+            Limits(**self._limits(model)),
+            self._stream_budget(tokenizer, model),
+            deal,
+            may_drop=args.drop_unusable_rows,
+            on_drop=partial(_add_dropped, self.dropped_rows),
+        )
+
+    def _stream_budget(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> TokenBudget:
+        return self._budget()
+
+    def get_train_dataloader(self):
+        if not isinstance(self.train_dataset, RowStream):
+            return super().get_train_dataloader()
+        args = self.args
+        if args.world_size > 1 and len(set(gather_object([self.train_dataset.digest]))) > 1:
+            raise ValueError(
+                "train_dataset: the processes read different streams; pass the whole stream to each, neither "
+                "split by node nor shuffled without a seed"
+            )
+        return DataLoader(
+            self.train_dataset,
+            batch_size=None,  # the stream deals the rows to batches and processes itself
+            collate_fn=StreamCollator(self.data_collator),
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        is_over = self.state.global_step >= self.state.max_steps
+        if is_over and isinstance(self.train_dataset, RowStream):
+            # Without a length, a finished run that is resumed would take a step.
+            self.control.should_training_stop = True
+            return [], 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._pass = inputs.get("epoch")
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _draw_epoch(self, model):
+        # Of a stream, whose length is not known, the Trainer counts no epochs.
+        return self._pass if model.training and self._pass is not None else super()._draw_epoch(model)
 
     def _limits(self, model: nn.Module) -> dict[str, Any]:
         """What rows are truncated to and checked against; see data.prepare_pairs."""

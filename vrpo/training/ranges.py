@@ -37,6 +37,7 @@ _NOT_NEGATIVE = (
     "num_train_epochs",
     "dataloader_num_workers",
     "mask_token_id",
+    "streaming_shuffle_buffer",
 )
 _POSITIVE = ("adam_epsilon", "logging_steps", "eval_steps", "save_steps")
 

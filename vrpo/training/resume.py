@@ -88,7 +88,9 @@ def settings_of(args: TrainingArguments) -> dict[str, Any]:
 
 
 def digest_of_dataset(dataset: Dataset | None) -> str:
-    """SHA-256 of the token ids, example ids and labels, in order."""
+    """SHA-256 of the token ids, example ids and labels, in order; of a stream, of its first rows."""
+    if hasattr(dataset, "digest"):
+        return dataset.digest
     digest = hashlib.sha256()
     if dataset is not None:
         names = sorted(n for n in dataset.column_names if n.endswith(("_ids", "_id")) or n == "label")

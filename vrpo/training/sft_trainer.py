@@ -48,6 +48,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     args: DiffusionSFTConfig
     collator = data.CompletionCollator
+    stream_sides = data.COMPLETION_SIDES
     prepare_dataset = staticmethod(data.prepare_completions)
     method = "sft"
     metric_names = ("logps/completion", "elbo/completion_per_token")
@@ -70,6 +71,16 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         fill = self.eos_fill = build_eos_fill(prepared, tokenizer, self.args, model)
         budget = self._budget(max_fill=fill.max_fill, max_length=fill.max_length)
         return self._within(budget, prepared, split)
+
+    def _stream_budget(self, tokenizer, model):
+        if self.args.max_eos_fill is None:
+            raise ValueError(
+                "max_eos_fill must be given for a stream: None follows the longest response of all rows"
+            )
+        if self.args.max_eos_fill == 0:
+            return self._budget()
+        fill = self.eos_fill = build_eos_fill(None, tokenizer, self.args, model)
+        return self._budget(max_fill=fill.max_fill, max_length=fill.max_length)
 
     def _costs_of_epoch(self, dataset, epoch):
         tokens_E = torch.from_numpy(data.num_tokens(dataset))
@@ -103,9 +114,11 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
 
 def build_eos_fill(
-    prepared: Dataset, tokenizer: PreTrainedTokenizerBase, args: DiffusionSFTConfig, model: nn.Module
+    prepared: Dataset | None, tokenizer: PreTrainedTokenizerBase, args: DiffusionSFTConfig, model: nn.Module
 ) -> EosFill | None:
     """The fill that the configuration asks for; None where it is switched off. Says what it will do.
+
+    prepared: the training set; None of a stream, where max_eos_fill must be given.
 
     Errors: ValueError if there is no EOS token.
     """
@@ -130,6 +143,8 @@ def build_eos_fill(
         max_length=min(args.max_length, max_positions(model.config)),
         seed=args.seed,
     )
+    if prepared is None:
+        return fill
     _report(fill, prepared, tokenizer)
     longest = _longest_response(prepared)
     if max_fill < longest:

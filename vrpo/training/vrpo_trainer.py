@@ -62,6 +62,7 @@ class VRPOTrainer(ReferenceTrainer):
 
     args: VRPOConfig
     collator = data.PairCollator
+    stream_sides = data.PAIR_SIDES
     prepare_dataset = staticmethod(data.prepare_pairs)
     method = "vrpo"
     metric_names = (*_METRICS, *(f"vrpo/{name}" for name in NOISE))
