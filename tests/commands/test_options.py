@@ -187,7 +187,7 @@ BAD_FLAGS = {
     "logger": (["--report_to=no", "--model_name_or_path=m"], "report_to must be none, all or some of"),
     "checkpoint": (
         ["--resume_from_checkpoint=yess", "--model_name_or_path=m"],
-        "there is no folder 'yess'; 'true' takes the last checkpoint",
+        "there is no folder 'yess'; 'true' takes the last whole checkpoint",
     ),
 }
 
