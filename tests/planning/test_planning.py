@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scaling_page
 from vrpo.commands.main import main
 from vrpo.planning import Machine, ModelShape, TrainingSetup, advice, make_plan, memory_parts
 from vrpo.planning.memory import trained_parameters
@@ -178,3 +179,12 @@ def test_plan_command__takes_a_training_config_and_writes_json(tmp_path, capsys)
     assert "does not go with 2 GPUs" in capsys.readouterr().err
     assert main(["plan", "--config", str(config), "--output_file", str(tmp_path / "config.json")]) == 2
     assert "must not overwrite" in capsys.readouterr().err
+
+
+def test_scaling_page__has_the_tables_of_the_model():
+    page = (RESULTS.parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert page.rstrip().endswith(scaling_page.tables())
+    assert shape_of(LLADA_8B) == scaling_page.LLADA_8B
+    # "100B total, 6.1B activated" on its card.
+    assert 100e9 < scaling_page.LLADA2_FLASH.total_parameters < 104e9
+    assert 6.0e9 < scaling_page.LLADA2_FLASH.active_parameters < 6.3e9

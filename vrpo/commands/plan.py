@@ -48,9 +48,6 @@ class PlanArguments(ScriptArguments):
     network_bandwidth: float = _field(
         _DEFAULT.network_bandwidth, "The same between nodes; assumed, not measured."
     )
-    precomputed_reference: bool = _field(
-        False, "The reference's ELBOs are on disk: no second model, no reference pass."
-    )
     compute_dtype: str = _field("bfloat16", "Dtype of the matmuls on a GPU: bfloat16 (autocast) or float32.")
     output_file: str | None = _field(None, "Also write the plan there, as JSON.")
 
@@ -84,7 +81,7 @@ def _shape(model_args: ModelArguments) -> ModelShape:
 
 def _setup(args: PlanArguments, model_args: ModelArguments, config: VRPOConfig) -> TrainingSetup:
     reference = "adapter" if model_args.use_peft else "model"
-    if args.precomputed_reference:
+    if config.precompute_ref_log_probs:
         reference = "precomputed"
     compute = 2 if args.compute_dtype == "bfloat16" else 4
     wide = "bfloat16" if model_args.dtype == "auto" else model_args.dtype
