@@ -1,0 +1,65 @@
+"""Precomputed references on two processes, whole and sharded, and after kill -9: the files of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrpo.training.precomputed import FOLDER
+
+SCRIPT = Path(__file__).parent / "precompute_two_processes.py"
+KILLED = Path(__file__).parent / "precompute_killed.py"
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{SCRIPT.parents[2]}{os.pathsep}{SCRIPT.parents[1]}{os.pathsep}{SCRIPT.parent}",
+}
+
+
+def run(output_dir: Path, num_processes: int, batch_size: int) -> dict:
+    output_dir.mkdir()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
+    done = subprocess.run(
+        [*launch, SCRIPT, output_dir, str(batch_size)], env=ENV, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output_dir / "end.pt")
+
+
+def stored(output_dir: Path) -> dict[str, bytes]:
+    folder = output_dir / FOLDER
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.glob("**/*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.mark.slow
+def test_precompute__two_processes_whole_and_sharded_equal_one(tmp_path):
+    one, two = run(tmp_path / "one", 1, 4), run(tmp_path / "two", 2, 2)
+    for kind in ("full", "adapter"):
+        expected = stored(tmp_path / "one" / f"{kind}-known")
+        assert len([file for file in expected if file.endswith(".arrow")]) == 9
+        for name in (f"{kind}-known", f"{kind}-sharded"):
+            assert stored(tmp_path / "two" / name) == expected, name  # every bit of every file
+        plain = one[f"{kind}-plain"]
+        for end in (one[f"{kind}-known"], two[f"{kind}-known"], two[f"{kind}-sharded"]):
+            assert end["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-9)
+            for weight, value in plain["weights"].items():
+                torch.testing.assert_close(end["weights"][weight], value, rtol=1e-7, atol=1e-10, msg=weight)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="each run is a fork")
+def test_precompute__killed_at_any_moment_ends_with_the_same_files(tmp_path):
+    done = subprocess.run(
+        [sys.executable, KILLED, tmp_path], env=ENV, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["kills"] >= 10 and told["half_written"] >= 3 and told["kept"] >= 10, told
