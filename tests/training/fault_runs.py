@@ -122,9 +122,13 @@ class Run:
 
 
 def curve(trainer) -> list[dict[str, float]]:
-    """What was logged at steps, without times; the summary of one call of train() is not of the run."""
+    """What was logged at steps, without what was measured of the process: times and memory.
+
+    The summary of one call of train() is not of the run.
+    """
+    measured = ("runtime", "per_second", "peak_memory_gb")
     return [
-        {key: value for key, value in entry.items() if not key.endswith(("runtime", "per_second"))}
+        {key: value for key, value in entry.items() if not key.endswith(measured)}
         for entry in trainer.state.log_history
         if "train_runtime" not in entry
     ]
