@@ -199,6 +199,18 @@ def test_train__an_evaluation_that_fails_loses_no_model(files, model_path, tmp_p
     assert load_model(str(tmp_path)).config.num_hidden_layers == 2
 
 
+def test_train__precomputes_references_for_runs_to_come(files, model_path, tmp_path, capsys):
+    cache = ["--precompute_ref_log_probs", f"--ref_log_probs_cache={tmp_path / 'cache'}"]
+    assert main(train_flags(files, model_path, tmp_path / "a", *cache, "--precompute_only")) == 0
+    assert f"the reference ELBOs are in {tmp_path / 'cache'}" in capsys.readouterr().out
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("**/*.arrow")}
+    assert main(train_flags(files, model_path, tmp_path / "b", *cache, "--beta=0.5")) == 0
+    assert parts and {path: path.stat().st_mtime_ns for path in parts} == parts
+    history = json.loads((tmp_path / "b" / "trainer_state.json").read_text())["log_history"]
+    assert history[0]["rewards/margins"] == 0.0
+
+
 def test_train__resume_goes_on_from_the_last_checkpoint(files, model_path, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     schedule = ["--lr_scheduler_type=constant", "--save_steps=1"]

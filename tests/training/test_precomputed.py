@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from trainers import LORA, config, logged, parameters, trainer_of
 
-from vrpo import VRPOTrainer, data
+from vrpo import DiffusionKTOConfig, DiffusionKTOTrainer, VRPOTrainer, data
 from vrpo.estimator.elbo import elbo
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.training import precomputed, reference, reference_cache
@@ -58,10 +58,10 @@ def forbid(monkeypatch, module, name: str) -> None:
     monkeypatch.setattr(module, name, fail)
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter", "given"])
+@pytest.mark.parametrize("kind", ["full", "adapter", "given", "bf16"])
 def test_train__starts_at_ln_2_and_ends_like_the_plain_run(make, tmp_path, kind, tiny_model):
     settings = {"num_train_epochs": 2, "sft_weight": 0.0, "eval_strategy": "epoch", "eval_dataset": LONG}
-    settings["peft_config"] = LORA if kind == "adapter" else None
+    settings |= {"peft_config": LORA if kind == "adapter" else None, "bf16": kind == "bf16"}
     given = [copy.deepcopy(tiny_model) if kind == "given" else None for _ in range(2)]
     known = make(ref_model=given[0], **settings)
     known.train()
@@ -306,10 +306,50 @@ def test_config__refuses_what_does_nothing_or_contradicts(tmp_path):
         ({"precompute_ref_batch_size": 2}, "does nothing without precompute_ref_log_probs"),
         ({"ref_log_probs_cache": "x"}, "does nothing without precompute_ref_log_probs"),
         ({**PRECOMPUTED, "ref_log_probs_cache": str(tmp_path / "file")}, "must be a folder"),
+        ({"precompute_only": True}, "does nothing without precompute_ref_log_probs"),
         ({**PRECOMPUTED, "precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be at least 1"),
     ):
         with pytest.raises(ValueError, match=told):
             config(tmp_path, **fields)
+
+
+def test_precompute__refuses_a_stream(make):
+    with pytest.raises(ValueError, match="precompute_ref_log_probs needs all rows beforehand"):
+        make(rows=LONG.to_iterable_dataset(), max_steps=3)
+
+
+def test_precompute__serves_single_responses_too(tmp_path, tiny_model, tokenizer):
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": row["prompt"],
+                "completion": row["chosen" if n % 2 else "rejected"],
+                "label": n % 2 == 1,
+            }
+            for n, row in enumerate(LONG)
+        ]
+    )
+    ends = []
+    for known in (True, False):
+        trainer = DiffusionKTOTrainer(
+            copy.deepcopy(tiny_model),
+            args=config(tmp_path, DiffusionKTOConfig, precompute_ref_log_probs=known, num_train_epochs=2),
+            train_dataset=rows,
+            eval_dataset=rows,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        ends.append((parameters(trainer.model), trainer.evaluate()["eval_loss"]))
+        assert (trainer.ref_model is None) == known
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-5, atol=1e-6)
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
+
+
+def test_train__trains_nothing_where_only_references_are_wanted(make, tmp_path):
+    trainer = make(precompute_only=True)
+    assert files(tmp_path)
+    with pytest.raises(ValueError, match="precompute_only=True trains nothing"):
+        trainer.train()
 
 
 def test_precompute__refuses_model_init_and_a_trunk_to_share(tmp_path, make, tiny_model, tokenizer):

@@ -171,6 +171,10 @@ def _texts(rows: Dataset) -> Iterator[str]:
 
 def _train_and_save(trainer: DiffusionTrainer) -> None:
     output_dir = trainer.args.output_dir
+    if getattr(trainer.args, "precompute_only", False):
+        if trainer.is_world_process_zero():
+            say(f"the reference ELBOs are in {trainer.known_reference.folder}\n")
+        return
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     # Before the evaluation, which may fail: what was trained is not lost to it.
     trainer.save_model(output_dir)

@@ -1,6 +1,7 @@
 """The precomputed ELBOs of a reference as the steps of a run ask for them, and what guards their use."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset
 from torch import Tensor
@@ -56,6 +57,11 @@ class KnownReference:
         self._tolerance, self._starts_here = tolerance, starts_here
         self._tables: dict[bool, tuple[int, ElboTable]] = {}
 
+    @property
+    def folder(self) -> Path:
+        """Where all of them lie."""
+        return self.splits[0].cache.folder.parent
+
     def __call__(self, batch: ResponseBatch, epoch: int, estimator: Estimator) -> Tensor:
         """elbo_RK (R, K) of the reference, nats, on the CPU, under the masks of that epoch.
 
@@ -110,7 +116,7 @@ class KnownReference:
             raise ValueError(
                 f"the precomputed reference ELBOs differ from {what} by {drift:.1e} of their size (rounding "
                 f"gives {self._tolerance} at most), {largest:.3g} nats at most: they were computed by other "
-                f"code, or are damaged. Remove {self.splits[0].cache.folder.parent} to compute them again"
+                f"code, or are damaged. Remove {self.folder} to compute them again"
             )
 
     def _table(self, epoch: int) -> ElboTable:

@@ -67,7 +67,7 @@ def precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownR
         tolerance=TOLERANCE["half" if is_half else "full"],
         starts_here=ref_model is None,
     )
-    with _only_writer(trainer.accelerator, splits[0].cache.folder.parent):
+    with _only_writer(trainer.accelerator, known.folder):
         work = _on_main(trainer.accelerator, lambda: _claim(splits, fingerprints))
         if work:
             with _running(trainer, ref_model) as nll:

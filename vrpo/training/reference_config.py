@@ -34,6 +34,13 @@ class ReferenceArguments:
             "output_dir/reference_elbos."
         ),
     )
+    precompute_only: bool = field(
+        default=False,
+        metadata=_help(
+            "Precompute the reference ELBOs and train nothing: on other machines, or for several runs that "
+            "share ref_log_probs_cache."
+        ),
+    )
     sync_ref_model: bool = field(
         default=False,
         metadata=_help(
@@ -51,8 +58,8 @@ class ReferenceArguments:
     def __post_init__(self):
         super().__post_init__()
         if not self.precompute_ref_log_probs:
-            for name in ("precompute_ref_batch_size", "ref_log_probs_cache"):
-                if getattr(self, name) is not None:
+            for name in ("precompute_ref_batch_size", "ref_log_probs_cache", "precompute_only"):
+                if getattr(self, name):
                     raise ValueError(f"{name} does nothing without precompute_ref_log_probs=True")
         if self.ref_log_probs_cache is not None:
             path = Path(self.ref_log_probs_cache)

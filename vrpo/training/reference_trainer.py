@@ -134,6 +134,11 @@ class ReferenceTrainer(DiffusionTrainer):
             self._set_reference()
         return model
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.precompute_only:
+            raise ValueError("precompute_only=True trains nothing: the reference ELBOs are there already")
+        return super().train(*args, **kwargs)
+
     def _run(self) -> dict[str, Any]:
         known = self.known_reference
         return super()._run() | ({} if known is None else {"reference_elbos": known.digest})

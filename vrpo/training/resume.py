@@ -58,7 +58,7 @@ _OWN_WITHOUT_EFFECT = {"max_tokens_per_pack", "gradient_mode", "share_trunk", "d
 # What is left out by drop_unusable_rows shows in the digest of the data.
 _OWN_WITHOUT_EFFECT |= {"drop_unusable_rows", "training_report"}
 # The reference ELBOs are the same whichever place they lie in, and whatever shared a forward pass.
-_OWN_WITHOUT_EFFECT |= {"precompute_ref_batch_size", "ref_log_probs_cache"}
+_OWN_WITHOUT_EFFECT |= {"precompute_ref_batch_size", "ref_log_probs_cache", "precompute_only"}
 
 
 def run_of(
