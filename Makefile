@@ -12,7 +12,7 @@ $(VENV)/.vrpo-installed: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install $(TORCH)
 	$(PY) -m pip install -U "setuptools>=77" wheel ninja
-	$(PY) -m pip install --no-build-isolation -e ".[test]"
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PY) -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 
 quickstart: $(VENV)/.vrpo-installed
