@@ -92,7 +92,8 @@ def _same(weights: dict[str, Tensor], files: list[str]) -> bool:
 def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -> Path | None:
     """Write the base to output_dir/base_model, unless the path that its adapters name holds it already.
 
-    Written aside and renamed. Call it on one process, before the weights are sharded.
+    Written aside and renamed. Call it on one process, before the weights are sharded. A base that was
+    quantized as it was loaded is not on disk in that form, nor wanted there: it comes from its checkpoint.
 
     Returns: the folder that the adapters must name, or None if the one they name is right.
     Errors: ValueError if another base lies there and adapters beside it need it.
@@ -100,7 +101,9 @@ def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -
     base = model.get_base_model()
     named = {config.base_model_name_or_path or base.name_or_path for config in model.peft_config.values()}
     revision = next(iter(model.peft_config.values())).revision
-    if len(named) == 1 and is_saved(model, path := named.pop(), revision):
+    path = next(iter(named))
+    is_quantized = getattr(base, "is_quantized", False)
+    if len(named) == 1 and (is_quantized or is_saved(model, path, revision)):
         return Path(path).resolve() if Path(path).is_dir() else None
     folder = Path(output_dir).resolve() / BASE_FOLDER
     if is_saved(model, str(folder)):
