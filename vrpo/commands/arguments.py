@@ -29,6 +29,11 @@ class ScriptArguments:
             "help": "Data to evaluate on every eval_steps and at the end: files, a folder or a hub name."
         },
     )
+    dry_run: bool = _field(
+        False,
+        "Train nothing and save no weights: print what the data is like, the steps, an estimate of memory "
+        "and time, and the first pack with its masks.",
+    )
 
 
 @dataclass

@@ -12,7 +12,7 @@ from vrpo.data.output import check_output, to_json, write
 from vrpo.models.loading import parse_dtype
 from vrpo.planning import Machine, ModelShape, Plan, TrainingSetup, advice, make_plan, read_shape
 from vrpo.planning.plan import GIB
-from vrpo.training.config import VRPOConfig
+from vrpo.training.config import DiffusionConfig, VRPOConfig
 
 _DEFAULT = Machine()
 
@@ -61,14 +61,22 @@ def plan(args: PlanArguments, model_args: ModelArguments, config: VRPOConfig) ->
         raise ValueError(f"compute_dtype must be bfloat16 or float32, got {args.compute_dtype!r}")
     if args.output_file is not None:
         check_output(args.output_file, models={"model_name_or_path": model_args.model_name_or_path})
-    shape = _shape(model_args)
-    found = make_plan(shape, _setup(args, model_args, config), _machine(args))
+    compute = 2 if args.compute_dtype == "bfloat16" else 4
+    setup = training_setup(
+        model_args,
+        config,
+        prompt_length=args.prompt_length,
+        response_length=args.response_length,
+        num_gpus=args.num_gpus,
+        compute_bytes=compute,
+    )
+    found = make_plan(_shape(model_args), setup, _machine(args))
     changes = [] if found.fits else advice(found)
     if args.output_file is not None:
         proposed = [{"change": name, "peak_gib": p.peak_gib, "fits": p.fits} for name, p in changes]
         contents = to_json(found.as_dict() | {"advice": proposed}, indent=2) + "\n"
         write({Path(args.output_file).expanduser(): contents})
-    say(_report(found, changes))
+    say(plan_text(found, changes))
 
 
 def _shape(model_args: ModelArguments) -> ModelShape:
@@ -79,19 +87,31 @@ def _shape(model_args: ModelArguments) -> ModelShape:
     return read_shape(path)
 
 
-def _setup(args: PlanArguments, model_args: ModelArguments, config: VRPOConfig) -> TrainingSetup:
-    reference = "adapter" if model_args.use_peft else "model"
-    if config.precompute_ref_log_probs:
-        reference = "precomputed"
-    compute = 2 if args.compute_dtype == "bfloat16" else 4
+def training_setup(
+    model_args: ModelArguments,
+    config: DiffusionConfig,
+    *,
+    prompt_length: int,
+    response_length: int,
+    num_gpus: int,
+    compute_bytes: int,
+    num_sides: int = 2,
+    has_reference: bool = True,
+) -> TrainingSetup:
+    """A training as the cost model sees it. Lengths: means in tokens; the rest as in TrainingSetup."""
+    reference = "none"
+    if has_reference:
+        reference = "adapter" if model_args.use_peft else "model"
+        reference = "precomputed" if config.precompute_ref_log_probs else reference
     wide = "bfloat16" if model_args.dtype == "auto" else model_args.dtype
     batch = config.per_device_train_batch_size
     return TrainingSetup(
         num_samples=config.num_samples,
-        prompt_length=args.prompt_length,
-        response_length=args.response_length,
-        pairs_per_step=batch * config.gradient_accumulation_steps * args.num_gpus,
+        prompt_length=prompt_length,
+        response_length=response_length,
+        pairs_per_step=batch * config.gradient_accumulation_steps * num_gpus,
         per_device_train_batch_size=batch,
+        num_sides=num_sides,
         max_tokens_per_pack=config.max_tokens_per_pack,
         gradient_mode=config.gradient_mode,
         lora_rank=model_args.lora_r if model_args.use_peft else 0,
@@ -102,7 +122,7 @@ def _setup(args: PlanArguments, model_args: ModelArguments, config: VRPOConfig) 
             getattr(config, f"{what}_checkpointing", False) for what in ("activation", "gradient")
         ),
         weight_bytes=min(4, parse_dtype(wide).itemsize),
-        compute_bytes=compute,
+        compute_bytes=compute_bytes,
     )
 
 
@@ -119,15 +139,16 @@ def _machine(args: PlanArguments) -> Machine:
     )
 
 
-def _report(found: Plan, changes: list[tuple[str, Plan]]) -> str:
+def plan_text(found: Plan, changes: list[tuple[str, Plan]]) -> str:
     """What is printed: sizes, memory, arithmetic, time, and advice."""
     shape, setup, machine = found.shape, found.setup, found.machine
     mode = "replay" if setup.replays else "joint"
+    unit = "pairs" if setup.num_sides == 2 else "examples"
     lines = [
         f"model      {shape.total_parameters / 1e9:.2f} B weights, a token meets "
         f"{shape.active_parameters / 1e9:.2f} B",
-        f"step       {setup.pairs_per_step} pairs, K = {setup.num_samples}, {setup.pair_tokens} tokens each, "
-        f"packs of {setup.pack_tokens}, {mode}",
+        f"step       {setup.pairs_per_step} {unit}, K = {setup.num_samples}, {setup.pair_tokens} tokens "
+        f"each, packs of {setup.pack_tokens}, {mode}",
         f"machine    {machine.num_gpus} x {machine.gpu_memory:.1f} GiB, {machine.engine}",
         "",
         "Every figure below is modelled.",

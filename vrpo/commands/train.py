@@ -1,5 +1,6 @@
 """`vrpo sft`, `vrpo train` and `vrpo kto`: check, load, build, run, save. No defaults of their own."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from vrpo import data
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
 from vrpo.commands.console import say, say_metrics
+from vrpo.commands.dry_run import dry_run_text
 from vrpo.commands.new_model import NewModel, build_model, train_tokenizer, trained_tokenizer
 from vrpo.data.formats import example
 from vrpo.data.output import check_output_dir
@@ -84,14 +86,27 @@ def _run(
     model, tokenizer = _load_model(model_args) if make is None else make(rows, checkpoint)
     trainer = trainer_class(
         model=model,
-        args=config,
+        args=_without_precomputing(config) if script.dry_run else config,
         train_dataset=rows,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=adapter,
     )
+    if script.dry_run:
+        text = dry_run_text(trainer, model_args, config)  # in all processes, whose packs are equalised
+        if trainer.is_world_process_zero():
+            say(text)
+        return
     trainer.dataset_name = script.dataset_name
     _train_and_save(trainer)
+
+
+def _without_precomputing(config: DiffusionConfig) -> DiffusionConfig:
+    """A trainer of this config runs no model while it is built."""
+    config = copy.copy(config)
+    if getattr(config, "precompute_ref_log_probs", False):
+        config.precompute_ref_log_probs = False
+    return config
 
 
 def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from vrpo import data
-from vrpo.data import TokenBudget
+from vrpo.data import DataReport, TokenBudget
 from vrpo.data.limits import Limits
 from vrpo.data.stream import Deal, RowStream, StreamCollator, read_stream
 from vrpo.models import max_positions
@@ -31,13 +31,15 @@ def _add_dropped(dropped: DroppedRows, row: int, reason: str) -> None:
 class DataTrainer(CheckpointTrainer):
     """Prepares datasets, those of the constructor and those that an evaluation is given.
 
-    A subclass sets `args`, `mask_token_id`, `gradient_mode` and `dropped_rows` before the first one.
+    A subclass sets `args`, `mask_token_id`, `gradient_mode`, `dropped_rows` and `data_reports`, by split,
+    before the first one.
     """
 
     args: DiffusionConfig
     mask_token_id: int
     gradient_mode: str
     dropped_rows: DroppedRows
+    data_reports: dict[str, DataReport]
     prepare_dataset: Callable
     stream_sides: tuple[str, ...] | None = None
     """The responses of a row of a stream; None where the trainer reads no streams."""
@@ -69,6 +71,7 @@ class DataTrainer(CheckpointTrainer):
             drop_unusable_rows=self.args.drop_unusable_rows,
             **self._limits(model),
         )
+        self.data_reports[split] = report
         self.dropped_rows.restart(split)
         self.dropped_rows.add(split, report.unusable)
         prepared = self._fitting(prepared, tokenizer, model, split)

@@ -136,6 +136,7 @@ class DiffusionTrainer(DataTrainer):
             model = load_policy(model, dtype=torch.float32)
         self.adapter_is_new = peft_config is not None
         self.dropped_rows = DroppedRows(args.output_dir, is_writer=args.process_index == 0)
+        self.data_reports = {}
         self.args, self.peft_config, self.model_init = args, peft_config, model_init
         if model_init is not None:
             set_seed(args.seed)

@@ -1,0 +1,67 @@
+"""`--dry_run` of the training commands: what the training would do, in text."""
+
+import torch
+
+from vrpo.commands.arguments import ModelArguments
+from vrpo.commands.plan import plan_text, training_setup
+from vrpo.planning import Machine, advice, make_plan
+from vrpo.planning.plan import GIB
+from vrpo.planning.shape import shape_of
+from vrpo.training.config import DiffusionConfig
+from vrpo.training.dry_run import Look, data_text, look, pack_text, steps_text
+from vrpo.training.trainer import DiffusionTrainer
+
+
+def dry_run_text(trainer: DiffusionTrainer, model_args: ModelArguments, config: DiffusionConfig) -> str:
+    """Data, steps, the estimate of `vrpo plan`, and the first pack.
+
+    config: as the user gave it; that of the trainer may leave work out which a dry run does not do.
+    """
+    seen = look(trainer)
+    return "\n".join(
+        (
+            data_text(seen.report, seen.lengths),
+            steps_text(seen, config.num_samples),
+            _estimate(trainer, model_args, config, seen),
+            pack_text(trainer.processing_class, seen.batch, seen.pack),
+            "dry run: nothing was trained, no weights were saved\n",
+        )
+    )
+
+
+def _estimate(
+    trainer: DiffusionTrainer, model_args: ModelArguments, config: DiffusionConfig, seen: Look
+) -> str:
+    is_narrow = config.bf16 or config.fp16 or next(trainer.model.parameters()).element_size() == 2
+    setup = training_setup(
+        model_args,
+        config,
+        prompt_length=max(1, round(seen.mean_prompt)),
+        response_length=max(1, round(seen.mean_response)),
+        num_gpus=config.world_size,
+        compute_bytes=2 if is_narrow else 4,
+        num_sides=seen.num_sides,
+        has_reference=getattr(trainer, "needs_reference", False),
+    )
+    machine, told = _machine(trainer)
+    plan = make_plan(shape_of(trainer.model.config.to_dict()), setup, machine)
+    changes = [] if plan.fits else advice(plan)
+    least, most = (seconds * seen.max_steps / 3600 for seconds in plan.seconds)
+    run = f"time of the run: {least:.3g} to {most:.3g} h, {seen.max_steps} steps"
+    return f"{told}\n{plan_text(plan, changes)}{run}\n"
+
+
+def _machine(trainer: DiffusionTrainer) -> tuple[Machine, str]:
+    """The GPUs of this run; where it runs on CPUs, as many H100s. And what of it is assumed."""
+    number, device = trainer.args.world_size, trainer.args.device
+    engine = "single" if number == 1 else "ddp"
+    if number > 1 and trainer.is_fsdp_enabled:
+        engine = "fsdp2"
+    elif number > 1 and trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        engine = "zero3" if stage == 3 else "zero2"
+    if device.type != "cuda":
+        return Machine(num_gpus=number, engine=engine), "estimate for H100 GPUs: this run has none"
+    memory = torch.cuda.get_device_properties(device).total_memory / GIB
+    machine = Machine(num_gpus=number, engine=engine, gpu_memory=memory)
+    return machine, "estimate with the memory of this GPU and the rates of an H100"
