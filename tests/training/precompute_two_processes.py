@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from train_sharded import ROWS, ShardedTrainer, full
 
 from vrpo import VRPOConfig, VRPOTrainer
 from vrpo.commands.new_model import train_tokenizer
 from vrpo.models import create_model
 from vrpo.training import reference_cache
+from vrpo.training.sync_reference import _sharded
 
 reference_cache.PART_EXAMPLES = (
     3  # eight rows: parts of unequal numbers of passes, and an odd number of parts
@@ -58,6 +60,25 @@ def train(*args, **fields) -> dict:
     return {"weights": weights, "log": trainer.state.log_history, "eval_loss": metrics["eval_loss"]}
 
 
+def follow(kind: type[VRPOTrainer], output_dir: str, batch_size: int) -> dict:
+    """A reference that follows the policy: its end, and what comes back of a save."""
+    place = f"{output_dir}/follows-{kind.__name__}"
+    sync = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3}
+    trainer = build(kind, place, batch_size, adapter=False, **sync)
+    trainer.train()
+    trainer.evaluate()  # leaves parts of a sharded model gathered
+    trainer._sync.save(place, is_writer=trainer.is_world_process_zero())
+    trainer.accelerator.wait_for_everyone()
+    found = {}
+    for moment in ("end", "loaded"):
+        weights = dict(_sharded(trainer.ref_model))
+        found[moment] = {name: full(weight.detach()).clone() for name, weight in weights.items()}
+        for parameter in weights.values():
+            torch.nn.init.zeros_(parameter.to_local() if isinstance(parameter, DTensor) else parameter)
+        trainer._sync.load(place)
+    return found
+
+
 def main(output_dir: str, batch_size: str) -> None:
     """One process trains with and without the cache, two with it, by DDP and by FSDP2."""
     ends = {}
@@ -68,6 +89,8 @@ def main(output_dir: str, batch_size: str) -> None:
             known = {"precompute_ref_log_probs": name != "plain"}
             place = f"{'adapter' if adapter else 'full'}-{name}"
             ends[place] = train(kind, f"{output_dir}/{place}", int(batch_size), adapter, **known)
+    for kind in (VRPOTrainer,) if is_alone else (VRPOTrainer, ShardedTrainer):
+        ends[f"follows-{kind.__name__}"] = follow(kind, output_dir, int(batch_size))
     if is_alone or dist.get_rank() == 0:
         torch.save(ends, f"{output_dir}/end.pt")
 

@@ -39,9 +39,25 @@ def stored(output_dir: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory) -> tuple[Path, dict, dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    return folder, run(folder / "one", 1, 4), run(folder / "two", 2, 2)
+
+
 @pytest.mark.slow
-def test_precompute__two_processes_whole_and_sharded_equal_one(tmp_path):
-    one, two = run(tmp_path / "one", 1, 4), run(tmp_path / "two", 2, 2)
+def test_sync__two_processes_whole_and_sharded_equal_one(ends):
+    _, one, two = ends
+    expected = one["follows-VRPOTrainer"]["end"]
+    for found in (one["follows-VRPOTrainer"], two["follows-VRPOTrainer"], two["follows-ShardedTrainer"]):
+        for name, weight in expected.items():
+            torch.testing.assert_close(found["end"][name], weight, rtol=1e-7, atol=1e-10, msg=name)
+            assert torch.equal(found["loaded"][name], found["end"][name]), name
+
+
+@pytest.mark.slow
+def test_precompute__two_processes_whole_and_sharded_equal_one(ends):
+    tmp_path, one, two = ends
     for kind in ("full", "adapter"):
         expected = stored(tmp_path / "one" / f"{kind}-known")
         assert len([file for file in expected if file.endswith(".arrow")]) == 9
