@@ -45,6 +45,27 @@ def test_train__killed_anywhere_and_started_again_ends_as_the_straight_run():
     assert min(report["stops"].values()) > 0
 
 
+@pytest.mark.slow
+def test_train__a_process_that_is_stopped_or_dies_stops_all_and_the_next_start_goes_on(tmp_path):
+    def start(name: str, fault: str) -> int:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launch, SCRIPT.with_name("fault_two_processes.py"), tmp_path / name, fault]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        return subprocess.run(command, env=env, capture_output=True).returncode
+
+    assert start("straight", "none") == 0
+    assert start("stopped", "term") != 0
+    assert [folder.name for folder in checkpoints(tmp_path / "stopped")] == ["checkpoint-3", "checkpoint-2"]
+    assert start("stopped", "kill") != 0
+    assert [folder.name for folder in checkpoints(tmp_path / "stopped")] == ["checkpoint-3", "checkpoint-2"]
+    assert start("stopped", "none") == 0
+    straight, stopped = (torch.load(tmp_path / name / "end.pt") for name in ("straight", "stopped"))
+    assert stopped["log"] == straight["log"]
+    for name, weight in straight["weights"].items():
+        assert torch.equal(stopped["weights"][name], weight), name
+
+
 class At(TrainerCallback):
     """Does something once, at the end of a step."""
 
