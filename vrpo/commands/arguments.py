@@ -29,6 +29,11 @@ class ScriptArguments:
             "help": "Data to evaluate on every eval_steps and at the end: files, a folder or a hub name."
         },
     )
+    dataset_streaming: bool = _field(
+        False,
+        "Read the training data while it is trained on, instead of all of it before; max_steps must be "
+        "given, and a split has no slice.",
+    )
     dry_run: bool = _field(
         False,
         "Train nothing and save no weights: print what the data is like, the steps, an estimate of memory "

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from vrpo import data
@@ -41,6 +41,8 @@ def sft(
     sizes = None if new_model is None else NewModel.from_mapping(new_model)
     if (sizes is None) == (model_args.model_name_or_path is None):
         raise ValueError("give either model_name_or_path or a new_model section in the config file")
+    if sizes is not None and script.dataset_streaming:
+        raise ValueError("dataset_streaming: new_model trains a tokenizer, which reads all rows beforehand")
 
     def new(rows: Dataset, checkpoint: str | None) -> Loaded:
         if checkpoint is None:
@@ -73,6 +75,8 @@ def _run(
 ) -> None:
     """Check, load, train, save; `make` builds a new model from the training rows instead of loading one."""
     check_runnable(config)
+    if script.dataset_streaming and config.max_steps < 1:
+        raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known")
     # The trainer chooses, in all processes the same, and tells; a new model needs the tokenizer before.
     whole = functools.partial(fault_of, save_only_model=config.save_only_model)
     checkpoint = checkpoint_to_resume(
@@ -109,12 +113,11 @@ def _without_precomputing(config: DiffusionConfig) -> DiffusionConfig:
     return config
 
 
-def _load_data(script: ScriptArguments) -> tuple[Dataset, Dataset | None]:
+def _load_data(script: ScriptArguments) -> tuple[Dataset | IterableDataset, Dataset | None]:
     if script.eval_dataset_name is not None and script.dataset_test_split is not None:
         raise ValueError("give either eval_dataset_name or dataset_test_split, not both")
-    train = data.load_rows(
-        script.dataset_name, config=script.dataset_config, split=script.dataset_train_split
-    )
+    load = data.load_stream if script.dataset_streaming else data.load_rows
+    train = load(script.dataset_name, config=script.dataset_config, split=script.dataset_train_split)
     if script.eval_dataset_name is not None:
         return train, data.load_rows(script.eval_dataset_name)
     if script.dataset_test_split is not None:

@@ -18,6 +18,7 @@ from vrpo.data.rows import (
     prepare_pairs,
     without,
 )
+from vrpo.data.stream_files import load_stream
 
 __all__ = [
     "COMPLETION_SIDES",
@@ -34,6 +35,7 @@ __all__ = [
     "encode_prompts",
     "encode_rows",
     "load_rows",
+    "load_stream",
     "num_tokens",
     "prepare_completions",
     "prepare_labelled",

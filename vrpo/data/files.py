@@ -18,6 +18,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
+    IterableDataset,
     ReadInstruction,
     concatenate_datasets,
     load_dataset,
@@ -70,6 +71,20 @@ def load_rows(name: str | Sequence[str], *, config: str | None = None, split: st
         or values of several types, are `datasets.Json`.
     Errors: FileNotFoundError, OSError or ValueError of one line that names the file, its line and the cure.
     """
+    names, paths = named_paths(name)
+    if len(paths) == 1 and not paths[0].exists():
+        return from_hub(names[0], config, split)
+    if any(path.is_dir() for path in paths):
+        if len(paths) == 1:
+            return _from_folder(paths[0], config, split)
+        parts = [load_rows(item, config=config, split=_split_name(split)) for item in names]
+        return _sliced(_joined(parts, names), split)
+    check_no_configuration(config, names)
+    return _sliced(_from_files(paths), split)
+
+
+def named_paths(name: str | Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The names and their paths. Errors: ValueError or FileNotFoundError, unless one may be a hub name."""
     names = [name] if isinstance(name, str) else list(name)
     if not names or not all(isinstance(item, str) and item.strip() for item in names):
         raise ValueError(f"dataset_name must be a path, a hub name, or a list of paths, got {name!r}")
@@ -77,16 +92,12 @@ def load_rows(name: str | Sequence[str], *, config: str | None = None, split: st
     for item, path in zip(names, paths, strict=True):
         if not path.exists() and (len(names) > 1 or _looks_like_a_path(item)):
             raise FileNotFoundError(_not_found(item, path))
-    if len(paths) == 1 and not paths[0].exists():
-        return _from_hub(names[0], config, split)
-    if any(path.is_dir() for path in paths):
-        if len(paths) == 1:
-            return _from_folder(paths[0], config, split)
-        parts = [load_rows(item, config=config, split=_split_name(split)) for item in names]
-        return _sliced(_joined(parts, names), split)
+    return names, paths
+
+
+def check_no_configuration(config: str | None, names: Sequence[str]) -> None:
     if config is not None:
         raise ValueError(f"dataset_config={config!r} belongs to a hub name or a folder; {names[0]} is a file")
-    return _sliced(_from_files(paths), split)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -137,9 +148,11 @@ def _close_matches(path: Path) -> list[Path]:
     return [item / rest if (item / rest).exists() else item for item in found]
 
 
-def _from_hub(name: str, config: str | None, split: str) -> Dataset:
+def from_hub(
+    name: str, config: str | None, split: str, *, streaming: bool = False
+) -> Dataset | IterableDataset:
     try:
-        return load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # its errors are of a dozen types, from httpx's to its own
         if Path(name).exists():
             raise ValueError(f"dataset {name!r} cannot be loaded: {one_line(error, 400)}") from error
@@ -153,10 +166,20 @@ def _from_hub(name: str, config: str | None, split: str) -> Dataset:
 
 
 def _from_folder(path: Path, config: str | None, split: str) -> Dataset:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved(path):
         return _saved(path, split)
-    if config is not None or _has_configurations(path):
-        return _from_hub(str(path.resolve()), config, split)
+    if config is not None or has_configurations(path):
+        return from_hub(str(path.resolve()), config, split)
+    return _sliced(_from_files(files_of_folder(path, split)), split)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is what `Dataset.save_to_disk` wrote."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def files_of_folder(path: Path, split: str) -> list[Path]:
+    """The data files of a split, whose names tell it."""
     files = sorted(item for item in path.rglob("*") if item.is_file() and _format(item) is not None)
     files = [item for item in files if not any(part.startswith(".") for part in item.relative_to(path).parts)]
     if not files:
@@ -174,10 +197,10 @@ def _from_folder(path: Path, config: str | None, split: str) -> Dataset:
     wanted = re.split(r"\W", split)[0]
     if wanted not in by_split:
         raise ValueError(f"dataset {str(path)!r}: there is no split {wanted!r}, only {', '.join(by_split)}")
-    return _sliced(_from_files(by_split[wanted]), split)
+    return by_split[wanted]
 
 
-def _has_configurations(path: Path) -> bool:
+def has_configurations(path: Path) -> bool:
     card = path / "README.md"
     return card.is_file() and re.search(r"^configs:", card.read_text(errors="replace"), re.M) is not None
 
@@ -214,7 +237,8 @@ def _format(path: Path) -> str | None:
     return "parquet" if last == ".parquet" else FORMATS.get(last)
 
 
-def _from_files(paths: Sequence[Path]) -> Dataset:
+def formats_of(paths: Sequence[Path]) -> list[str]:
+    """By the names. Errors: ValueError for what is no data file."""
     formats = [_format(path) for path in paths]
     for path, format in zip(paths, formats, strict=True):
         if not path.is_file():
@@ -223,11 +247,16 @@ def _from_files(paths: Sequence[Path]) -> Dataset:
             raise ValueError(
                 f"dataset {str(path)!r}: expected a file ending in {', '.join(SUFFIXES)}, also with .gz"
             )
+    return formats
+
+
+def _from_files(paths: Sequence[Path]) -> Dataset:
+    formats = formats_of(paths)
     kinds = {format == "parquet" for format in formats}
     if len(kinds) > 1:
         return _joined([_from_files([path]) for path in paths], [str(path) for path in paths])
     if kinds == {True}:
-        parts = [table.on_disk(_cached([path]), lambda path=path: _parquet_source(path)) for path in paths]
+        parts = [table.on_disk(_cached([path]), lambda path=path: parquet_source(path)) for path in paths]
         return _joined(parts, [str(path) for path in paths])
 
     return table.on_disk(_cached(paths), lambda: _text_source(paths, formats))
@@ -258,7 +287,7 @@ def _cached(paths: Sequence[Path]) -> Path:
     return Path(datasets_config.HF_DATASETS_CACHE) / "vrpo" / f"{content.hexdigest()}.arrow"
 
 
-def _parquet_source(path: Path) -> tuple[Features, Iterator[pa.RecordBatch]]:
+def parquet_source(path: Path) -> tuple[Features, Iterator[pa.RecordBatch]]:
     try:
         packed = path.suffix.lower() == ".gz"
         source = pa.BufferReader(gzip.decompress(path.read_bytes())) if packed else str(path)
