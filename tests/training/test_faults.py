@@ -170,9 +170,19 @@ def test_train__a_second_call_does_not_overwrite_the_first_ones_checkpoints(tmp_
     assert torch.equal(parameters(trainer.model), end)
 
 
+@pytest.fixture
+def own_signals():
+    """The handlers that Python starts with; a shell starts what runs in its background without SIGINT."""
+    handlers = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_train__a_signal_saves_after_the_step_and_leaves(tmp_path, made, signum, adapter):
+def test_train__a_signal_saves_after_the_step_and_leaves(tmp_path, made, signum, adapter, own_signals):
     extra = {"peft_config": LORA} if adapter else {}
     straight = made(output_dir=str(tmp_path / "straight"), logging_steps=4, **extra)
     straight.train()
