@@ -1,6 +1,7 @@
 """The trainers: exact starts, accumulation, resume, evaluation, and what they refuse."""
 
 import copy
+import inspect
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ from peft import get_peft_model
 from trainers import LORA, config, logged, parameters, trainer_of
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
+from vrpo import DiffusionKTOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
 from vrpo.estimator.masking import EVALUATION_EPOCH
 
 
@@ -366,3 +367,11 @@ def test_config__defaults_are_the_recipe_of_the_paper_but_for_the_mask_draw(tmp_
     assert (recipe.lr_scheduler_type, recipe.warmup_steps, recipe.num_train_epochs) == ("cosine", 15, 1.0)
     assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 64
     assert (recipe.mask_design, recipe.pair_masks, recipe.num_replicates) == ("balanced", "positions", 2)
+
+
+@pytest.mark.parametrize("kind", [VRPOTrainer, DiffusionKTOTrainer])
+def test_init__takes_its_arguments_in_the_order_of_trl(kind):
+    names = list(inspect.signature(kind).parameters)
+    assert names[:7] == [
+        "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"
+    ]  # fmt: skip

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 # Size here -> its keys: transformers' first, then LLaDA's original ones.
 _KEYS = {
     "num_layers": ("num_hidden_layers", "n_layers"),

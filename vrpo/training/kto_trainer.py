@@ -1,10 +1,5 @@
 """DiffusionKTOTrainer: preference training on single labelled responses (ELBO-KTO)."""
 
-from typing import Any
-
-from torch import nn
-from transformers import PreTrainedModel
-
 from vrpo import data
 from vrpo.batch import ResponseBatch
 from vrpo.gradient import StepResult
@@ -34,6 +29,7 @@ class DiffusionKTOTrainer(ReferenceTrainer):
     """
 
     args: DiffusionKTOConfig
+    config_class = DiffusionKTOConfig
     collator = data.LabelledCollator
     prepare_dataset = staticmethod(data.prepare_labelled)
     method = "kto"
@@ -48,15 +44,6 @@ class DiffusionKTOTrainer(ReferenceTrainer):
         "elbo/completion_per_token",
         *(f"vrpo/{name}" for name in NOISE),
     )
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | nn.Module | None = None,
-        ref_model: str | PreTrainedModel | None = None,
-        args: DiffusionKTOConfig | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(model, ref_model, args or DiffusionKTOConfig(output_dir="kto_output"), **kwargs)
 
     def _objective(self, batch: ResponseBatch, replicate_K: tuple[int, ...]) -> KTOObjective:
         args = self.args

@@ -31,6 +31,7 @@ class ReferenceTrainer(DiffusionTrainer):
     """What trainers with a reference share; not used by itself. VRPOTrainer explains the arguments."""
 
     args: ReferenceConfig
+    config_class: type[ReferenceConfig]
     known_reference: KnownReference | None = None
     _sync: SyncReference | None = None
 
@@ -49,6 +50,11 @@ class ReferenceTrainer(DiffusionTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
     ):
+        self.args = args = args or self.config_class(output_dir=f"{self.method}_output")
+        if not self.needs_reference:
+            if ref_model is not None:
+                raise ValueError(f"ref_model is of no use to loss_type={args.loss_type}: leave it out")
+            self.metric_names = tuple(name for name in self.metric_names if "/ref_" not in name)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_policy(model, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""DiffusionTrainer: what the two trainers share of the pipeline under transformers.Trainer.
+"""DiffusionTrainer: what the trainers share of the pipeline under transformers.Trainer.
 
 Optimizer, schedule, checkpoints, distributed wrapping and logging are the Trainer's, the loop over packs is
 packed_trainer.py's. This file prepares and checks model and data, and says which run a checkpoint is of.
@@ -93,10 +93,10 @@ class LogTheLastStep(TrainerCallback):
 
 
 class DiffusionTrainer(DataTrainer):
-    """What the two trainers share; not used by itself.
+    """What the trainers share; not used by itself.
 
-    A subclass says how its dataset is prepared and collated, and what a micro-batch costs
-    (`_micro_batch_loss`).
+    A subclass says how its dataset is prepared and collated, and gives an objective and metrics
+    (`PackedTrainer`).
     """
 
     collator: Callable

@@ -1,10 +1,6 @@
 """VRPOTrainer: preference training on pairs, with a reference that sees the same masks."""
 
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
-from transformers import PreTrainedModel
 
 from vrpo import data
 from vrpo.batch import ResponseBatch
@@ -61,25 +57,12 @@ class VRPOTrainer(ReferenceTrainer):
     """
 
     args: VRPOConfig
+    config_class = VRPOConfig
     collator = data.PairCollator
     stream_sides = data.PAIR_SIDES
     prepare_dataset = staticmethod(data.prepare_pairs)
     method = "vrpo"
     metric_names = (*_METRICS, *(f"vrpo/{name}" for name in NOISE))
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | nn.Module | None = None,
-        ref_model: str | PreTrainedModel | None = None,
-        args: VRPOConfig | None = None,
-        **kwargs: Any,
-    ):
-        args = args or VRPOConfig(output_dir="vrpo_output")
-        if not needs_reference(args.loss_type):
-            if ref_model is not None:
-                raise ValueError(f"ref_model is of no use to loss_type={args.loss_type}: leave it out")
-            self.metric_names = tuple(name for name in self.metric_names if "/ref_" not in name)
-        super().__init__(model, ref_model, args, **kwargs)
 
     @property
     def estimator(self) -> Estimator:
