@@ -53,6 +53,21 @@ def test_init__does_not_replay_a_model_with_dropout(tmp_path, tiny_model, tokeni
     assert trainer.gradient_mode == "joint"
 
 
+def test_micro_batches__are_as_many_and_in_as_many_packs_as_any_process_needs(
+    tmp_path, tiny_model, tokenizer, pair_rows, monkeypatch
+):
+    """Processes that hold parts of a model wait for each other in every pass."""
+    trainer = trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, max_tokens_per_pack=1000)
+    batch = next(iter(trainer.get_train_dataloader()))["responses"]
+    assert [count for _, count in trainer._micro_batches(batch)] == [1]
+    monkeypatch.setattr(VRPOConfig, "world_size", 2)
+    needs = iter([[3], [1, 4, 2]])  # of the other process: micro-batches, then packs of each
+    monkeypatch.setattr(trainer, "_largest", lambda own: list(map(max, own, next(needs))))
+    steps = [step for _, step in trainer._steps(tiny_model, trainer._micro_batches(batch))]
+    assert [step.num_shares for step in steps] == [1, 4, 2]
+    assert [len(step.packs) for step in steps] == [1, 4, 2]
+
+
 def test_train__logs_how_far_the_passes_of_a_replay_differ(tmp_path, tiny_model, tokenizer, pair_rows):
     trainer = trainer_of(
         tmp_path, tiny_model, tokenizer, pair_rows, max_tokens_per_pack=20, eval_dataset=pair_rows

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from trainers import config, logged, parameters, trainer_of
 
@@ -148,6 +148,15 @@ def test_shared_layers__of_another_reference_are_those_with_equal_weights(model,
         shared_layers(model, smaller, True)
     frozen_head = copy.deepcopy(model).requires_grad_(False)
     assert frozen_layers(frozen_head)[0] == LAYERS - 1
+
+
+def test_frozen_layers__end_below_a_frozen_adapter(model):
+    """It tells the policy from the model with its adapter off, although it does not train."""
+    adapted = get_peft_model(model, EVERYWHERE)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_(".layers.3." in name and "lora_" in name)
+    assert frozen_layers(adapted) == (0, "layer 0 has an adapter")
+    assert frozen_layers(adapted.unload())[0] == LAYERS - 1
 
 
 def test_model__refuses_a_trunk_without_a_pack(model):
