@@ -43,7 +43,7 @@ def train(output_dir: str, batch_size: int, reference: str) -> dict:
         args=config(
             output_dir=output_dir,
             per_device_train_batch_size=batch_size,
-            per_device_eval_batch_size=batch_size,  # KTO's z0 is a mean over a batch
+            per_device_eval_batch_size=batch_size + 1,  # of an evaluation, no metric depends on it
             gradient_accumulation_steps=1,
             num_train_epochs=2,
             num_samples=2,

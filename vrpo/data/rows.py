@@ -34,7 +34,7 @@ WANTED_COLUMNS = tuple(
         )
     )
 )
-"""All columns that are ever read."""
+"""All columns that are ever read, but for the label of unpaired data."""
 _MAX_EXAMPLE_ID = 2**32 - 1
 _STAMP = "prepared by vrpo with "
 
@@ -91,29 +91,34 @@ def prepare_labelled(
     columns = (
         list(dataset[0]) if dataset.format["type"] == "custom" and len(dataset) else dataset.column_names
     )
-    if "label" not in columns and any(
-        {*sides} <= {*columns} for sides in (PAIR_SIDES, id_columns(PAIR_SIDES))
-    ):
+    if are_pairs(columns):
         pairs, report = prepare_pairs(dataset, tokenizer, **options)
         return _unpaired(pairs), report
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, has_label=True, **options)
 
 
+def are_pairs(columns: Sequence[str]) -> bool:
+    """Whether unpaired data with these columns are pairs, to be taken apart."""
+    return "label" not in columns and any(
+        {*sides} <= {*columns} for sides in (PAIR_SIDES, id_columns(PAIR_SIDES))
+    )
+
+
+def apart(rows: Mapping[str, list]) -> dict[str, list]:
+    """Prepared pairs -> two labelled rows each. Errors: ValueError for an example_id that has no double."""
+    largest = max(rows["example_id"], default=0)
+    if 2 * largest + 1 > _MAX_EXAMPLE_ID:
+        raise ValueError(f"example_id must be below 2**31 where pairs are taken apart, got {largest}")
+    sides = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
+    return {
+        "prompt_ids": [prompt for prompt in rows["prompt_ids"] for _ in PAIR_SIDES],
+        "completion_ids": [completion for pair in sides for completion in pair],
+        "example_id": [2 * i + side for i in rows["example_id"] for side in (0, 1)],
+        "label": [label for _ in rows["example_id"] for label in (1, 0)],
+    }
+
+
 def _unpaired(pairs: Dataset) -> Dataset:
-    """Prepared pairs -> two labelled rows each."""
-    ids = np.asarray(pairs["example_id"][:])
-    if len(ids) and 2 * ids.max() + 1 > _MAX_EXAMPLE_ID:
-        raise ValueError(f"example_id must be below 2**31 where pairs are taken apart, got {ids.max()}")
-
-    def apart(rows: dict[str, list]) -> dict[str, list]:
-        sides = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
-        return {
-            "prompt_ids": [prompt for prompt in rows["prompt_ids"] for _ in PAIR_SIDES],
-            "completion_ids": [completion for pair in sides for completion in pair],
-            "example_id": [2 * i + side for i in rows["example_id"] for side in (0, 1)],
-            "label": [label for _ in rows["example_id"] for label in (1, 0)],
-        }
-
     ids_type = List(Value("int32"))
     features = {"prompt_ids": ids_type, "completion_ids": ids_type}
     features |= {"example_id": Value("int64"), "label": Value("int64")}
@@ -155,12 +160,7 @@ def _prepare(
         raise ValueError("the dataset has no rows")
     has_transform = dataset.format["type"] == "custom"
     columns = list(dataset[0]) if has_transform else dataset.column_names
-    tokenised = check_columns(columns, sides)
-    if has_label and "label" not in columns:
-        raise ValueError(
-            f"the dataset lacks the column label, true for a desirable completion and false for another: it "
-            f"has {', '.join(columns)}; pairs (chosen, rejected) need none"
-        )
+    tokenised = check_columns(columns, sides, has_label=has_label)
     if not tokenised and tokenizer is None:
         raise ValueError("processing_class is None, but the dataset holds text; pass the tokenizer")
     mapped = _mapped(dataset, None if tokenised else tokenizer, sides, limits, num_proc, has_label)
@@ -377,8 +377,18 @@ def id_columns(sides: Sequence[str]) -> list[str]:
     return [f"{name}_ids" for name in ("prompt", *sides)]
 
 
-def check_columns(names: list[str], sides: tuple[str, ...]) -> bool:
-    """Whether the dataset is tokenised already; ValueError if it has neither text nor token columns."""
+def check_columns(names: list[str], sides: tuple[str, ...], *, has_label: bool = False) -> bool:
+    """Whether the dataset is tokenised already; ValueError if it lacks text and token columns, or labels."""
+    is_tokenised = _are_tokens(names, sides)
+    if has_label and "label" not in names:
+        raise ValueError(
+            f"the dataset lacks the column label, true for a desirable completion and false for another: it "
+            f"has {', '.join(names)}; pairs (chosen, rejected) need none"
+        )
+    return is_tokenised
+
+
+def _are_tokens(names: list[str], sides: tuple[str, ...]) -> bool:
     if set(id_columns(sides)) <= set(names):
         return True
     is_pairs = sides == PAIR_SIDES

@@ -20,7 +20,15 @@ from transformers.utils import logging
 from vrpo.data.budget import TokenBudget
 from vrpo.data.containers import as_dataset
 from vrpo.data.limits import Limits
-from vrpo.data.rows import WANTED_COLUMNS, check_columns, id_columns, prepare_rows
+from vrpo.data.rows import (
+    PAIR_SIDES,
+    WANTED_COLUMNS,
+    apart,
+    are_pairs,
+    check_columns,
+    id_columns,
+    prepare_rows,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +65,8 @@ class RowStream(torch.utils.data.IterableDataset):
     Args:
         rows: the stream, whole in every process. It gives the same rows in the same order in each pass.
         tokenizer, sides, limits: as in preparing a dataset; budget: what an example may take.
+        has_label: rows have a label (`prepare_labelled`); pairs without one are taken apart, and the two are
+            neighbours in the stream.
         may_drop: whether rows that cannot be used are left out.
         on_drop: called in the first pass with (row number, reason) of each row that is.
     Errors: ValueError for missing columns or a stream without rows, at once; when its turn comes, for a row
@@ -72,17 +82,21 @@ class RowStream(torch.utils.data.IterableDataset):
         budget: TokenBudget,
         deal: Deal,
         *,
+        has_label: bool = False,
         may_drop: bool = False,
         on_drop: Callable[[int, str], None] | None = None,
     ):
         self._rows = rows
-        self._sides, self._limits, self._budget, self._deal = sides, limits, budget, deal
+        self._limits, self._budget, self._deal = limits, budget, deal
         self._may_drop, self._on_drop = may_drop, None
         first = next(iter(self._rows), None)
         if first is None:
             raise ValueError("train_dataset is a stream without rows")
-        self._columns = [name for name in WANTED_COLUMNS if name in first]
-        is_tokenised = check_columns(list(first), sides)
+        self._is_apart = has_label and are_pairs(list(first))
+        self._has_label = has_label and not self._is_apart
+        self._sides = PAIR_SIDES if self._is_apart else sides
+        self._columns = [name for name in wanted_columns(self._has_label) if name in first]
+        is_tokenised = check_columns(list(first), self._sides, has_label=self._has_label)
         if not is_tokenised and tokenizer is None:
             raise ValueError("processing_class is None, but the dataset holds text; pass the tokenizer")
         self._tokenizer = None if is_tokenised else tokenizer
@@ -142,16 +156,30 @@ class RowStream(torch.utils.data.IterableDataset):
                 tokenizer=self._tokenizer,
                 limits=self._limits,
                 features=None,
-                has_label=False,
+                has_label=self._has_label,
             )
             for index, row_number in enumerate(numbers):
-                problem = self._problem(found, index)
-                if not problem:
-                    yield {name: found[name][index] for name in ("example_id", *id_columns(self._sides))}
-                    continue
-                dropped += 1
-                self._drop(epoch, row_number, problem, dropped)
+                for row, problem in self._examples(found, index):
+                    if not problem:
+                        yield row
+                        continue
+                    dropped += 1
+                    self._drop(epoch, row_number, problem, dropped)
             number += len(chunk)
+
+    def _examples(self, found: Mapping[str, list], index: int) -> Iterator[tuple[Row, str]]:
+        """(example, why it cannot be used) of each example of a row."""
+        names = ["example_id", *id_columns(self._sides), *(["label"] if self._has_label else [])]
+        row = {name: found[name][index] for name in names}
+        if problem := self._problem(found, index):
+            yield row, problem
+            return
+        rows = [row]
+        if self._is_apart:
+            two = apart({name: [value] for name, value in row.items()})
+            rows = [{name: values[side] for name, values in two.items()} for side in (0, 1)]
+        for example in rows:
+            yield example, self._too_long(example)
 
     def _problem(self, found: Mapping[str, list], index: int) -> str:
         if found["problem"][index]:
@@ -161,15 +189,16 @@ class RowStream(torch.utils.data.IterableDataset):
                     f"{found['example_id'][index]}); drop_unusable_rows leaves such rows out"
                 )
             return found["problem"][index]
-        if found["same"][index]:
-            return "chosen and rejected are equal after truncation"
-        prompt, *responses = (len(found[name][index]) for name in id_columns(self._sides))
+        return "chosen and rejected are equal after truncation" if found["same"][index] else ""
+
+    def _too_long(self, row: Row) -> str:
+        prompt, *responses = (len(ids) for name, ids in row.items() if name.endswith("_ids"))
         tokens = int(self._budget.tokens(prompt, responses))
         if tokens <= self._budget.max_tokens_per_pack:
             return ""
         if not self._may_drop:
             raise ValueError(
-                f"example {found['example_id'][index]} of the stream is longer than the token budget: "
+                f"example {row['example_id']} of the stream is longer than the token budget: "
                 f"{self._budget.told(tokens)}"
             )
         return f"longer than the token budget: {self._budget.told(tokens)}"
@@ -197,7 +226,11 @@ def shuffled(rows: Iterator[Row], size: int, seed: list[int]) -> Iterator[Row]:
         yield buffer[index]
 
 
-def read_stream(data: IterableDataset, name: str) -> Dataset:
+def wanted_columns(has_label: bool) -> tuple[str, ...]:
+    return (*WANTED_COLUMNS, "label") if has_label else WANTED_COLUMNS
+
+
+def read_stream(data: IterableDataset, name: str, *, has_label: bool = False) -> Dataset:
     """All rows of a stream that training reads, in memory: an evaluation needs their number.
 
     Errors: ValueError beyond 100,000 rows, or without one.
@@ -208,7 +241,8 @@ def read_stream(data: IterableDataset, name: str) -> Dataset:
             f"{name} is a stream of more than {_LARGEST_EVALUATION} rows, and an evaluation reads all of "
             "them; pass a part of it, such as stream.take(1000)"
         )
-    return as_dataset([{name: row[name] for name in WANTED_COLUMNS if name in row} for row in rows], name)
+    wanted = wanted_columns(has_label)
+    return as_dataset([{name: row[name] for name in wanted if name in row} for row in rows], name)
 
 
 @dataclass(frozen=True)

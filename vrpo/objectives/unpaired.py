@@ -72,8 +72,11 @@ class KTOObjective:
         if max(self.replicate_K) == 0:
             return {}
         score_RG = self.beta * replicate_means(policy_RK - reference_RK, self.replicate_K)
-        std_R = standard_error(score_RG)
-        score_R = score_RG.mean(dim=1) - self.beta * center
+        return self.noise_of(log_ratio(policy_RK, reference_RK), standard_error(score_RG), center)
+
+    def noise_of(self, ratio_R: Tensor, std_R: Tensor, center: Tensor) -> dict[str, Tensor]:
+        """The same from log-ratios d, nats, and the standard errors of their scores beta d."""
+        score_R = self.beta * (ratio_R - center)
         side_R, weight_R, curve = self._sign(score_R) * score_R, self._weight(score_R), Sigmoid()
         slope_R = curve.slope(side_R, std_R)
         change_R = curve.curvature(side_R, std_R) * std_R

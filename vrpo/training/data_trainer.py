@@ -43,6 +43,7 @@ class DataTrainer(CheckpointTrainer):
     prepare_dataset: Callable
     stream_sides: tuple[str, ...] | None = None
     """The responses of a row of a stream; None where the trainer reads no streams."""
+    has_label = False
     _pass: int | None = None
 
     def _prepare_each(self, dataset, tokenizer, model):
@@ -63,7 +64,7 @@ class DataTrainer(CheckpointTrainer):
         if isinstance(dataset, IterableDataset):
             if split == "train":
                 return self._stream(dataset, tokenizer, model)
-            dataset = read_stream(dataset, f"{split}_dataset")
+            dataset = read_stream(dataset, f"{split}_dataset", has_label=self.has_label)
         prepared, report = self.prepare_dataset(
             dataset,
             tokenizer,
@@ -110,6 +111,7 @@ class DataTrainer(CheckpointTrainer):
             Limits(**self._limits(model)),
             self._stream_budget(tokenizer, model),
             deal,
+            has_label=self.has_label,
             may_drop=args.drop_unusable_rows,
             on_drop=partial(_add_dropped, self.dropped_rows),
         )

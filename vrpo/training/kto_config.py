@@ -24,7 +24,8 @@ class DiffusionKTOConfig(ReferenceConfig):
         default="kto",
         metadata=_help(
             "'kto': 1 - sigmoid of beta times the log-ratio above or below its mean over the batch of all "
-            "processes; 'apo_zero_unpaired': above or below 0. Both are biased by noise, see vrpo/loss_bias."
+            "processes, in evaluation over the whole set; 'apo_zero_unpaired': above or below 0. Both are "
+            "biased by noise, see vrpo/loss_bias."
         ),
     )
     desirable_weight: float = field(
@@ -51,3 +52,8 @@ class DiffusionKTOConfig(ReferenceConfig):
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.batch_eval_metrics and self.loss_type == "kto":
+            raise ValueError(
+                "batch_eval_metrics=True asks for the metrics of each batch before the others are there, and "
+                "z0 of loss_type='kto' is a mean over the whole evaluation set: leave it unset"
+            )
