@@ -44,7 +44,8 @@ def test_train__an_adapter_on_a_quantized_base(tmp_path, tokenizer, pair_rows, b
     )
     trainer.train()
     assert logged(trainer, "rewards/margins")[0] == 0.0  # the reference is the same base, adapter off
-    assert len(set(logged(trainer, "loss"))) == 3
+    assert min(logged(trainer, "grad_norm")) > 0
+    assert logged(trainer, "rewards/margins")[-1] != 0.0
     trainer.save_model(str(tmp_path / "adapter"))
     loaded = load_adapter(load_model(str(tmp_path / "base")), str(tmp_path / "adapter"))
     trained = dict(trainer.model.named_parameters())

@@ -4,6 +4,7 @@ import torch
 
 from vrpo.commands.arguments import ModelArguments
 from vrpo.commands.plan import plan_text, training_setup
+from vrpo.models.quantized import is_quantized
 from vrpo.planning import Machine, advice, make_plan
 from vrpo.planning.plan import GIB
 from vrpo.planning.shape import shape_of
@@ -18,11 +19,14 @@ def dry_run_text(trainer: DiffusionTrainer, model_args: ModelArguments, config: 
     config: as the user gave it; that of the trainer may leave work out which a dry run does not do.
     """
     seen = look(trainer)
+    estimate = "no estimate of memory and time: quantized weights are not modelled\n"
+    if not is_quantized(trainer.model):
+        estimate = _estimate(trainer, model_args, config, seen)
     return "\n".join(
         (
             data_text(seen.report, seen.lengths),
             steps_text(seen, config.num_samples),
-            _estimate(trainer, model_args, config, seen),
+            estimate,
             pack_text(trainer.processing_class, seen.batch, seen.pack),
             "dry run: nothing was trained, no weights were saved\n",
         )

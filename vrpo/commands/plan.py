@@ -10,6 +10,7 @@ from vrpo.commands.arguments import ModelArguments, ScriptArguments
 from vrpo.commands.console import say
 from vrpo.data.output import check_output, to_json, write
 from vrpo.models.loading import parse_dtype
+from vrpo.models.quantized import Quantization
 from vrpo.planning import Machine, ModelShape, Plan, TrainingSetup, advice, make_plan, read_shape
 from vrpo.planning.plan import GIB
 from vrpo.training.config import DiffusionConfig, VRPOConfig
@@ -52,10 +53,16 @@ class PlanArguments(ScriptArguments):
     output_file: str | None = _field(None, "Also write the plan there, as JSON.")
 
 
-def plan(args: PlanArguments, model_args: ModelArguments, config: VRPOConfig) -> None:
+def plan(
+    args: PlanArguments, model_args: ModelArguments, config: VRPOConfig, quantization: Quantization
+) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError(
             "model_name_or_path is needed: a folder with a config.json, such a file, or a hub name"
+        )
+    if quantization.name is not None:
+        raise ValueError(
+            f"{quantization.name}: the memory of quantized weights is not modelled; leave it out"
         )
     if args.compute_dtype not in ("bfloat16", "float32"):
         raise ValueError(f"compute_dtype must be bfloat16 or float32, got {args.compute_dtype!r}")

@@ -49,13 +49,15 @@ _DATA = {
     "Model": "vrpo.commands.arguments:ModelArguments",
 }
 
+_QUANTIZATION = {"Quantization": "vrpo.models.quantized:Quantization"}
+
 _COMMANDS = (
     Command(
         "sft",
         "train a masked-diffusion model on prompt/completion rows",
         "vrpo sft --model_name_or_path GSAI-ML/LLaDA-8B-Base --dataset_name sft.jsonl --output_dir out",
         "vrpo.commands.train:sft",
-        _DATA | {"Masked diffusion": "vrpo.training.config:DiffusionSFTConfig"},
+        _DATA | {"Masked diffusion": "vrpo.training.config:DiffusionSFTConfig"} | _QUANTIZATION,
         {
             "new_model": "sizes of a model that starts from random weights, with a BPE tokenizer trained on "
             "the training text: vocab_size, d_model, n_layers, n_heads, mlp_hidden_size. Instead of "
@@ -70,7 +72,7 @@ _COMMANDS = (
         "vrpo train --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name pairs.jsonl "
         "--output_dir out",
         "vrpo.commands.train:train",
-        _DATA | {"VRPO": "vrpo.training.config:VRPOConfig"},
+        _DATA | {"VRPO": "vrpo.training.config:VRPOConfig"} | _QUANTIZATION,
         defaults="the recipe of LLaDA 1.5 (arXiv 2505.19223 section 4 and App. D), but for how masks are "
         "drawn: --mask_design paper --pair_masks independent is the paper's draw. What the fields below do "
         "not explain is transformers'.",
@@ -81,7 +83,7 @@ _COMMANDS = (
         "vrpo kto --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name labelled.jsonl "
         "--output_dir out",
         "vrpo.commands.train:kto",
-        _DATA | {"KTO": "vrpo.training.kto_config:DiffusionKTOConfig"},
+        _DATA | {"KTO": "vrpo.training.kto_config:DiffusionKTOConfig"} | _QUANTIZATION,
         defaults="rate and beta of ELBO-KTO, the masks of vrpo train. What the fields below do not explain "
         "is transformers'.",
     ),
@@ -90,7 +92,7 @@ _COMMANDS = (
         "write the ELBO of each response of a file, and rewards against a reference",
         "vrpo score --model_name_or_path out --dataset_name pairs.jsonl --output_file scores.jsonl",
         "vrpo.commands.infer:score",
-        {"Score": "vrpo.evaluation.score:ScoreArguments"},
+        {"Score": "vrpo.evaluation.score:ScoreArguments"} | _QUANTIZATION,
         defaults="those of vrpo train where they have one meaning, but for the masks of ELBOs without a "
         "reference.",
     ),
@@ -107,7 +109,7 @@ _COMMANDS = (
         "answer one prompt, or the prompts of a file",
         "vrpo generate --model_name_or_path out --prompt 'What is 2 + 3?'",
         "vrpo.commands.infer:generate",
-        {"Generate": "vrpo.generation.answer:GenerateArguments"},
+        {"Generate": "vrpo.generation.answer:GenerateArguments"} | _QUANTIZATION,
         defaults="LLaDA's sampler (arXiv 2502.09992 App. B.4): one token per call, the most likely one, the "
         "least sure ones masked again.",
     ),
@@ -120,7 +122,8 @@ _COMMANDS = (
             "Machine and data": "vrpo.commands.plan:PlanArguments",
             "Model": "vrpo.commands.arguments:ModelArguments",
             "VRPO": "vrpo.training.config:VRPOConfig",
-        },
+        }
+        | _QUANTIZATION,
         defaults="those of vrpo train, whose config file it takes as it is; the machine's are an H100's. It "
         "needs no GPU, and of the model its config.json only.",
     ),

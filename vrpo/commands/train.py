@@ -19,6 +19,7 @@ from vrpo.models import load_tokenizer
 from vrpo.models.adapter_config import ALL_LINEAR, require_peft
 from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_loading, check_model_path
+from vrpo.models.quantized import Quantization
 from vrpo.training.checkpoints import fault_of
 from vrpo.training.config import DiffusionConfig, DiffusionSFTConfig, VRPOConfig
 from vrpo.training.kto_config import DiffusionKTOConfig
@@ -36,11 +37,14 @@ def sft(
     script: ScriptArguments,
     model_args: ModelArguments,
     config: DiffusionSFTConfig,
+    quantization: Quantization,
     new_model: Mapping[str, int] | None = None,
 ) -> None:
     sizes = None if new_model is None else NewModel.from_mapping(new_model)
     if (sizes is None) == (model_args.model_name_or_path is None):
         raise ValueError("give either model_name_or_path or a new_model section in the config file")
+    if sizes is not None and quantization.name is not None:
+        raise ValueError(f"{quantization.name} quantizes a checkpoint; new_model has none")
     if sizes is not None and script.dataset_streaming:
         raise ValueError("dataset_streaming: new_model trains a tokenizer, which reads all rows beforehand")
 
@@ -51,19 +55,26 @@ def sft(
             tokenizer = trained_tokenizer(checkpoint, sizes)
         return build_model(sizes, tokenizer, max_length=config.max_length, seed=config.seed), tokenizer
 
-    _run(DiffusionSFTTrainer, script, model_args, config, make=None if sizes is None else new)
+    _run(DiffusionSFTTrainer, script, model_args, config, quantization, make=None if sizes is None else new)
 
 
-def train(script: ScriptArguments, model_args: ModelArguments, config: VRPOConfig) -> None:
+def train(
+    script: ScriptArguments, model_args: ModelArguments, config: VRPOConfig, quantization: Quantization
+) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
-    _run(VRPOTrainer, script, model_args, config)
+    _run(VRPOTrainer, script, model_args, config, quantization)
 
 
-def kto(script: ScriptArguments, model_args: ModelArguments, config: DiffusionKTOConfig) -> None:
+def kto(
+    script: ScriptArguments,
+    model_args: ModelArguments,
+    config: DiffusionKTOConfig,
+    quantization: Quantization,
+) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
-    _run(DiffusionKTOTrainer, script, model_args, config)
+    _run(DiffusionKTOTrainer, script, model_args, config, quantization)
 
 
 def _run(
@@ -71,10 +82,13 @@ def _run(
     script: ScriptArguments,
     model_args: ModelArguments,
     config: DiffusionConfig,
+    quantization: Quantization,
     make: Callable[[Dataset, str | None], Loaded] | None = None,
 ) -> None:
     """Check, load, train, save; `make` builds a new model from the training rows instead of loading one."""
     check_runnable(config)
+    if quantization.name is not None and not model_args.use_peft:
+        raise ValueError(f"{quantization.name} needs use_peft: quantized weights do not train, adapters do")
     if script.dataset_streaming and config.max_steps < 1:
         raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known")
     # The trainer chooses, in all processes the same, and tells; a new model needs the tokenizer before.
@@ -86,8 +100,10 @@ def _run(
     set_seed(config.seed)
     check_loading(model_args.dtype, model_args.attn_implementation)
     rows, evaluation = _load_data(script)
-    _check_places(script, model_args, config)
-    model, tokenizer = _load_model(model_args) if make is None else make(rows, checkpoint)
+    _check_places(script, model_args, config, quantization)
+    model, tokenizer = (
+        _load_model(model_args, quantization, config) if make is None else make(rows, checkpoint)
+    )
     trainer = trainer_class(
         model=model,
         args=_without_precomputing(config) if script.dry_run else config,
@@ -127,10 +143,20 @@ def _load_data(script: ScriptArguments) -> tuple[Dataset | IterableDataset, Data
     return train, None
 
 
-def _check_places(script: ScriptArguments, args: ModelArguments, config: DiffusionConfig) -> None:
+def _check_places(
+    script: ScriptArguments, args: ModelArguments, config: DiffusionConfig, quantization: Quantization
+) -> None:
     """ValueError or OSError unless the model is there and training writes to a place of its own."""
     if args.model_name_or_path is not None:
-        check_model_path(args.model_name_or_path, argument="model_name_or_path", revision=args.model_revision)
+        found = check_model_path(
+            args.model_name_or_path, argument="model_name_or_path", revision=args.model_revision
+        )
+        if found is None and quantization.name is not None:
+            raise ValueError(
+                f"{quantization.name} quantizes a checkpoint, and model_name_or_path "
+                f"{args.model_name_or_path!r} is an adapter: merge it first, with "
+                "vrpo.models.checkpoint.load_policy(path).save_pretrained(folder)"
+            )
     check_output_dir(
         config.output_dir,
         models={"model_name_or_path": args.model_name_or_path},
@@ -138,13 +164,15 @@ def _check_places(script: ScriptArguments, args: ModelArguments, config: Diffusi
     )
 
 
-def _load_model(args: ModelArguments) -> Loaded:
+def _load_model(args: ModelArguments, quantization: Quantization, config: DiffusionConfig) -> Loaded:
     tokenizer = load_tokenizer(args.model_name_or_path, revision=args.model_revision)
     model = load_policy(
         args.model_name_or_path,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         revision=args.model_revision,
+        quantization=quantization,
+        device=config.device,
     )
     return model, tokenizer
 

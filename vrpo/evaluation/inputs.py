@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from vrpo.models import load_tokenizer, max_positions, special_tokens
 from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_device, check_loading, check_model_path
+from vrpo.models.quantized import Quantization, is_quantized
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def load_models(args: Any, revision: str = "main") -> Models:
+def load_models(args: Any, revision: str = "main", quantization: Quantization | None = None) -> Models:
     """The model and, where one is named, the reference, on the device and ready to be compared.
 
     A reference without a tokenizer of its own is taken to read the model's tokens.
@@ -74,7 +75,14 @@ def load_models(args: Any, revision: str = "main") -> Models:
     tokenizer = load_tokenizer(args.model_name_or_path, revision=revision)
     loaded = {}
     for argument, (path, at) in paths.items():
-        model = load_policy(path, dtype=args.dtype, attn_implementation=args.attn_implementation, revision=at)
+        model = load_policy(
+            path,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation,
+            revision=at,
+            quantization=quantization,
+            device=device,
+        )
         loaded[argument] = model.eval().requires_grad_(False)
     model, reference = loaded["model_name_or_path"], loaded.get("ref_model_name_or_path")
     mask = args.mask_token_id
@@ -87,13 +95,17 @@ def load_models(args: Any, revision: str = "main") -> Models:
         _check_same_tokens(model.config, reference.config, tokenizer, _tokenizer(args.ref_model_name_or_path))
         _check_same_mask(args, mask, reference.config)
     return Models(
-        model.to(device),
-        None if reference is None else reference.to(device),
+        _on(device, model),
+        None if reference is None else _on(device, reference),
         tokenizer,
         mask,
         min(max_positions(one.config) for one in loaded.values()),
         device,
     )
+
+
+def _on(device: str, model: nn.Module) -> nn.Module:
+    return model if is_quantized(model) else model.to(device)
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:

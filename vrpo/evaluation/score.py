@@ -22,6 +22,7 @@ from vrpo.estimator.masking import (
     independent_replicates,
 )
 from vrpo.evaluation.inputs import check_numbers, load_models
+from vrpo.models.quantized import Quantization
 from vrpo.objectives import preference
 from vrpo.step import Estimator, split_by_tokens
 from vrpo.training.config import VRPOConfig
@@ -224,7 +225,9 @@ def mask_options(args: ScoreArguments) -> dict[str, Any]:
     return {"mask_design": design, "pair_masks": pair_masks, "num_replicates": num_replicates}
 
 
-def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
+def score_file(
+    args: ScoreArguments, quantization: Quantization | None = None
+) -> tuple[dict[str, Any], data.DataReport]:
     """Score `args.dataset_name` and write `args.output_file`, one JSON object per line:
 
         example_id; of each side (chosen and rejected, or completion) tokens_*, elbo_* (nats, summed over
@@ -249,7 +252,7 @@ def score_file(args: ScoreArguments) -> tuple[dict[str, Any], data.DataReport]:
         beside=(".summary.json",),
     )
     rows = data.load_rows(args.dataset_name, config=args.dataset_config, split=args.dataset_split)
-    models = load_models(args, revision=args.model_revision)
+    models = load_models(args, revision=args.model_revision, quantization=quantization)
     is_pairs = bool({"chosen", "chosen_ids"} & set(rows.column_names))
     prepare = data.prepare_pairs if is_pairs else data.prepare_completions
     dataset, report = prepare(

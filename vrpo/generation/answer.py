@@ -13,6 +13,7 @@ from vrpo.generation.sampler import MAX_SEED, generate, trim_response
 from vrpo.models import SpecialTokens, load_tokenizer, max_positions, special_tokens
 from vrpo.models.checkpoint import load_policy
 from vrpo.models.paths import check_device, check_loading, check_model_path
+from vrpo.models.quantized import Quantization, is_quantized
 
 
 def _field(default: Any, text: str) -> Any:
@@ -57,7 +58,7 @@ class GenerateArguments:
     device: str | None = _field(None, "cuda, cpu, ...; unset: a GPU where there is one.")
 
 
-def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
+def answer(args: GenerateArguments, quantization: Quantization | None = None) -> list[dict[str, Text | int]]:
     """Decode with LLaDA's sampler (`sampler.generate`) and write `args.output_file` if it is given.
 
     Returns: one mapping per answer: row and sample (integers), prompt (text or messages), response as text
@@ -84,11 +85,13 @@ def answer(args: GenerateArguments) -> list[dict[str, Text | int]]:
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         revision=args.model_revision,
+        quantization=quantization,
+        device=device,
     )
     _check_lengths(prompt_ids, args.max_new_tokens, max_positions(model.config))
     special = special_tokens(model.config, tokenizer)
     response_BG = generate(
-        model.to(device),
+        model if is_quantized(model) else model.to(device),
         [ids for ids in prompt_ids for _ in range(args.num_return_sequences)],
         _with_special_tokens(settings, special, args),
         mask_token_id=special.mask if args.mask_token_id is None else args.mask_token_id,

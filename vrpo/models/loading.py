@@ -22,6 +22,7 @@ from vrpo.models.files import (
     why_unsupported,
 )
 from vrpo.models.llada import LLaDAConfig, LLaDAForMaskedDiffusion
+from vrpo.models.quantized import Quantization
 
 MODEL_CLASSES = {"llada": (LLaDAConfig, LLaDAForMaskedDiffusion)}
 
@@ -78,6 +79,8 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "vrpo",
+    quantization: Quantization | None = None,
+    device: torch.device | str | None = None,
     **hub_kwargs: Any,
 ) -> LLaDAForMaskedDiffusion:
     """A masked-diffusion model from a checkpoint, in evaluation mode, every weight accounted for.
@@ -87,6 +90,8 @@ def load_model(
         dtype: of the weights; "auto" takes the checkpoint's.
         attn_implementation: "vrpo" picks the best packed attention per call (`choose_attention`);
             "vrpo_sdpa", "vrpo_varlen", "vrpo_fa" force one. Any other refuses packs.
+        quantization: 4 or 8 bits for the linear layers of the body; `dtype` is then that of the others.
+        device: where a quantized model is to be, which some kinds cannot leave; others start on the CPU.
         hub_kwargs: revision, cache_dir, token, local_files_only, ...
     Errors: ValueError of one line for a checkpoint of another architecture, a wrong dtype, files that are
         cut, corrupt or pickled, weights that are missing, unexpected, misshapen, NaN or infinite, which are
@@ -94,6 +99,13 @@ def load_model(
     """
     dtype = parse_dtype(dtype)
     config = load_config(path_or_id, **hub_kwargs)
+    quantized: dict[str, Any] = {}
+    if quantization is not None and quantization.name is not None:
+        computes_in = dtype if dtype != "auto" else config.dtype or torch.float32
+        quantized = {
+            "quantization_config": quantization.config(computes_in),
+            "device_map": {"": device or "cpu"},
+        }
     if Path(path_or_id).is_dir():
         check_weight_files(Path(path_or_id, hub_kwargs.get("subfolder") or ""))
     try:
@@ -105,6 +117,7 @@ def load_model(
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # named below, in one line
+            **quantized,
             **hub_kwargs,
         )
     except OSError as error:

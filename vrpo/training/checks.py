@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -11,10 +12,11 @@ from vrpo.batch import ResponseBatch
 from vrpo.models import LLaDAForMaskedDiffusion
 from vrpo.models.adapters import is_peft_model
 from vrpo.models.files import why_unsupported
+from vrpo.models.quantized import is_quantized
 
 
-def check_model(model: nn.Module, args: TrainingArguments) -> None:
-    """ValueError for a model that is not one of masked diffusion, or whose weights fp16 cannot scale."""
+def check_model(model: nn.Module, args: TrainingArguments, *, gets_adapter: bool = False) -> None:
+    """ValueError for a model that is not one of masked diffusion, or whose weights cannot train like this."""
     base = model.get_base_model() if is_peft_model(model) else model
     if not isinstance(base, LLaDAForMaskedDiffusion):
         config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
@@ -24,6 +26,23 @@ def check_model(model: nn.Module, args: TrainingArguments) -> None:
         )
     if args.fp16 and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
         raise ValueError("fp16=True scales gradients of float32 weights, but the model's are float16")
+    if is_quantized(base):
+        _check_quantized(args, has_adapter=gets_adapter or is_peft_model(model))
+
+
+def _check_quantized(args: TrainingArguments, *, has_adapter: bool) -> None:
+    if not has_adapter:
+        raise ValueError(
+            "a quantized model has no weights that train: pass peft_config (use_peft) for an adapter on it, "
+            "or load it without load_in_4bit and load_in_8bit"
+        )
+    engines = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+    engine = engines.get(args.distributed_state.distributed_type)
+    if engine is not None:
+        raise ValueError(
+            f"a quantized model is not supported under {engine}, which would cut or cast the packed bits "
+            "without their scales: use DDP, where each process holds the whole of it"
+        )
 
 
 def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:

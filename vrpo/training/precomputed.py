@@ -31,6 +31,7 @@ from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator.elbo import segment_elbo
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.models.adapters import is_peft_model
+from vrpo.models.quantized import quantization_state
 from vrpo.step import NLL, num_cuts, split_by_tokens, split_segments
 from vrpo.training.checks import responses_of
 from vrpo.training.fingerprint import Fingerprint, fingerprint_of, hash_of_weights, precision_of
@@ -160,7 +161,7 @@ def _fingerprints(
     precision = precision_of(
         (p for _, p in parameters), model.config._attn_implementation, trainer.accelerator
     )
-    weights = hash_of_weights(parameters)
+    weights = hash_of_weights([*parameters, *quantization_state(model)])
     return [
         fingerprint_of(
             weights=weights,

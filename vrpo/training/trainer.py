@@ -27,6 +27,7 @@ from transformers.utils import logging
 from vrpo.models import load_tokenizer, special_tokens
 from vrpo.models.adapters import add_adapter, is_peft_model
 from vrpo.models.checkpoint import load_policy
+from vrpo.models.quantized import keep_differentiable
 from vrpo.step import Estimator
 from vrpo.training.adapter_trainer import check_adapters
 from vrpo.training.advice import Advise
@@ -176,7 +177,7 @@ class DiffusionTrainer(DataTrainer):
 
     def _ready(self, model: nn.Module) -> nn.Module:
         """The model checked, with its adapter, and without what an earlier trainer left on it."""
-        check_model(model, self.args)
+        check_model(model, self.args, gets_adapter=self.peft_config is not None)
         if self.args.mask_token_id is not None:  # what is saved must be asked with the mask it was trained on
             model.config.mask_token_id = self.args.mask_token_id
         number = self.args.train_top_layers
@@ -189,6 +190,7 @@ class DiffusionTrainer(DataTrainer):
             if is_peft_model(model):
                 raise ValueError("train_top_layers cannot move the adapter of a PeftModel: pass peft_config")
             train_top_layers(model, number)
+        keep_differentiable(model)
         if is_peft_model(model):
             check_adapters(model)
             leave_adapter_inputs_to_autocast(model)
