@@ -32,7 +32,7 @@ def build(kind: type[VRPOTrainer], output_dir: str, batch_size: int, adapter: bo
             output_dir=output_dir,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=1,
-            num_train_epochs=2,
+            num_train_epochs=1.5,  # of the second, only half of the rows are computed
             num_samples=2,
             max_tokens_per_pack=110,
             learning_rate=1e-2,

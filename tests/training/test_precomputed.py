@@ -15,8 +15,10 @@ from vrpo.estimator.elbo import elbo
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.training import precomputed, reference, reference_cache
 from vrpo.training.packed_trainer import ModelNLL
-from vrpo.training.precomputed import FOLDER, num_train_epochs
+from vrpo.training.precomputed import FOLDER
+from vrpo.training.reference_cache import Part
 from vrpo.training.resume import RUN_FILE
+from vrpo.training.used_rows import num_train_epochs, rows_of_training
 
 PRECOMPUTED = {"precompute_ref_log_probs": True}
 LONG = Dataset.from_list(
@@ -146,6 +148,73 @@ def test_precompute__computes_only_the_epochs_that_are_missing(make, tmp_path):
     assert len(after) == 2 * len(before) and before.items() <= after.items()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_steps": 1},
+        {"max_steps": 3, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2},
+        {"num_train_epochs": 1.5, "per_device_train_batch_size": 2},
+        {"num_train_epochs": 1.4, "train_sampling_strategy": "sequential", "data_seed": 3},
+        {"max_steps": 3, "per_device_train_batch_size": 5, "dataloader_drop_last": True},
+    ],
+    ids=str,
+)
+def test_rows_of_training__are_those_that_training_takes(make, fields):
+    trainer = make(precompute_ref_log_probs=False, **fields)
+    wanted = {epoch: set(rows) for epoch, rows in rows_of_training(trainer).items()}
+    taken, responses = {}, trainer._responses
+
+    def spy(inputs, model):
+        batch = responses(inputs, model)
+        taken.setdefault(trainer._draw_epoch(model), set()).update(batch.example_R.tolist())
+        return batch
+
+    trainer._responses = spy
+    trainer.train()
+    last = max(wanted)
+    assert taken.keys() == wanted.keys() and taken[last] == wanted[last] and len(taken[last]) < 12
+    assert all(taken[epoch] <= wanted[epoch] for epoch in taken)
+
+
+def test_rows_of_training__are_all_where_the_order_is_not_known(make):
+    for fields in ({"ignore_data_skip": True}, {"accelerator_config": {"use_seedable_sampler": False}}):
+        trainer = make(precompute_ref_log_probs=False, max_steps=1, **fields)
+        assert list(rows_of_training(trainer)[0]) == list(range(12))
+
+
+def test_precompute__computes_the_examples_of_its_steps_alone(make, small_parts, tmp_path):
+    trainer = make(max_steps=2)
+    (split,) = trainer.known_reference.splits
+    assert len(split.rows[0]) == 8  # two steps of four of twelve
+    before = files(tmp_path)
+    stored = sum(len(split.cache.read(part)[0]) for part in split.cache.parts(0, range(12)))
+    assert stored == 16
+    trainer.args.max_steps = 3
+    with pytest.raises(ValueError, match=r"takes 12 examples of epoch 0, but .* of 4 of them were not prec"):
+        trainer.train()
+    whole = make(save_strategy="steps", save_steps=1)
+    after = files(tmp_path)
+    assert before.items() < after.items()
+    assert sum(len(split.cache.read(part)[0]) for part in split.cache.parts(0, range(12))) == 24
+    whole.train()
+    plain = make(precompute_ref_log_probs=False)
+    plain.train()
+    assert logged(whole, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    short = make(max_steps=2, ref_log_probs_cache=str(tmp_path / FOLDER))
+    short.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    assert logged(short, "loss")[1] == logged(whole, "loss")[1]
+
+
+def test_precompute__names_a_file_that_is_no_part(make, small_parts, tmp_path):
+    make(max_steps=2)
+    (place,) = {path.parent for path in tmp_path.glob(f"**/{FOLDER}/**/*.arrow")}
+    (place / "part-00000-old.arrow").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"part-00000-old.arrow cannot be used \(its name is not one of ours"
+    ):
+        make()
+
+
 OTHER = Dataset.from_list([{**row, "chosen": "three"} for row in LONG])
 
 
@@ -214,7 +283,8 @@ def test_precompute__refuses_values_that_the_reference_does_not_give(make):
     trainer = make()
     batch = data.PairCollator()(list(trainer.train_dataset))["responses"]
     cache = trainer.known_reference.splits[0].cache
-    cache.write(0, 0, batch, cache.read(0, 0)[1] * 1.01)
+    part = Part(epoch=0, block=0, mask=2**12 - 1)
+    cache.write(part, batch, cache.read(part)[1] * 1.01)
     with pytest.raises(ValueError, match=r"differ from the reference now by 9\.9e-03"):
         make()
     with pytest.raises(ValueError, match=r"differ from the policy before its first step by 9\.9e-03"):

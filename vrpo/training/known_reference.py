@@ -1,5 +1,6 @@
 """The precomputed ELBOs of a reference as the steps of a run ask for them, and what guards their use."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from vrpo.batch import ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.gradient import StepResult
 from vrpo.step import Estimator
-from vrpo.training.reference_cache import ElboTable, ReferenceCache, keys, num_parts
+from vrpo.training.reference_cache import ElboTable, Part, ReferenceCache, keys
 
 logger = logging.get_logger(__name__)
 
@@ -24,21 +25,23 @@ by far more."""
 
 @dataclass(frozen=True)
 class Split:
-    """A dataset whose reference ELBOs are needed, in which epochs, and where they lie."""
+    """A dataset whose reference ELBOs are needed, of which rows in which epochs, and where they lie."""
 
     dataset: Dataset
-    epochs: tuple[int, ...]
+    rows: Mapping[int, Sequence[int]]
     cache: ReferenceCache
+
+    @property
+    def epochs(self) -> tuple[int, ...]:
+        return tuple(self.rows)
 
     @property
     def is_evaluation(self) -> bool:
         return self.epochs == (EVALUATION_EPOCH,)
 
-    def missing(self) -> list[tuple[int, int]]:
-        """(epoch, part) of what is still to be computed."""
-        return [
-            (epoch, part) for epoch in self.epochs for part in self.cache.missing(epoch, len(self.dataset))
-        ]
+    def missing(self) -> list[Part]:
+        """What is still to be computed."""
+        return [part for epoch, rows in self.rows.items() for part in self.cache.missing(epoch, rows)]
 
 
 class KnownReference:
@@ -77,8 +80,8 @@ class KnownReference:
             unknown = batch.example_R[~is_known_R].unique()
             raise ValueError(
                 f"precompute_ref_log_probs: the examples {unknown[:5].tolist()} are not of the datasets that "
-                "the trainer was made with, or have other tokens, so their reference ELBOs are not known. "
-                "Give every dataset to evaluate on as (one of) eval_dataset"
+                "the trainer was made with, have other tokens, or come after its last step, so their "
+                "reference ELBOs are not known. Give every dataset to evaluate on as (one of) eval_dataset"
             )
         return elbo_RK
 
@@ -90,6 +93,17 @@ class KnownReference:
                 f"training takes {num_epochs} epochs, but the reference ELBOs were precomputed for {known}: "
                 "make a new trainer with the new number of epochs or steps, and what is missing is computed"
             )
+
+    def check_rows(self, rows: Mapping[int, Sequence[int]]) -> None:
+        """ValueError unless training may take these rows: epoch -> their numbers."""
+        (known,) = [split.rows for split in self.splits if not split.is_evaluation]
+        for epoch, wanted in rows.items():
+            if more := set(wanted) - set(known[epoch]):
+                raise ValueError(
+                    f"training takes {len(wanted)} examples of epoch {epoch}, but the reference ELBOs of "
+                    f"{len(more)} of them were not precomputed: make a new trainer with the new number of "
+                    "epochs or steps, or the new batch, and what is missing is computed"
+                )
 
     def observe(self, result: StepResult, global_step: int) -> None:
         """Of the first step it sees, compares the reference with a policy that has not moved from it yet.
@@ -133,15 +147,19 @@ class KnownReference:
             what = "evaluation: give the trainer an eval_dataset" if is_evaluation else f"epoch {epoch}"
             raise ValueError(f"precompute_ref_log_probs: nothing was computed for {what}")
         return ElboTable.of(
-            split.cache.read(epoch, part) for split in splits for part in range(num_parts(len(split.dataset)))
+            split.cache.read(part) for split in splits for part in split.cache.parts(epoch, split.rows[epoch])
         )
 
 
 class CheckEpochs(TrainerCallback):
-    """No run begins that would reach an epoch whose reference ELBOs are not there."""
+    """No run begins that would reach an epoch or rows whose reference ELBOs are not there.
 
-    def __init__(self, known: KnownReference):
-        self.known = known
+    rows: of the training as it is configured when it begins, see `used_rows.rows_of_training`.
+    """
+
+    def __init__(self, known: KnownReference, rows: Callable[[], Mapping[int, Sequence[int]]]):
+        self.known, self.rows = known, rows
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.known.check_epochs(state.num_train_epochs)
+        self.known.check_rows(self.rows())

@@ -3,15 +3,15 @@
 Masks are a pure function of (seed, epoch, example, side, sample), so the reference's ELBO of every sample is
 known before training, and with it the step loses a quarter of its arithmetic and all of the reference's
 memory. Computed by any number of processes, part by part (reference_cache.py); a run that was killed goes on
-where it was. Epochs are those of the draw (`PackedTrainer._draw_epoch`), and one for evaluations.
+where it was. Epochs are those of the draw (`PackedTrainer._draw_epoch`), and one for evaluations. Of an epoch
+that training does not finish only the examples that it takes are computed (used_rows.py).
 """
 
 import contextlib
 import copy
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +23,6 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -39,8 +38,9 @@ from vrpo.training.known_reference import TOLERANCE, KnownReference, Split
 from vrpo.training.packed_trainer import ModelNLL
 from vrpo.training.precision import prepare_reference, release
 from vrpo.training.reference import build_reference, check_reference
-from vrpo.training.reference_cache import ReferenceCache, part_of
+from vrpo.training.reference_cache import Part, ReferenceCache
 from vrpo.training.trainer import DiffusionTrainer
+from vrpo.training.used_rows import rows_of_training
 
 logger = logging.get_logger(__name__)
 
@@ -85,23 +85,6 @@ def precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownR
     return known
 
 
-def num_train_epochs(args: TrainingArguments, num_examples: int, accelerator: Accelerator) -> int:
-    """How many epochs training begins: those whose masks it draws. As transformers.Trainer counts them.
-
-    ceil(num_train_epochs), or ceil(max_steps / optimizer steps of an epoch)
-    """
-    if args.max_steps <= 0:
-        return math.ceil(args.num_train_epochs)
-    count = num_examples / args.train_batch_size
-    batches = math.floor(count) if args.dataloader_drop_last else math.ceil(count)
-    if not accelerator.split_batches:  # each process takes every world_size-th batch
-        per_process = batches / args.world_size
-        is_filled = accelerator.even_batches and not args.dataloader_drop_last
-        batches = math.ceil(per_process) if is_filled else math.floor(per_process)
-    steps = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return math.ceil(args.max_steps / steps)
-
-
 def _check_possible(trainer: DiffusionTrainer) -> None:
     for dataset in (trainer.train_dataset, *_evaluations(trainer).values()):
         if dataset is not None and not hasattr(dataset, "__len__"):
@@ -144,12 +127,15 @@ def _splits(trainer: DiffusionTrainer) -> list[Split]:
     folder = Path(args.ref_log_probs_cache or Path(args.output_dir, FOLDER))
     splits = []
     if trainer.train_dataset is not None:
-        epochs = num_train_epochs(args, len(trainer.train_dataset), trainer.accelerator)
-        splits.append(Split(trainer.train_dataset, tuple(range(epochs)), ReferenceCache(folder / "train")))
+        splits.append(_split(trainer.train_dataset, rows_of_training(trainer), folder / "train"))
     for name, dataset in _evaluations(trainer).items():
         place = folder / (f"eval-{quote(name, safe='')}" if name else "eval")
-        splits.append(Split(dataset, (EVALUATION_EPOCH,), ReferenceCache(place)))
+        splits.append(_split(dataset, {EVALUATION_EPOCH: range(len(dataset))}, place))
     return splits
+
+
+def _split(dataset: Dataset, rows: Mapping[int, Sequence[int]], place: Path) -> Split:
+    return Split(dataset, rows, ReferenceCache(place, len(dataset)))
 
 
 def _fingerprints(
@@ -175,18 +161,18 @@ def _fingerprints(
     ]
 
 
-def _claim(splits: list[Split], fingerprints: list[Fingerprint]) -> list[tuple[int, int, int]]:
-    """(split, epoch, part) of what is to be computed."""
+def _claim(splits: list[Split], fingerprints: list[Fingerprint]) -> list[tuple[int, Part]]:
+    """(split, part) of what is to be computed."""
     for split, fingerprint in zip(splits, fingerprints, strict=True):
         split.cache.claim(fingerprint)
-    return [(index, *what) for index, split in enumerate(splits) for what in split.missing()]
+    return [(index, part) for index, split in enumerate(splits) for part in split.missing()]
 
 
 def _is_half(model: nn.Module) -> bool:
     return any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
-def _batch(trainer: DiffusionTrainer, dataset: Dataset, rows: range) -> ResponseBatch:
+def _batch(trainer: DiffusionTrainer, dataset: Dataset, rows: Iterable[int]) -> ResponseBatch:
     return responses_of(trainer.data_collator([dataset[row] for row in rows]))
 
 
@@ -214,9 +200,7 @@ def _running(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> Iterator
         model.train(was_training)
 
 
-def _compute(
-    trainer: DiffusionTrainer, nll: NLL, splits: list[Split], work: list[tuple[int, int, int]]
-) -> None:
+def _compute(trainer: DiffusionTrainer, nll: NLL, splits: list[Split], work: list[tuple[int, Part]]) -> None:
     """This process's share of the parts, each written when it is done.
 
     A sharded model runs collectives in every pass: then all processes take as many parts and passes, and the
@@ -225,19 +209,23 @@ def _compute(
     rank, world_size = trainer.args.process_index, trainer.args.world_size
     in_step = trainer.is_fsdp_enabled
     rounds = range(0, len(work), world_size)
-    logger.info(f"precomputing {len(work)} parts of the reference ELBOs on {world_size} processes")
+    examples = sum(len(part.rows) for _, part in work)
+    logger.info(
+        f"precomputing the reference ELBOs of {examples} examples, each epoch's counted, in {len(work)} "
+        f"parts on {world_size} processes"
+    )
     bar = tqdm(rounds, desc="Reference", unit="part", disable=trainer.args.disable_tqdm or rank > 0)
     for first in bar:
         is_needed = first + rank < len(work)
         if not (is_needed or in_step):
             continue
-        index, epoch, part = work[(first + rank) % len(work)]
+        index, part = work[(first + rank) % len(work)]
         split = splits[index]
-        batch = _batch(trainer, split.dataset, part_of(len(split.dataset), part))
+        batch = _batch(trainer, split.dataset, part.rows)
         num_passes = sum(count for _, count in _cut(trainer, batch))
         if in_step:
             num_passes = trainer._largest([num_passes])[0]
-        elbo_RK = _elbos(trainer, nll, batch, epoch, num_passes)
+        elbo_RK = _elbos(trainer, nll, batch, part.epoch, num_passes)
         if not torch.isfinite(elbo_RK).all():
             bad = batch.example_R[~torch.isfinite(elbo_RK).all(dim=1)].unique()
             raise FloatingPointError(
@@ -245,7 +233,7 @@ def _compute(
                 "NaN or infinity, or overflow in their dtype"
             )
         if is_needed:
-            split.cache.write(epoch, part, batch, elbo_RK)
+            split.cache.write(part, batch, elbo_RK)
 
 
 def _cut(trainer: DiffusionTrainer, batch: ResponseBatch) -> Iterator[tuple[ResponseBatch, int]]:
@@ -279,9 +267,8 @@ def _elbos(trainer: DiffusionTrainer, nll: NLL, batch: ResponseBatch, epoch: int
 def _check_first(trainer: DiffusionTrainer, nll: NLL, known: KnownReference) -> None:
     """One forward pass of the reference against what is stored."""
     split = known.splits[0]
-    batch, _ = next(_cut(trainer, _batch(trainer, split.dataset, part_of(len(split.dataset), 0))))
-    batch = batch.examples(0, 1)
     epoch = split.epochs[0]
+    batch = _batch(trainer, split.dataset, split.rows[epoch][:1])
     stored_RK = known(batch, epoch, trainer.estimator)
     known.check(_elbos(trainer, nll, batch, epoch, 1), stored_RK, "the reference now")
 

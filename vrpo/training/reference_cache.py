@@ -2,17 +2,18 @@
 
     folder/fingerprint.json                    what decides them, see fingerprint.py
     folder/epoch-0/part-00000.arrow ...        PART_EXAMPLES rows of the dataset each
+    folder/epoch-1/part-00000-5f03.arrow       some of them: bit i of the hexadecimal number is the i-th row
     folder/evaluation/part-00000.arrow ...     the draw of evaluations
 
 A part is a table with one line per response: example_id, side, key (a hash of the response's identity and
-token ids), elbo (K numbers, nats). Which examples a part holds depends on the dataset only, so a computation
-that was interrupted goes on with any number of processes. Knows no models.
+token ids), elbo (K numbers, nats). Which examples a part holds depends on what is asked for and what is there
+already, so a computation that was interrupted goes on with any number of processes. Knows no models.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,26 @@ FINGERPRINT_FILE = "fingerprint.json"
 _CHECKSUM = b"sha256"
 
 
-class ReferenceCache:
-    """The reference ELBOs of one dataset, in one folder."""
+@dataclass(frozen=True)
+class Part:
+    """What one file holds: of block `block` of a dataset, PART_EXAMPLES rows, those of the bits of `mask`."""
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    epoch: int
+    block: int
+    mask: int
+
+    @property
+    def rows(self) -> list[int]:
+        """Their numbers in the dataset, ascending."""
+        start = self.block * PART_EXAMPLES
+        return [start + bit for bit in range(self.mask.bit_length()) if self.mask >> bit & 1]
+
+
+class ReferenceCache:
+    """The reference ELBOs of one dataset of num_examples rows, in one folder."""
+
+    def __init__(self, folder: str | os.PathLike, num_examples: int):
+        self.folder, self.num_examples = Path(folder), num_examples
 
     def claim(self, fingerprint: Fingerprint) -> None:
         """Create the folder with this fingerprint, or check that it is the one that lies there.
@@ -62,15 +78,53 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_whole(path, (json.dumps(fingerprint, indent=1, sort_keys=True) + "\n").encode())
 
-    def place(self, epoch: int, part: int) -> Path:
-        name = "evaluation" if epoch == EVALUATION_EPOCH else f"epoch-{epoch}"
-        return self.folder / name / f"part-{part:05d}.arrow"
+    def place(self, part: Part) -> Path:
+        some = "" if part.mask == self._whole(part.block) else f"-{part.mask:x}"
+        return self._folder(part.epoch) / f"part-{part.block:05d}{some}.arrow"
 
-    def missing(self, epoch: int, num_examples: int) -> list[int]:
-        """The parts of an epoch that are still to be computed."""
-        return [part for part in range(num_parts(num_examples)) if not self.place(epoch, part).is_file()]
+    def parts(self, epoch: int, rows: Sequence[int]) -> list[Part]:
+        """The stored parts that hold some of these rows, ascending."""
+        return [part for block in self._masks(rows) for part in self._stored(epoch, block)]
 
-    def write(self, epoch: int, part: int, batch: ResponseBatch, elbo_RK: Tensor) -> None:
+    def missing(self, epoch: int, rows: Sequence[int]) -> list[Part]:
+        """What is still to be computed of an epoch, of which these rows are wanted, ascending."""
+        found = []
+        for block, mask in self._masks(rows).items():
+            for part in self._stored(epoch, block):
+                mask &= ~part.mask
+            if mask:
+                found.append(Part(epoch, block, mask))
+        return found
+
+    def _folder(self, epoch: int) -> Path:
+        return self.folder / ("evaluation" if epoch == EVALUATION_EPOCH else f"epoch-{epoch}")
+
+    def _whole(self, block: int) -> int:
+        """The mask of all rows of a block."""
+        return (1 << min(PART_EXAMPLES, self.num_examples - block * PART_EXAMPLES)) - 1
+
+    def _masks(self, rows: Sequence[int]) -> dict[int, int]:
+        """Block -> mask of those of the rows that are in it."""
+        masks: dict[int, int] = {}
+        for row in rows:
+            block, bit = divmod(row, PART_EXAMPLES)
+            masks[block] = masks.get(block, 0) | 1 << bit
+        return masks
+
+    def _stored(self, epoch: int, block: int) -> list[Part]:
+        """The parts of a block: the whole one, or those of some rows."""
+        whole = Part(epoch, block, self._whole(block))
+        if self.place(whole).is_file():
+            return [whole]
+        found = []
+        for path in sorted(self._folder(epoch).glob(f"part-{block:05d}-*.arrow")):
+            try:
+                found.append(Part(epoch, block, int(path.stem.rpartition("-")[2], 16)))
+            except ValueError:
+                raise _damaged(path, "its name is not one of ours") from None
+        return found
+
+    def write(self, part: Part, batch: ResponseBatch, elbo_RK: Tensor) -> None:
         """One part, which appears whole or not at all.
 
         Args: batch: its responses; elbo_RK (R, K) float32 or float64, on the CPU, in their order.
@@ -85,19 +139,19 @@ class ReferenceCache:
                 "elbo": pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1]),
             }
         ).replace_schema_metadata({_CHECKSUM: _checksum(key_R, values)})
-        path = self.place(epoch, part)
+        path = self.place(part)
         path.parent.mkdir(exist_ok=True)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         _write_whole(path, sink.getvalue())
 
-    def read(self, epoch: int, part: int) -> tuple[Tensor, Tensor]:
+    def read(self, part: Part) -> tuple[Tensor, Tensor]:
         """(key_R int64, elbo_RK) of one part.
 
         Errors: ValueError naming a file that is damaged, or cannot be read.
         """
-        path = self.place(epoch, part)
+        path = self.place(part)
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all().combine_chunks()
@@ -110,15 +164,6 @@ class ReferenceCache:
         if not is_whole:
             raise _damaged(path, "its contents do not match its checksum")
         return torch.from_numpy(key_R), torch.from_numpy(elbo_RK)
-
-
-def num_parts(num_examples: int) -> int:
-    return -(-num_examples // PART_EXAMPLES)
-
-
-def part_of(num_examples: int, part: int) -> range:
-    """The rows of a part."""
-    return range(part * PART_EXAMPLES, min((part + 1) * PART_EXAMPLES, num_examples))
 
 
 def keys(batch: ResponseBatch) -> Tensor:

@@ -25,6 +25,7 @@ from vrpo.training.resume import digest_of_weights
 from vrpo.training.sync_reference import SyncReference
 from vrpo.training.trainer import DiffusionTrainer
 from vrpo.training.trunk import shared_layers, with_trunk
+from vrpo.training.used_rows import rows_of_training
 
 
 class ReferenceTrainer(DiffusionTrainer):
@@ -92,7 +93,7 @@ class ReferenceTrainer(DiffusionTrainer):
                 raise ValueError("precompute_ref_log_probs is of no use to a loss without a reference")
             self.known_reference = precompute(self, self._given_reference)
             self._given_reference = None  # nobody needs it any more
-            self.add_callback(CheckEpochs(self.known_reference))
+            self.add_callback(CheckEpochs(self.known_reference, lambda: rows_of_training(self)))
             return
         if self.needs_reference:
             self._trunk_layers = shared_layers(self.model, self._given_reference, self.args.share_trunk)
