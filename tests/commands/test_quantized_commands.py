@@ -10,6 +10,9 @@ from vrpo.commands.main import main
 from vrpo.models import create_model, load_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.models.quantized import Quantization, is_quantized, quantization_state
+from vrpo.planning import Machine, TrainingSetup, memory_parts
+from vrpo.planning.memory import trained_parameters
+from vrpo.planning.shape import shape_of
 
 QUICK = [
     "--max_steps=2", "--per_device_train_batch_size=4", "--gradient_accumulation_steps=1", "--warmup_steps=0",
@@ -174,13 +177,37 @@ def test_train__refuses_to_quantize_an_adapter_or_a_new_model(files, capsys):
 
 @needs_bitsandbytes
 @quiet
-def test_dry_run__says_that_quantized_weights_are_not_modelled(files, capsys):
+@pytest.mark.parametrize(
+    "width",
+    [{"load_in_4bit": True}, {"load_in_4bit": True, "use_bnb_nested_quant": True}, {"load_in_8bit": True}],
+)
+def test_plan__knows_the_size_of_a_quantized_base(files, width):
+    quantization = Quantization(**width)
+    model = load_policy("base", dtype="float32", quantization=quantization, device="cpu")
+    # The tables of codes, one each per matrix, are nothing beside a matrix of a real size.
+    scales = [state for name, state in quantization_state(model) if not name.endswith("quant_map")]
+    held = [*model.parameters(), *scales]
+    setup = TrainingSetup(
+        lora_rank=2, reference="adapter", quantized_bytes=quantization.bytes_per_weight, compute_bytes=4
+    )
+    shape = shape_of(model.config.to_dict())
+    told = memory_parts(shape, setup, Machine())["weights"] - 4 * trained_parameters(shape, setup)
+    assert told == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.03)
+
+
+@needs_bitsandbytes
+@quiet
+def test_dry_run__estimates_a_quantized_base(files, capsys):
     assert main(flags("train", "out", "--load_in_4bit", *LORA, "--dry_run")) == 0
     told = capsys.readouterr().out
-    assert "no estimate of memory and time: quantized weights are not modelled" in told
-    assert "first pack" in told
+    assert "first pack" in told and "It fits." in told
     plan = ["plan", "--model_name_or_path=base", "--output_dir=out", "--load_in_4bit", "--use_peft"]
-    assert "load_in_4bit: the memory of quantized weights is not modelled" in error_of(capsys, plan)
+    assert main([*plan, "--output_file=plan.json"]) == 0
+    small = json.loads((files / "plan.json").read_text())["memory_bytes"]["weights"]
+    assert main([*plan[:-2], "--use_peft", "--output_file=plan.json"]) == 0
+    assert small < json.loads((files / "plan.json").read_text())["memory_bytes"]["weights"]
+    capsys.readouterr()
+    assert "under fsdp2" in error_of(capsys, [*plan, "--num_gpus=2"])
 
 
 def test_quantization__a_missing_package_is_told_before_work(monkeypatch):

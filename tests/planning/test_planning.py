@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,109 @@ def test_plan_command__takes_a_training_config_and_writes_json(tmp_path, capsys)
     assert "does not go with 2 GPUs" in capsys.readouterr().err
     assert main(["plan", "--config", str(config), "--output_file", str(tmp_path / "config.json")]) == 2
     assert "must not overwrite" in capsys.readouterr().err
+
+
+def planned(tmp_path, capsys, *flags, config=""):
+    """The JSON of `vrpo plan` of LLaDA-8B; the config is that of a training."""
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path / 'out'}\n{config}")
+    argv = ["plan", f"--config={tmp_path / 'run.yaml'}", f"--model_name_or_path={tmp_path}", *flags]
+    assert main([*argv, f"--output_file={tmp_path / 'plan.json'}"]) == 0, capsys.readouterr().err
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_plan_command__counts_a_reference_where_a_loss_needs_one(tmp_path, capsys):
+    def reference(*flags):
+        found = planned(tmp_path, capsys, *flags)
+        return (
+            found["setup"]["reference"],
+            found["memory_bytes"]["reference"] > 0,
+            found["passes"]["reference"],
+        )
+
+    assert reference() == ("model", True, 1)
+    assert reference("--loss_type=simpo") == ("none", False, 0)
+    assert reference("--loss_type", "simpo", "sigmoid") == ("model", True, 1)
+    assert reference("--sync_ref_model") == ("synced", True, 1)
+    assert reference("--use_peft") == ("adapter", False, 1)
+    assert reference("--precompute_ref_log_probs") == ("precomputed", False, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_plan_command__takes_the_engine_and_the_precision_of_the_config(tmp_path, capsys, monkeypatch):
+    for name, engine, checkpointing in (
+        ("full_fsdp2", "fsdp2", True),
+        ("lora_zero3", "zero3", True),
+        ("lora_one_gpu", "single", True),
+    ):
+        monkeypatch.chdir(RESULTS.parents[1])
+        text = (RESULTS.parents[1] / "examples" / "scaling" / f"{name}.yaml").read_text()
+        text = "\n".join(
+            line for line in text.splitlines() if not line.startswith(("output_dir", "model_name"))
+        )
+        gpus = [] if engine == "single" else ["--num_gpus=8"]
+        found = planned(tmp_path, capsys, *gpus, config=text)
+        assert found["machine"]["engine"] == engine
+        assert found["setup"]["gradient_checkpointing"] == checkpointing
+        assert found["setup"]["compute_bytes"] == 2 and found["not_modelled"] == []
+    found = planned(tmp_path, capsys, config="bf16: false\noptim: adafactor\n")
+    assert found["setup"]["compute_bytes"] == 4
+    assert found["not_modelled"] == ["optim adafactor (AdamW with float32 moments is)"]
+    assert (
+        planned(tmp_path, capsys, "--dtype=bfloat16", config="bf16: false\n")["setup"]["compute_bytes"] == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fsdp=true"], "ask for fsdp2: give num_gpus, at least 2"),
+        (
+            ["--fsdp=true", "--num_gpus=2", "--engine=ddp"],
+            "engine=ddp, but fsdp or deepspeed .* ask for fsdp2",
+        ),
+        (["--fsdp=true", '--fsdp_config={"version": 1}'], "version 1 is not modelled"),
+        (['--deepspeed={"zero_optimization": {"stage": 1}}'], "ZeRO stage 1 is not modelled"),
+        (['--deepspeed={"zero_optimization": 3}'], "zero_optimization must be an object"),
+        (["--max_length=512"], "prompt_length . response_length = 1024 tokens, but max_length=512"),
+        (["--gradient_mode=joint", "--max_tokens_per_pack=9000"], "a pair takes 16384 tokens, but max_tok"),
+        (["--max_tokens_per_pack=1000"], "one masked copy takes 1024 tokens, but max_tokens_per_pack=1000"),
+        (
+            ["--gradient_mode=replay", "--use_peft", "--lora_dropout=0.1", "--disable_dropout=false"],
+            "does not go with lora_dropout",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_plan_command__refuses_what_training_or_the_model_cannot(tmp_path, capsys, flags, message):
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
+    argv = ["plan", f"--model_name_or_path={tmp_path}", f"--output_dir={tmp_path / 'out'}", *flags]
+    assert main(argv) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_trained_parameters__adapters_are_on_the_layers_that_are_named():
+    shape = shape_of(LLADA_8B)
+
+    def trained(*targets):
+        return trained_parameters(shape, TrainingSetup(lora_rank=16, lora_targets=targets or None))
+
+    assert trained("q_proj", "v_proj") == 32 * 16 * 2 * (4096 + 4096)
+    assert trained("ff_proj", "up_proj", "ff_out") == 32 * 16 * 3 * (4096 + 12288)  # LLaDA's own names
+    assert trained("q_proj", "something_else") == trained() == shape.lora_parameters(16, 32)
+
+
+def test_setup__a_batch_of_kto_is_one_graph_or_cut():
+    def kto(**fields):
+        given = {"num_sides": 1, "whole_batches": True, "per_device_train_batch_size": 4, "num_samples": 2}
+        return TrainingSetup(prompt_length=10, response_length=10, pairs_per_step=4, **given | fields)
+
+    whole = kto(max_tokens_per_pack=160)
+    assert (whole.replays, whole.pack_tokens, whole.packs_per_batch) == (False, 160, 1)
+    cut = kto(max_tokens_per_pack=159)
+    assert (cut.replays, cut.pack_tokens, cut.packs_per_batch) == (True, 140, 2)
+    linear = kto(max_tokens_per_pack=30, whole_batches=False, is_linear=True)
+    assert (linear.is_cut, linear.replays, linear.pack_tokens, linear.packs_per_batch) == (True, False, 20, 8)
 
 
 def test_scaling_page__has_the_tables_of_the_model():

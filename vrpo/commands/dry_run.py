@@ -4,8 +4,8 @@ import torch
 
 from vrpo.commands.arguments import ModelArguments
 from vrpo.commands.plan import plan_text, training_setup
-from vrpo.models.quantized import is_quantized
-from vrpo.planning import Machine, advice, make_plan
+from vrpo.models.quantized import Quantization, is_quantized
+from vrpo.planning import Machine, TrainingSetup, advice, make_plan
 from vrpo.planning.plan import GIB
 from vrpo.planning.shape import shape_of
 from vrpo.training.config import DiffusionConfig
@@ -13,15 +13,20 @@ from vrpo.training.dry_run import Look, data_text, look, pack_text, steps_text
 from vrpo.training.trainer import DiffusionTrainer
 
 
-def dry_run_text(trainer: DiffusionTrainer, model_args: ModelArguments, config: DiffusionConfig) -> str:
+def dry_run_text(
+    trainer: DiffusionTrainer,
+    model_args: ModelArguments,
+    config: DiffusionConfig,
+    quantization: Quantization,
+) -> str:
     """Data, steps, the estimate of `vrpo plan`, and the first pack.
 
     config: as the user gave it; that of the trainer may leave work out which a dry run does not do.
     """
     seen = look(trainer)
-    estimate = "no estimate of memory and time: quantized weights are not modelled\n"
-    if not is_quantized(trainer.model):
-        estimate = _estimate(trainer, model_args, config, seen)
+    estimate = "no estimate of memory and time: how the checkpoint is quantized is not known\n"
+    if quantization.name is not None or not is_quantized(trainer.model):
+        estimate = _estimate(trainer, model_args, config, quantization, seen)
     return "\n".join(
         (
             data_text(seen.report, seen.lengths),
@@ -34,18 +39,20 @@ def dry_run_text(trainer: DiffusionTrainer, model_args: ModelArguments, config: 
 
 
 def _estimate(
-    trainer: DiffusionTrainer, model_args: ModelArguments, config: DiffusionConfig, seen: Look
+    trainer: DiffusionTrainer,
+    model_args: ModelArguments,
+    config: DiffusionConfig,
+    quantization: Quantization,
+    seen: Look,
 ) -> str:
-    is_narrow = config.bf16 or config.fp16 or next(trainer.model.parameters()).element_size() == 2
-    setup = training_setup(
+    setup = training_setup_of(
+        trainer,
         model_args,
         config,
+        quantization,
         prompt_length=max(1, round(seen.mean_prompt)),
         response_length=max(1, round(seen.mean_response)),
-        num_gpus=config.world_size,
-        compute_bytes=2 if is_narrow else 4,
         num_sides=seen.num_sides,
-        has_reference=getattr(trainer, "needs_reference", False),
     )
     machine, told = _machine(trainer)
     plan = make_plan(shape_of(trainer.model.config.to_dict()), setup, machine)
@@ -53,6 +60,29 @@ def _estimate(
     least, most = (seconds * seen.max_steps / 3600 for seconds in plan.seconds)
     run = f"time of the run: {least:.3g} to {most:.3g} h, {seen.max_steps} steps"
     return f"{told}\n{plan_text(plan, changes)}{run}\n"
+
+
+def training_setup_of(
+    trainer: DiffusionTrainer,
+    model_args: ModelArguments,
+    config: DiffusionConfig,
+    quantization: Quantization,
+    **lengths: int,
+) -> TrainingSetup:
+    """A trainer as the cost model sees it; lengths: prompt_length, response_length, num_sides."""
+    is_narrow = config.bf16 or config.fp16 or next(trainer.model.parameters()).element_size() == 2
+    return training_setup(
+        model_args,
+        config,
+        num_gpus=config.world_size,
+        compute_bytes=2 if is_narrow else 4,
+        is_linear=trainer.linear_objective,
+        whole_batches=trainer.whole_batches,
+        has_reference=getattr(trainer, "needs_reference", False),
+        gradient_mode=trainer.gradient_mode,
+        quantization=quantization,
+        **lengths,
+    )
 
 
 def _machine(trainer: DiffusionTrainer) -> tuple[Machine, str]:

@@ -1,5 +1,6 @@
 """`vrpo plan`: what a training needs of memory and time on a machine, before it runs anywhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from transformers.utils import cached_file
 
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
 from vrpo.commands.console import say
+from vrpo.commands.planned_config import PlannedConfig, checkpoints
 from vrpo.data.output import check_output, to_json, write
 from vrpo.models.loading import parse_dtype
 from vrpo.models.quantized import Quantization
+from vrpo.objectives.losses import needs_reference
 from vrpo.planning import Machine, ModelShape, Plan, TrainingSetup, advice, make_plan, read_shape
 from vrpo.planning.plan import GIB
-from vrpo.training.config import DiffusionConfig, VRPOConfig
+from vrpo.training.config import DiffusionConfig
 
 _DEFAULT = Machine()
 
@@ -33,7 +36,9 @@ class PlanArguments(ScriptArguments):
     response_length: int = _field(512, "Mean length of the responses, tokens.")
     num_gpus: int = _field(1, "GPUs of the training.")
     engine: str | None = _field(
-        None, "single, ddp, zero2, zero3 (DeepSpeed) or fsdp2. Unset: single for one GPU, fsdp2 for several."
+        None,
+        "single, ddp, zero2, zero3 (DeepSpeed) or fsdp2. Unset: what the fields fsdp and deepspeed ask for, "
+        "else single for one GPU and fsdp2 for several.",
     )
     gpus_per_node: int = _field(_DEFAULT.gpus_per_node, "GPUs that NVLink ties together.")
     gpu_memory: float = _field(_DEFAULT.gpu_memory, "GiB of one GPU, as torch sees them; an H100's 79.1.")
@@ -49,41 +54,80 @@ class PlanArguments(ScriptArguments):
     network_bandwidth: float = _field(
         _DEFAULT.network_bandwidth, "The same between nodes; assumed, not measured."
     )
-    compute_dtype: str = _field("bfloat16", "Dtype of the matmuls on a GPU: bfloat16 (autocast) or float32.")
+    compute_dtype: str | None = _field(
+        None,
+        "Dtype of the matmuls on a GPU: bfloat16 (autocast) or float32. Unset: bfloat16, unless bf16 is "
+        "false and the weights are float32.",
+    )
     output_file: str | None = _field(None, "Also write the plan there, as JSON.")
 
 
 def plan(
-    args: PlanArguments, model_args: ModelArguments, config: VRPOConfig, quantization: Quantization
+    args: PlanArguments, model_args: ModelArguments, config: PlannedConfig, quantization: Quantization
 ) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError(
             "model_name_or_path is needed: a folder with a config.json, such a file, or a hub name"
         )
-    if quantization.name is not None:
-        raise ValueError(
-            f"{quantization.name}: the memory of quantized weights is not modelled; leave it out"
-        )
-    if args.compute_dtype not in ("bfloat16", "float32"):
+    if args.compute_dtype not in (None, "bfloat16", "float32"):
         raise ValueError(f"compute_dtype must be bfloat16 or float32, got {args.compute_dtype!r}")
     if args.output_file is not None:
         check_output(args.output_file, models={"model_name_or_path": model_args.model_name_or_path})
-    compute = 2 if args.compute_dtype == "bfloat16" else 4
     setup = training_setup(
         model_args,
         config,
         prompt_length=args.prompt_length,
         response_length=args.response_length,
         num_gpus=args.num_gpus,
-        compute_bytes=compute,
+        compute_bytes=_compute_bytes(args, model_args, config),
+        has_reference=needs_reference(config.loss_type),
+        gradient_mode=_gradient_mode(model_args, config),
+        quantization=quantization,
     )
-    found = make_plan(_shape(model_args), setup, _machine(args))
+    _check_lengths(setup, config)
+    found = make_plan(_shape(model_args), setup, _machine(args, config.engine))
     changes = [] if found.fits else advice(found)
     if args.output_file is not None:
         proposed = [{"change": name, "peak_gib": p.peak_gib, "fits": p.fits} for name, p in changes]
-        contents = to_json(found.as_dict() | {"advice": proposed}, indent=2) + "\n"
+        more = {"advice": proposed, "not_modelled": list(config.not_modelled)}
+        contents = to_json(found.as_dict() | more, indent=2) + "\n"
         write({Path(args.output_file).expanduser(): contents})
-    say(plan_text(found, changes))
+    say(plan_text(found, changes, config.not_modelled))
+
+
+def _compute_bytes(args: PlanArguments, model_args: ModelArguments, config: PlannedConfig) -> int:
+    if args.compute_dtype is not None:
+        return 2 if args.compute_dtype == "bfloat16" else 4
+    return 4 if config.is_narrow is False and _weight_bytes(model_args) == 4 else 2
+
+
+def _weight_bytes(model_args: ModelArguments) -> int:
+    return min(4, parse_dtype("bfloat16" if model_args.dtype == "auto" else model_args.dtype).itemsize)
+
+
+def _gradient_mode(model_args: ModelArguments, config: DiffusionConfig) -> str:
+    """As the trainer takes it: what drops activations at random is not passed twice."""
+    drops = model_args.use_peft and model_args.lora_dropout > 0 and not config.disable_dropout
+    if drops and config.gradient_mode == "replay":
+        raise ValueError("gradient_mode='replay' does not go with lora_dropout: leave disable_dropout=True")
+    return "joint" if drops else config.gradient_mode
+
+
+def _check_lengths(setup: TrainingSetup, config: DiffusionConfig) -> None:
+    """ValueError for examples that training would cut, or refuse."""
+    if setup.segment_length > config.max_length:
+        raise ValueError(
+            f"prompt_length + response_length = {setup.segment_length} tokens, but max_length="
+            f"{config.max_length} cuts them: give the mean lengths of your data"
+        )
+    least = setup.pair_tokens if setup.gradient_mode == "joint" else setup.segment_length
+    if least > setup.max_tokens_per_pack:
+        what = (
+            "one masked copy takes"
+            if setup.gradient_mode != "joint"
+            else "gradient_mode='joint': a pair takes"
+        )
+        raise ValueError(f"{what} {least} tokens, but max_tokens_per_pack={setup.max_tokens_per_pack}")
 
 
 def _shape(model_args: ModelArguments) -> ModelShape:
@@ -102,16 +146,16 @@ def training_setup(
     response_length: int,
     num_gpus: int,
     compute_bytes: int,
+    has_reference: bool,
+    gradient_mode: str,
+    quantization: Quantization,
     num_sides: int = 2,
-    has_reference: bool = True,
+    is_linear: bool = False,
+    whole_batches: bool = False,
 ) -> TrainingSetup:
     """A training as the cost model sees it. Lengths: means in tokens; the rest as in TrainingSetup."""
-    reference = "none"
-    if has_reference:
-        reference = "adapter" if model_args.use_peft else "model"
-        reference = "precomputed" if config.precompute_ref_log_probs else reference
-    wide = "bfloat16" if model_args.dtype == "auto" else model_args.dtype
     batch = config.per_device_train_batch_size
+    targets = model_args.lora_target_modules
     return TrainingSetup(
         num_samples=config.num_samples,
         prompt_length=prompt_length,
@@ -120,23 +164,38 @@ def training_setup(
         per_device_train_batch_size=batch,
         num_sides=num_sides,
         max_tokens_per_pack=config.max_tokens_per_pack,
-        gradient_mode=config.gradient_mode,
+        gradient_mode=gradient_mode,
+        is_linear=is_linear,
+        whole_batches=whole_batches,
         lora_rank=model_args.lora_r if model_args.use_peft else 0,
-        reference=reference,
+        lora_targets=None if targets is None else tuple(targets),
+        reference=_reference(model_args, config) if has_reference else "none",
+        share_trunk=getattr(config, "share_trunk", None) is not False,
         train_top_layers=config.train_top_layers,
-        # The name changed in transformers 5.23.
-        gradient_checkpointing=any(
-            getattr(config, f"{what}_checkpointing", False) for what in ("activation", "gradient")
-        ),
-        weight_bytes=min(4, parse_dtype(wide).itemsize),
+        gradient_checkpointing=checkpoints(config),
+        weight_bytes=_weight_bytes(model_args),
+        quantized_bytes=quantization.bytes_per_weight,
         compute_bytes=compute_bytes,
     )
 
 
-def _machine(args: PlanArguments) -> Machine:
+def _reference(model_args: ModelArguments, config: DiffusionConfig) -> str:
+    if config.precompute_ref_log_probs:
+        return "precomputed"
+    if config.sync_ref_model:
+        return "synced"
+    return "adapter" if model_args.use_peft else "model"
+
+
+def _machine(args: PlanArguments, asked: str | None) -> Machine:
+    """asked: the engine that the training's own fields ask for."""
+    if asked is not None and args.engine not in (None, asked):
+        raise ValueError(f"engine={args.engine}, but fsdp or deepspeed of the training ask for {asked}")
+    if asked is not None and args.num_gpus == 1:
+        raise ValueError(f"fsdp or deepspeed of the training ask for {asked}: give num_gpus, at least 2")
     return Machine(
         num_gpus=args.num_gpus,
-        engine=args.engine or ("single" if args.num_gpus == 1 else "fsdp2"),
+        engine=args.engine or asked or ("single" if args.num_gpus == 1 else "fsdp2"),
         gpus_per_node=args.gpus_per_node,
         gpu_memory=args.gpu_memory,
         matmul_tflops=args.matmul_tflops,
@@ -146,10 +205,10 @@ def _machine(args: PlanArguments) -> Machine:
     )
 
 
-def plan_text(found: Plan, changes: list[tuple[str, Plan]]) -> str:
+def plan_text(found: Plan, changes: list[tuple[str, Plan]], not_modelled: Sequence[str] = ()) -> str:
     """What is printed: sizes, memory, arithmetic, time, and advice."""
     shape, setup, machine = found.shape, found.setup, found.machine
-    mode = "replay" if setup.replays else "joint"
+    mode = "replay" if setup.replays else "in one pass" if setup.is_cut else "joint"
     unit = "pairs" if setup.num_sides == 2 else "examples"
     lines = [
         f"model      {shape.total_parameters / 1e9:.2f} B weights, a token meets "
@@ -159,6 +218,7 @@ def plan_text(found: Plan, changes: list[tuple[str, Plan]]) -> str:
         f"machine    {machine.num_gpus} x {machine.gpu_memory:.1f} GiB, {machine.engine}",
         "",
         "Every figure below is modelled.",
+        *(f"Not in it: {what}." for what in not_modelled),
         "",
         "memory of one GPU, GiB",
     ]

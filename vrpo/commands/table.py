@@ -121,7 +121,7 @@ _COMMANDS = (
         {
             "Machine and data": "vrpo.commands.plan:PlanArguments",
             "Model": "vrpo.commands.arguments:ModelArguments",
-            "VRPO": "vrpo.training.config:VRPOConfig",
+            "VRPO": "vrpo.commands.planned_config:PlannedConfig",
         }
         | _QUANTIZATION,
         defaults="those of vrpo train, whose config file it takes as it is; the machine's are an H100's. It "

@@ -113,7 +113,8 @@ def _run(
         peft_config=adapter,
     )
     if script.dry_run:
-        text = dry_run_text(trainer, model_args, config)  # in all processes, whose packs are equalised
+        # In all processes, whose packs are equalised.
+        text = dry_run_text(trainer, model_args, config, quantization)
         if trainer.is_world_process_zero():
             say(text)
         return

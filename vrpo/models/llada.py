@@ -157,7 +157,9 @@ class LLaDABody(LlamaModel):
         if trunk_hidden is None:
             hidden = self._run_layers(self.embed_tokens(input_ids), slice(trunk_layers), **kwargs)
         else:
-            if self._checkpoints_reentrantly():  # that form differentiates only what its input tells it to
+            if (
+                self.training and torch.is_grad_enabled() and self.checkpoints_reentrantly
+            ):  # that form differentiates only what its input tells it to
                 trunk_hidden = trunk_hidden.detach().requires_grad_()
             hidden = self.norm(self._run_layers(trunk_hidden, slice(trunk_layers, None), **kwargs))
         return BaseModelOutputWithPast(last_hidden_state=hidden)
@@ -176,9 +178,10 @@ class LLaDABody(LlamaModel):
             )
         return hidden
 
-    def _checkpoints_reentrantly(self) -> bool:
+    @property
+    def checkpoints_reentrantly(self) -> bool:
         layer = self.layers[-1]
-        if not (layer.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+        if not layer.gradient_checkpointing:
             return False
         return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False)
 
@@ -206,6 +209,14 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Makes the weight of this layer the head; resize_token_embeddings comes here too."""
         self.lm_head = MaskedDiffusionHead.around(new_embeddings)
+
+    def enable_input_require_grads(self) -> None:
+        """Lets the embedding's output require a gradient, but only for re-entrant checkpoints, which need it.
+
+        With others, frozen lowest layers would get a graph, and be recomputed and differentiated for nothing.
+        """
+        if self.model.checkpoints_reentrantly:
+            super().enable_input_require_grads()
 
     def generate(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: the inherited left-to-right decoding would run and be wrong."""

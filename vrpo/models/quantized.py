@@ -57,6 +57,19 @@ class Quantization:
             return "load_in_4bit"
         return "load_in_8bit" if self.load_in_8bit else None
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """Of the quantized layers, with the scales; 0.0 where nothing is quantized.
+
+        4 bits: a float32 scale for 64 weights; nested, 8 bits for it and a float32 one for 256 of them.
+        8 bits: a float32 scale for a whole row, which is not counted.
+        """
+        if self.load_in_8bit:
+            return 1.0
+        if not self.load_in_4bit:
+            return 0.0
+        return 0.5 + (1 / 64 + 4 / (64 * 256) if self.use_bnb_nested_quant else 4 / 64)
+
     def config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
         """What transformers takes; 4-bit weights are multiplied in `dtype`, under autocast in its dtype."""
         if self.load_in_8bit:

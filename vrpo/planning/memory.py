@@ -29,15 +29,24 @@ def trained_layers(shape: ModelShape, setup: TrainingSetup) -> int:
 
 
 def trained_parameters(shape: ModelShape, setup: TrainingSetup) -> int:
-    """How many weights get a gradient: the adapters, or the top layers with the last norm and the head."""
+    """How many weights get a gradient: the adapters, all, or the top layers with the last norm and the head.
+
+    train_top_layers freezes the embedding, also where it names every layer.
+    """
     layers = trained_layers(shape, setup)
     if setup.lora_rank:
-        return shape.lora_parameters(setup.lora_rank, layers)
-    if layers == shape.num_layers:
+        return shape.lora_parameters(setup.lora_rank, layers, setup.lora_targets)
+    if setup.train_top_layers is None:
         return shape.total_parameters
     frozen = shape.num_layers - layers
     below = _lowest_layers(shape, frozen) + 2 * frozen * shape.hidden_size
     return shape.total_parameters - below - shape.head_parameters
+
+
+def trained_head(shape: ModelShape, setup: TrainingSetup) -> int:
+    """How many weights of the head train; one that is tied to a frozen embedding is frozen with it."""
+    is_frozen = shape.tied_head and setup.train_top_layers is not None
+    return 0 if setup.lora_rank or is_frozen else shape.head_parameters
 
 
 def _lowest_layers(shape: ModelShape, number: int) -> int:
@@ -47,8 +56,14 @@ def _lowest_layers(shape: ModelShape, number: int) -> int:
 
 
 def packs_per_step(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
-    """Packs of one GPU in one optimizer step."""
-    return max(1.0, setup.pairs_per_step * setup.pair_tokens / machine.num_gpus / setup.pack_tokens)
+    """Packs of one GPU in one optimizer step; at least one, where GPUs are more than examples too."""
+    batches = setup.pairs_per_step / machine.num_gpus / setup.per_device_train_batch_size
+    return max(1.0, batches * setup.packs_per_batch)
+
+
+def _quantized(shape: ModelShape, setup: TrainingSetup) -> int:
+    """How many weights are quantized."""
+    return shape.body_parameters() if setup.quantized_bytes else 0
 
 
 def saved_bytes(
@@ -97,13 +112,21 @@ def memory_parts(
 
     weights, reference, optimizer: resident. gradients: of what is trained, with the copies that the engine
     makes of them. gathered: what sharded weights are gathered into. casts: 16-bit copies that autocast makes
-    of float32 weights. activations: kept for the backward pass. layer: while one layer's backward runs.
+    of float32 weights, and the matrix of quantized weights that is unpacked. activations: kept for the
+    backward pass. layer: while one layer's backward runs.
     head: the masked rows, and the head's new gradient.
     """
+    if setup.quantized_bytes and machine.engine not in ("single", "ddp"):
+        raise ValueError(
+            f"a quantized model is not supported under {machine.engine}, which would cut or cast its packed "
+            "bits: use one GPU, or ddp"
+        )
     shards = machine.num_gpus if machine.shards_weights else 1
     trained = trained_parameters(shape, setup)
     adapters = trained * LORA_BYTES if setup.lora_rank else 0
-    weights = shape.total_parameters * weight_bytes_of(setup, machine) + adapters
+    quantized = _quantized(shape, setup)
+    whole = shape.total_parameters - quantized
+    weights = whole * weight_bytes_of(setup, machine) + quantized * setup.quantized_bytes + adapters
     resident = {
         "weights": weights / shards,
         "reference": _reference(shape, setup, machine),
@@ -121,7 +144,7 @@ def _moment(
     """The parts that come and go, at the worst of three moments of a backward pass."""
     wide = stream_bytes(setup, machine)
     gradients = _gradients(shape, setup, machine)
-    trains_head = not setup.lora_rank
+    trains_head = trained_head(shape, setup) > 0
     new_head = shape.head_parameters * setup.weight_bytes if trains_head else 0
     # Rows as they enter the head and their gradients, and nll, statistics and weights of all.
     head = setup.masked_rows * (shape.hidden_size * 2 * wide + 24)
@@ -152,7 +175,7 @@ def weight_bytes_of(setup: TrainingSetup, machine: Machine) -> int:
 
 
 def _reference(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
-    if setup.reference != "model":
+    if not setup.keeps_reference:
         return 0.0
     if machine.shards_weights:
         return shape.total_parameters * setup.weight_bytes / machine.num_gpus
@@ -198,11 +221,13 @@ def _gathered(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> floa
 
 def _casts(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
     narrowed = machine.engine in ("single", "ddp") and setup.weight_bytes > setup.compute_bytes
+    head = shape.head_parameters * setup.compute_bytes if narrowed else 0.0
+    if setup.quantized_bytes:
+        return head + shape.hidden_size * max(shape.largest_mlp_size, shape.query_size) * setup.compute_bytes
     if not narrowed:
         return 0.0
-    head = shape.head_parameters
     layers = trained_layers(shape, setup) / shape.num_layers
     # Copies of trained weights live to the end of the forward pass; a graph keeps those of frozen ones too.
     lives = not setup.lora_rank or not setup.gradient_checkpointing
     body = layers * shape.body_parameters() if lives else shape.largest_layer_parameters
-    return (body + head) * setup.compute_bytes
+    return head + body * setup.compute_bytes

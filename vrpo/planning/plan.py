@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from vrpo.planning.memory import memory_parts, trained_parameters
+from vrpo.planning.memory import memory_parts, packs_per_step, trained_parameters
 from vrpo.planning.setup import Machine, TrainingSetup
 from vrpo.planning.shape import ModelShape
-from vrpo.planning.step_time import compute_seconds, flops_parts, step_seconds
+from vrpo.planning.step_time import compute_seconds, flops_parts, passes_of, step_seconds
 
 GIB = 2**30
 # What is not tensors (CUDA context, NCCL) in GiB, and what the allocator cannot use of the rest.
@@ -52,6 +52,8 @@ class Plan:
             "trained_parameters": trained_parameters(self.shape, self.setup),
             "pack_tokens": self.setup.pack_tokens,
             "replays": self.setup.replays,
+            "packs_per_step": packs_per_step(self.shape, self.setup, self.machine),
+            "passes": asdict(passes_of(self.setup)),
             "memory_bytes": self.memory,
             "peak_gib": self.peak_gib,
             "usable_gib": self.usable_gib,
@@ -113,7 +115,7 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
         yield turned(f"max_tokens_per_pack {budget}", max_tokens_per_pack=budget)
     if machine.num_gpus > 1 and machine.engine in ("ddp", "zero2"):
         yield turned("engine fsdp2", machine=replace(machine, engine="fsdp2"))
-    if not setup.lora_rank:
+    if not setup.lora_rank and setup.reference != "synced":  # which needs a second model
         without = "adapter" if setup.reference == "model" else setup.reference
         yield turned("LoRA of rank 16, bfloat16 base", lora_rank=16, weight_bytes=2, reference=without)
     if machine.num_gpus < 512:

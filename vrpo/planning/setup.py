@@ -1,10 +1,11 @@
 """What is trained, how, and on which machine: the inputs of the cost model, checked."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 ENGINES = ("single", "ddp", "zero2", "zero3", "fsdp2")
-REFERENCES = ("model", "adapter", "precomputed", "none")
+REFERENCES = ("model", "synced", "adapter", "precomputed", "none")
 GRADIENT_MODES = ("auto", "joint", "replay")
 
 
@@ -15,9 +16,14 @@ class TrainingSetup:
     prompt_length, response_length: tokens, means; all sequences count as equally long.
     pairs_per_step: examples of one optimizer step, over all GPUs. num_sides: responses of an example.
     mask_ratio: masked share of the responses, mean; 1/2 in expectation for every design.
-    lora_rank: 0 trains all weights. reference: "model" (a frozen copy), "adapter" (the model with its adapter
-        off), "precomputed" or "none".
-    train_top_layers: None for all. weight_bytes: 4 for float32, 2 for bfloat16 weights.
+    is_linear: the loss is linear in the ELBOs (SFT), so that what is cut into packs is passed once all the
+        same. whole_batches: the loss needs all ELBOs of a batch at once (KTO).
+    lora_rank: 0 trains all weights. lora_targets: names of the linear layers with adapters; None for all.
+    reference: "model" (a frozen copy), "synced" (one that follows the policy), "adapter" (the model with its
+        adapter off), "precomputed" or "none". share_trunk: where the lowest layers are frozen, policy and
+        reference compute them once.
+    train_top_layers: None for all. weight_bytes: 4 for float32, 2 for bfloat16 weights. quantized_bytes: of a
+        weight of the body's linear layers with its share of the scales, under adapters; 0: not quantized.
     compute_bytes: 2 under bf16 autocast, and with 16-bit weights; else 4.
     """
 
@@ -30,11 +36,16 @@ class TrainingSetup:
     mask_ratio: float = 0.5
     max_tokens_per_pack: int = 65536
     gradient_mode: str = "auto"
+    is_linear: bool = False
+    whole_batches: bool = False
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] | None = None
     reference: str = "model"
+    share_trunk: bool = True
     train_top_layers: int | None = None
     gradient_checkpointing: bool = False
     weight_bytes: int = 4
+    quantized_bytes: float = 0.0
     compute_bytes: int = 2
 
     def __post_init__(self) -> None:
@@ -55,6 +66,10 @@ class TrainingSetup:
             raise ValueError(
                 "reference 'adapter' needs lora_rank > 0: without an adapter there is none to switch off"
             )
+        if self.quantized_bytes and not self.lora_rank:
+            raise ValueError("quantized_bytes needs lora_rank > 0: a quantized base is frozen")
+        if not 0 <= self.quantized_bytes <= 2:
+            raise ValueError(f"quantized_bytes must be in [0, 2], got {self.quantized_bytes}")
 
     @property
     def segment_length(self) -> int:
@@ -67,17 +82,58 @@ class TrainingSetup:
         return self.num_sides * self.num_samples * self.segment_length
 
     @property
-    def replays(self) -> bool:
-        """Whether an example is cut, so that the step runs twice."""
-        fits = self.pair_tokens <= self.max_tokens_per_pack
+    def batch_tokens(self) -> int:
+        """Tokens of all masked copies of one batch of a GPU."""
+        return self.per_device_train_batch_size * self.pair_tokens
+
+    @property
+    def graph_tokens(self) -> int:
+        """Tokens of what one graph has to hold where nothing is cut: an example, or a whole batch."""
+        return self.batch_tokens if self.whole_batches else self.pair_tokens
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether packs divide an example (or batch), down to one masked copy."""
+        fits = self.graph_tokens <= self.max_tokens_per_pack
         return self.gradient_mode == "replay" or (self.gradient_mode == "auto" and not fits)
+
+    @property
+    def replays(self) -> bool:
+        """Whether the policy runs twice: a first pass gives the loss, a second one its gradient."""
+        return self.is_cut and not self.is_linear
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether a step runs a reference."""
+        return self.reference in ("model", "synced", "adapter")
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a second model is resident."""
+        return self.reference in ("model", "synced")
+
+    @property
+    def _held(self) -> int:
+        """Examples, or masked copies where examples are cut, of the largest pack."""
+        unit = self.segment_length if self.is_cut else self.graph_tokens
+        return max(1, self.max_tokens_per_pack // unit)
 
     @property
     def pack_tokens(self) -> int:
         """Tokens of the largest pack: as many examples, or masked copies of one, as the budget holds."""
-        unit = self.segment_length if self.replays else self.pair_tokens
-        held = max(1, self.max_tokens_per_pack // unit)
-        return min(held * unit, self.per_device_train_batch_size * self.pair_tokens)
+        unit = self.segment_length if self.is_cut else self.graph_tokens
+        # "replay" takes a batch as one; "auto" cuts each example that does not fit by itself.
+        whole = self.batch_tokens if self.gradient_mode == "replay" or not self.is_cut else self.graph_tokens
+        return min(self._held * unit, whole)
+
+    @property
+    def packs_per_batch(self) -> int:
+        """Packs of one batch of a GPU."""
+        if not self.is_cut:
+            return math.ceil(self.batch_tokens / self.graph_tokens / self._held)
+        whole = self.batch_tokens if self.gradient_mode == "replay" else self.graph_tokens
+        parts = self.batch_tokens // whole
+        return parts * math.ceil(whole // self.segment_length / self._held)
 
     @property
     def masked_rows(self) -> float:

@@ -13,6 +13,7 @@ _KEYS = {
     "num_heads": ("num_attention_heads", "n_heads"),
     "vocab_size": ("embedding_size", "vocab_size"),
 }
+_LINEAR = {"attn_out": "o_proj", "ff_proj": "gate_proj", "ff_out": "down_proj"}  # LLaDA's -> transformers'
 _LARGEST = 2**31
 
 
@@ -118,17 +119,27 @@ class ModelShape:
     def _has_dense(self) -> bool:
         return self.num_moe_layers < self.num_layers
 
-    def lora_parameters(self, rank: int, num_layers: int) -> int:
+    def lora_parameters(self, rank: int, num_layers: int, targets: tuple[str, ...] | None = None) -> int:
         """Weights of adapters on the linear layers of the top num_layers layers: rank * (in + out) each.
 
+        targets: names of the layers, transformers' or LLaDA's original ones; None, or a name that is none of
+            them, for all.
         Of a layer with experts, the attention and the shared expert are adapted: an adapter on each routed
         expert would be a tenth of the model.
         """
-        hidden, mlp = self.hidden_size, self.intermediate_size
-        attention = 2 * (hidden + self.query_size) + 2 * hidden + self.key_value_size
+        hidden, shared = self.hidden_size, self.shared_experts * self.expert_size
+        ends = {"q_proj": self.query_size, "o_proj": self.query_size}
+        ends |= dict.fromkeys(("k_proj", "v_proj"), self.key_value_size // 2)
+        mlp = ("gate_proj", "up_proj", "down_proj")
+        targets = {_LINEAR.get(name, name) for name in targets or ()}
+        if not targets or not targets <= {*ends, *mlp}:
+            targets = {*ends, *mlp}
+        attention = sum(hidden + size for name, size in ends.items() if name in targets)
+        in_mlp = sum(name in targets for name in mlp)
         moe = min(num_layers, self.num_moe_layers)
-        shared = 3 * (hidden + self.shared_experts * self.expert_size) if self.shared_experts else 0
-        return rank * (num_layers * attention + moe * shared + (num_layers - moe) * 3 * (hidden + mlp))
+        of_moe = in_mlp * (hidden + shared) if shared else 0
+        of_dense = in_mlp * (hidden + self.intermediate_size)
+        return rank * (num_layers * attention + moe * of_moe + (num_layers - moe) * of_dense)
 
 
 def read_shape(path: str | Path) -> ModelShape:

@@ -12,7 +12,13 @@ by the steps measured at K = 8 on one H100 (benchmarks/results/gpu/h100-2026-11-
 
 from dataclasses import dataclass
 
-from vrpo.planning.memory import packs_per_step, trained_layers, trained_parameters, weight_bytes_of
+from vrpo.planning.memory import (
+    packs_per_step,
+    trained_head,
+    trained_layers,
+    trained_parameters,
+    weight_bytes_of,
+)
 from vrpo.planning.setup import Machine, TrainingSetup
 from vrpo.planning.shape import ModelShape
 
@@ -46,9 +52,9 @@ class Passes:
 
 def passes_of(setup: TrainingSetup) -> Passes:
     """The passes that a setup makes."""
-    replay = int(setup.replays)
-    reference = int(setup.reference in ("model", "adapter"))
-    return Passes(1 + replay, reference, replay, int(setup.gradient_checkpointing))
+    replay, reference = int(setup.replays), int(setup.runs_reference)
+    apart = reference * (not setup.share_trunk)  # the reference then runs the frozen layers by itself
+    return Passes(1 + replay + apart, reference, replay, int(setup.gradient_checkpointing))
 
 
 def flops_parts(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> dict[str, float]:
@@ -60,6 +66,7 @@ def flops_parts(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> di
     attention = 4.0 * shape.query_size * shape.num_layers * setup.segment_length * tokens
     head = 2.0 * rows * shape.head_parameters
     passes, trains = passes_of(setup), int(not setup.lora_rank)
+    trains_head = int(trained_head(shape, setup) > 0)
     shared = (1 - top) * passes.frozen
     forward = body + attention
     return {
@@ -68,7 +75,7 @@ def flops_parts(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> di
         "first pass": passes.first * (top * forward + head),
         "forward": top * forward + head,
         "recomputation": passes.recomputed * top * forward,
-        "backward": top * (body * (1 + trains) + 2 * attention) + head * (1 + trains),
+        "backward": top * (body * (1 + trains) + 2 * attention) + head * (1 + trains_head),
         "attention": (shared + top * (passes.forwards + 2)) * attention,
     }
 
@@ -86,8 +93,12 @@ def compute_seconds(shape: ModelShape, setup: TrainingSetup, machine: Machine) -
     adapted = layers * (passes.forwards - passes.reference + 2) if setup.lora_rank else 0
     sizes = (shape.hidden_size, shape.active_mlp_size)
     moved = plain * _traffic(LAYER_TRAFFIC, sizes) + adapted * _traffic(ADAPTER_TRAFFIC, sizes)
+    packs = packs_per_step(shape, setup, machine)
     moving = tokens * moved * setup.compute_bytes / (1e9 * machine.copy_bandwidth)
-    launches = 1e-3 * packs_per_step(shape, setup, machine)
+    if setup.quantized_bytes:  # unpacked in every pass: read, written, and read again by the product
+        unpacked = shape.body_parameters() * (setup.quantized_bytes + 2 * setup.compute_bytes)
+        moving += packs * plain / shape.num_layers * unpacked / (1e9 * machine.copy_bandwidth)
+    launches = 1e-3 * packs
     launches *= plain * LAYER_LAUNCH + adapted * ADAPTER_LAUNCH
     shards = machine.num_gpus if machine.shards_weights or machine.is_deepspeed else 1
     updated = trained_parameters(shape, setup) / shards
