@@ -92,7 +92,7 @@ def _run(
     if script.dataset_streaming and config.max_steps < 1:
         raise ValueError("dataset_streaming needs max_steps: the length of a stream is not known")
     # The trainer chooses, in all processes the same, and tells; a new model needs the tokenizer before.
-    whole = functools.partial(fault_of, save_only_model=config.save_only_model)
+    whole = functools.partial(fault_of, save_only_model=config.save_only_model, checksum=None)
     checkpoint = checkpoint_to_resume(
         config.resume_from_checkpoint, config.output_dir, fault=whole, is_told=False
     )

@@ -7,14 +7,15 @@ disk. So they are compared, by value, before training.
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from vrpo import disk
 from vrpo.models.adapter_config import CONFIG_FILE
 from vrpo.models.adapters import unwrapped
 from vrpo.models.loading import load_config
@@ -43,7 +44,10 @@ def is_saved(model: nn.Module, path_or_id: str, revision: str | None = None) -> 
         return False
     if _architecture(saved_config) != _architecture(model.get_base_model().config):
         return False
-    return bool(files) and _same(base_weights(model), files)
+    try:
+        return bool(files) and _same(base_weights(model), files)
+    except SafetensorError:  # damaged
+        return False
 
 
 def _architecture(config: Any) -> dict[str, Any]:
@@ -74,8 +78,6 @@ def _weight_files(path_or_id: str, revision: str | None) -> list[str]:
 
 
 def _same(weights: dict[str, Tensor], files: list[str]) -> bool:
-    from safetensors import safe_open
-
     left = dict(weights)
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -92,11 +94,13 @@ def _same(weights: dict[str, Tensor], files: list[str]) -> bool:
 def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -> Path | None:
     """Write the base to output_dir/base_model, unless the path that its adapters name holds it already.
 
-    Written aside and renamed. Call it on one process, before the weights are sharded. A base that was
-    quantized as it was loaded is not on disk in that form, nor wanted there: it comes from its checkpoint.
+    Written aside and renamed once it is on the disk. Call it on one process, before the weights are sharded.
+    A base that was quantized as it was loaded is not on disk in that form, nor wanted there: it comes from
+    its checkpoint.
 
     Returns: the folder that the adapters must name, or None if the one they name is right.
-    Errors: ValueError if another base lies there and adapters beside it need it.
+    Errors: ValueError if another base, or a damaged one, lies there and adapters beside it need it; OSError
+        where it cannot be written.
     """
     base = model.get_base_model()
     named = {config.base_model_name_or_path or base.name_or_path for config in model.peft_config.values()}
@@ -112,18 +116,18 @@ def keep_base(model: nn.Module, tokenizer: Any, output_dir: str | os.PathLike) -
     if users:
         raise ValueError(
             f"{folder} is the base of the adapter in {users[0]} and not the model that is to be trained; "
-            "choose another output_dir, or start from the same model again"
+            "choose another output_dir, or start from the same model again; if it is that model and only its "
+            "files are damaged, remove the folder, and it is written again"
         )
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
     weights = base_weights(model)
     if base.config.tie_word_embeddings:
         weights[f"{HEAD.here}.weight"] = base.get_input_embeddings().weight.detach()
-    base.save_pretrained(aside, state_dict=weights)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    aside = folder.with_name(folder.name + ".tmp")
+    with disk.writing(aside, f"the base model could not be written to {folder}"):
+        base.save_pretrained(aside, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        disk.replace_folder(aside, folder)
     return folder
 
 

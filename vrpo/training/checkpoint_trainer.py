@@ -7,25 +7,28 @@ stays its business.
 """
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vrpo import disk
 from vrpo.training.checkpoints import (
     checkpoints,
+    checksums,
     discard,
+    fault_of,
     incomplete,
+    names_of,
     publish,
     remove_incomplete,
     rotate,
-    sync_files,
 )
 from vrpo.training.interrupt import SaveAfterEpochEnd, StopOnSignal, TrainingInterrupted
 from vrpo.training.packed_trainer import PackedTrainer
@@ -97,9 +100,9 @@ class CheckpointTrainer(PackedTrainer):
                 self.state.save_to_json(os.path.join(aside, "trainer_state.json"))
             self._save_extras(str(aside))
             self._publish(aside, folder)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except Exception as error:
             remove_incomplete(run_dir)  # a full disk gets its room back
-            if not _is_of_writing(error):
+            if not disk.is_of_writing(error):
                 raise
             raise OSError(_cannot_save(folder, error)) from error
         if self.args.push_to_hub:
@@ -136,13 +139,40 @@ class CheckpointTrainer(PackedTrainer):
         """Gives the checkpoint that all processes wrote its name, first in the process that leads the run."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_local_main_process and aside.exists():
-            sync_files(aside)
+            disk.sync_files(aside)
         self.accelerator.wait_for_everyone()
+        known = self._checksums(aside)
         if self.accelerator.is_main_process:
-            publish(aside, folder)
+            publish(aside, folder, known)
         self.accelerator.wait_for_everyone()
         if self.args.should_save and aside.exists():  # save_on_each_node, on a disk of its own
-            publish(aside, folder)
+            publish(aside, folder, known)
+
+    def _checksums(self, folder: Path) -> dict[str, str]:
+        """Of a checkpoint's files by name, for the processes that write; all of them share the reading."""
+        args = self.args
+        if args.world_size == 1 or args.save_on_each_node:
+            return checksums(folder, names_of(folder)) if args.should_save else {}
+        names: list[Any] = [names_of(folder) if args.process_index == 0 else None]
+        broadcast_object_list(names)
+        mine = checksums(folder, names[0][args.process_index :: args.world_size])
+        # What another node does not see is left to the caller.
+        return {name: value for one in gather_object([mine]) for name, value in one.items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A model beside the checkpoints is written aside, too, and appears file by file, each whole."""
+        if self._written_in is not None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        aside = incomplete(folder) / "model"
+        try:
+            with disk.writing(aside, f"the model could not be written to {folder}"):
+                super()._save(str(aside), state_dict)
+                disk.move_files(aside, folder)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.parent.rmdir()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._written_in is None:  # else the upload, which goes on beside training, would lose its files
@@ -161,6 +191,29 @@ class CheckpointTrainer(PackedTrainer):
         return output
 
     # ---- going on, and stopping ----
+
+    def _fault_of(self, folder: Path) -> str | None:
+        """What keeps the run from going on from a checkpoint: whole for each process that has a copy.
+
+        The same in all processes, which call it together.
+        """
+        told = functools.partial(
+            fault_of,
+            folder,
+            save_only_model=self.args.save_only_model,
+            is_plain=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
+        )
+
+        def first_of_all(checksum: Callable[[Path], str] | None) -> str | None:
+            every = gather_object([told(checksum=checksum) if self.args.should_save else None])
+            return next((fault for fault in every if fault is not None), None)
+
+        if fault := first_of_all(None):  # before all is read
+            return fault
+        known = self._checksums(folder)
+        return first_of_all(
+            lambda path: known.get(path.relative_to(folder).as_posix()) or disk.checksum(path)
+        )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._unlogged is not None:
@@ -209,23 +262,11 @@ class CheckpointTrainer(PackedTrainer):
         self._sums["train"].update(mine["sums"])
 
 
-def _is_of_writing(error: Exception) -> bool:
-    """safetensors and torch.save have errors of their own for what the system tells them."""
-    if isinstance(error, RuntimeError):
-        return any(
-            word in str(error) for word in ("PytorchStreamWriter", "inline_container", "unexpected pos")
-        )
-    return True
-
-
 def _cannot_save(folder: Path, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    if name := getattr(error, "filename", None):
-        reason = f"{name}: {reason}"
     found = checkpoints(folder.parent)
     left = f"the last checkpoint is {found[0]}" if found else f"{folder.parent} holds no checkpoint yet"
     return (
-        f"the checkpoint {folder.name} could not be written: {reason}. Training stopped and removed what was "
-        f"written of it; {left}. Make room (save_total_limit keeps fewer) or mend the disk, then go on with "
-        "resume_from_checkpoint=true"
+        f"the checkpoint {folder.name} could not be written: {disk.reason_of(error)}. Training stopped and "
+        f"removed what was written of it; {left}. Make room (save_total_limit keeps fewer) or mend the disk, "
+        "then go on with resume_from_checkpoint=true"
     )

@@ -5,7 +5,8 @@ the disk; one that is deleted is moved there first. So a process that dies at an
 checkpoint whole or not at all, and what it was at in a place that is never read. The name begins with an
 underscore because the Trainer leaves such folders out of what it pushes to the hub.
 
-vrpo_manifest.json says which files a checkpoint has, to find what the disk or a person did to it later.
+vrpo_manifest.json says which files a checkpoint has, with a checksum of every byte, to find what the disk or
+a person did to it later.
 """
 
 import contextlib
@@ -14,17 +15,20 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vrpo import disk
+
 INCOMPLETE = "_incomplete"
 MANIFEST = "vrpo_manifest.json"
 STATE_FILES = ("optimizer.pt", "scheduler.pt")
-_FORMAT = 1
+CHECKSUM = "xxh3_128"
+_FORMAT = 2
 _END = 65536
 
 
@@ -53,20 +57,31 @@ def remove_incomplete(run_dir: str | os.PathLike) -> None:
     shutil.rmtree(incomplete(run_dir), ignore_errors=True)
 
 
-def sync_files(folder: Path) -> None:
-    """Returns once every file and folder under `folder`, and its name in its parent, is on the disk."""
-    for path in (*_files(folder), *(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _sync(path)
-    _sync(folder.parent)
+def names_of(folder: Path) -> list[str]:
+    """The files of a checkpoint, but for its manifest."""
+    names = [path.relative_to(folder).as_posix() for path in disk.files_of(folder)]
+    return [name for name in names if name != MANIFEST]
 
 
-def publish(aside: Path, folder: Path) -> None:
-    """Moves the checkpoint at `aside`, whose files are synced, to `folder`; replaces what is there."""
-    _write_manifest(aside)
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """By name, of the files that can be read."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            found[name] = disk.checksum(folder / name)
+    return found
+
+
+def publish(aside: Path, folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Moves the checkpoint at `aside`, whose files are synced, to `folder`; replaces what is there.
+
+    Args: known: checksums of its files, as far as they are known.
+    """
+    _write_manifest(aside, known or {})
     if folder.exists():
         discard(folder)
     os.rename(aside, folder)
-    _sync(folder.parent)
+    disk.sync(folder.parent)
     _remove_if_empty(aside.parent)
 
 
@@ -106,7 +121,13 @@ def _is_same(folder: Path, other: str | None) -> bool:
     return other is not None and Path(other).is_dir() and folder.samefile(other)
 
 
-def fault_of(folder: Path, *, save_only_model: bool = False, is_plain: bool | None = None) -> str | None:
+def fault_of(
+    folder: Path,
+    *,
+    save_only_model: bool = False,
+    is_plain: bool | None = None,
+    checksum: Callable[[Path], str] | None = disk.checksum,
+) -> str | None:
     """What keeps a run from going on from this checkpoint, as a clause; None if it is whole.
 
     A checkpoint without a manifest (of transformers' Trainer, or of an earlier version) is whole if the
@@ -116,10 +137,11 @@ def fault_of(folder: Path, *, save_only_model: bool = False, is_plain: bool | No
         save_only_model: allow it to lack the state of the optimizer and the schedule.
         is_plain: written with neither FSDP nor DeepSpeed, which keep states in files of their own. None: not
             known, so the files of the states are looked for in the manifest alone.
+        checksum: reads all of a file; None: only the files' names and sizes are compared.
     """
     try:
         return _fault_of_missing(folder, save_only_model, is_plain) or _fault_of_files(
-            folder, skipped=STATE_FILES if save_only_model else ()
+            folder, STATE_FILES if save_only_model else (), checksum
         )
     except OSError as error:
         return f"cannot be read: {error.filename or folder}: {error.strerror or error}"
@@ -137,13 +159,17 @@ def _fault_of_missing(folder: Path, save_only_model: bool, is_plain: bool | None
     )
 
 
-def _fault_of_files(folder: Path, skipped: tuple[str, ...]) -> str | None:
+def _fault_of_files(
+    folder: Path, skipped: tuple[str, ...], checksum: Callable[[Path], str] | None
+) -> str | None:
     manifest = folder / MANIFEST
     if manifest.is_file():
         try:
             files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
             faults = (
-                _fault_of_file(folder, name, told) for name, told in files.items() if name not in skipped
+                _fault_of_file(folder, name, told, checksum)
+                for name, told in files.items()
+                if name not in skipped
             )
             return next((fault for fault in faults if fault is not None), None)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -166,27 +192,34 @@ def _fault_of_format(path: Path) -> str | None:
     return None
 
 
-def _fault_of_file(folder: Path, name: str, told: dict[str, Any]) -> str | None:
+def _fault_of_file(
+    folder: Path, name: str, told: dict[str, Any], checksum: Callable[[Path], str] | None
+) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"is damaged: {name} is missing"
     size = path.stat().st_size
     if size != told["size"]:
         return f"is damaged: {name} has {size} of {told['size']} bytes"
-    if _digest_of_ends(path) != told["ends"]:
-        return f"is damaged: {name} is not the file that was written"
-    return None
+    if CHECKSUM not in told:  # format 1
+        is_same = _digest_of_ends(path) == told["ends"]
+    else:
+        is_same = checksum is None or checksum(path) == told[CHECKSUM]
+    return None if is_same else f"is damaged: {name} is not the file that was written"
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path, known: Mapping[str, str]) -> None:
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "ends": _digest_of_ends(path)}
-        for path in _files(folder)
+        name: {
+            "size": (folder / name).stat().st_size,
+            CHECKSUM: known.get(name) or disk.checksum(folder / name),
+        }
+        for name in names_of(folder)
     }
     path = folder / MANIFEST
     path.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(path)
-    _sync(folder)
+    disk.sync(path)
+    disk.sync(folder)
 
 
 def _digest_of_ends(path: Path) -> str:
@@ -198,17 +231,3 @@ def _digest_of_ends(path: Path) -> str:
             file.seek(max(_END, path.stat().st_size - _END))
             digest.update(file.read(_END))
     return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from vrpo import disk
 from vrpo.batch import ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.training.fingerprint import Fingerprint, differing
@@ -76,7 +77,7 @@ class ReferenceCache:
                 "be checked: remove the folder to compute them again, or give another ref_log_probs_cache"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, (json.dumps(fingerprint, indent=1, sort_keys=True) + "\n").encode())
+        disk.write_whole(path, (json.dumps(fingerprint, indent=1, sort_keys=True) + "\n").encode())
 
     def place(self, part: Part) -> Path:
         some = "" if part.mask == self._whole(part.block) else f"-{part.mask:x}"
@@ -144,7 +145,7 @@ class ReferenceCache:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        _write_whole(path, sink.getvalue())
+        disk.write_whole(path, sink.getvalue())
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         """(key_R int64, elbo_RK) of one part.
@@ -222,18 +223,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise _damaged(path, "it is no JSON object")
     return stored
-
-
-def _write_whole(path: Path, content: bytes | pa.Buffer) -> None:
-    """Aside, to the disk, and only then under its name; what a killed process left aside is overwritten."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -23,7 +23,6 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from vrpo.models.partitioned import whole, whole_shape
 from vrpo.training.checkpoints import STATE_FILES, checkpoints, fault_of
 
 logger = logging.get_logger(__name__)
@@ -107,10 +106,7 @@ def digest_of_dataset(dataset: Dataset | None) -> str:
 
 
 def digest_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, shapes and a sample of each tensor; training changes every one of them.
-
-    A collective where ZeRO-3 keeps them in parts.
-    """
+    """SHA-256 of names, shapes and a sample of each tensor; training changes every one of them."""
     digest = hashlib.sha256()
     # By the names they have without PEFT: which layers carry an adapter is not the base's matter.
     plain = {
@@ -118,8 +114,8 @@ def digest_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
         for name, tensor in parameters
     }
     for name, tensor in sorted(plain.items()):
-        flat = whole(tensor).flatten()
-        digest.update(f"{name} {whole_shape(tensor)}".encode())
+        flat = tensor.detach().flatten()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         if len(flat):
             index = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
             digest.update(flat[index.long().to(flat.device)].double().cpu().numpy().tobytes())
@@ -179,15 +175,11 @@ def _newest_whole(found: list[Path], fault: Callable[[Path], str | None], is_tol
     )
 
 
-def check_checkpoint(
-    folder: str, run: dict[str, Any], *, save_only_model: bool, is_plain: bool, is_adapter: bool
-) -> None:
-    """ValueError unless the checkpoint is whole and of this run; a warning for what was changed on purpose.
+def check_checkpoint(folder: str, run: dict[str, Any], *, is_plain: bool, is_adapter: bool) -> None:
+    """ValueError unless the checkpoint is of this run; a warning for what was changed on purpose.
 
     is_plain: neither FSDP nor DeepSpeed, which keep states in files of their own.
     """
-    if fault := fault_of(Path(folder), save_only_model=save_only_model, is_plain=is_plain):
-        raise ValueError(f"resume_from_checkpoint: {folder} {fault}")
     missing = [name for name in STATE_FILES if not Path(folder, name).is_file()]
     if is_plain and missing:
         logger.warning(f"{folder} has no {' and no '.join(missing)}: optimizer and schedule start again")

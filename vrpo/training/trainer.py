@@ -4,14 +4,13 @@ Optimizer, schedule, checkpoints, distributed wrapping and logging are the Train
 packed_trainer.py's. This file prepares and checks model and data, and says which run a checkpoint is of.
 """
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -31,7 +30,7 @@ from vrpo.models.quantized import keep_differentiable
 from vrpo.step import Estimator
 from vrpo.training.adapter_trainer import check_adapters
 from vrpo.training.advice import Advise
-from vrpo.training.checkpoints import checkpoints, fault_of, remove_incomplete
+from vrpo.training.checkpoints import checkpoints, remove_incomplete
 from vrpo.training.checks import (
     check_batches_exist,
     check_metric_for_best_model,
@@ -245,19 +244,17 @@ class DiffusionTrainer(DataTrainer):
         found = [checkpoints(self.args.output_dir)]
         if self.args.world_size > 1:
             broadcast_object_list(found)
-        told = functools.partial(
-            fault_of,
-            save_only_model=self.args.save_only_model,
-            is_plain=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
-        )
+        checked = set()
 
         def fault(folder: Path) -> str | None:
-            everywhere = gather_object([told(folder) if self.args.should_save else None])
-            return next((one for one in everywhere if one is not None), None)
+            checked.add(str(folder))
+            return self._fault_of(folder)
 
         checkpoint = checkpoint_to_resume(
             value, self.args.output_dir, found=found[0], fault=fault, is_told=self.is_world_process_zero()
         )
+        if checkpoint not in (None, *checked) and (clause := fault(Path(checkpoint))):
+            raise ValueError(f"resume_from_checkpoint: {checkpoint} {clause}")
         if checkpoint is None and found[0] and self.args.save_strategy != SaveStrategy.NO:
             self._check_first_call()
         return checkpoint
@@ -284,7 +281,6 @@ class DiffusionTrainer(DataTrainer):
         check_checkpoint(
             checkpoint,
             self._run(),
-            save_only_model=self.args.save_only_model,
             is_plain=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
             is_adapter=is_peft_model(self.model),
         )
