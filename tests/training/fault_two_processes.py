@@ -9,7 +9,7 @@ import sys
 
 import torch
 from datasets import Dataset
-from fault_runs import curve
+from fault_kinds import curve
 from transformers import TrainerCallback
 
 from vrpo import VRPOConfig, VRPOTrainer
