@@ -14,13 +14,17 @@ FOLDER = Path(__file__).parents[2] / "examples/scaling"
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("full_fsdp2", "fsdp=True shards a model"), ("lora_zero3", "deepspeed=.* needs a launcher")],
+    [
+        ("full_fsdp2", "fsdp=True shards a model"),
+        ("full_zero3", "deepspeed=.* needs a launcher"),
+        ("lora_zero3", "deepspeed=.* needs a launcher"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_parse__a_recipe_for_many_gpus_says_how_to_launch_it(name, message, monkeypatch):
     monkeypatch.chdir(FOLDER.parents[1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if name == "lora_zero3":
+    if name.endswith("zero3"):
         pytest.importorskip("deepspeed")
     with pytest.raises(ValueError, match=message):
         parse(COMMANDS["train"], [f"--config={FOLDER / name}.yaml", "--bf16=false"])
@@ -29,7 +33,7 @@ def test_parse__a_recipe_for_many_gpus_says_how_to_launch_it(name, message, monk
 def test_parse__the_recipe_for_one_gpu(tmp_path):
     flags = [f"--config={FOLDER / 'lora_one_gpu.yaml'}", "--use_cpu", f"--output_dir={tmp_path}"]
     with pytest.warns(FutureWarning, match="gradient_checkpointing"):
-        (script, model, config), _ = parse(COMMANDS["train"], flags)
+        (script, model, config, _), _ = parse(COMMANDS["train"], flags)
     assert model.use_peft and config.bf16 and config.max_tokens_per_pack == 16384
     assert script.dataset_name == "preferences.jsonl"
 

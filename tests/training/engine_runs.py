@@ -1,9 +1,10 @@
 """One process of test_engines.py: trains tiny models on several engines, each from the same start.
 
-    python -m torch.distributed.run --nproc_per_node N engine_runs.py OUT engine/case[/resume]...
+    torchrun --nproc_per_node N engine_runs.py OUT engine/case[/resume]...
 
 A run writes its model to OUT/<engine>-<case>-<N>, its log beside it as log.json, and a checkpoint in the
-middle of its second epoch. `resume` goes on from the checkpoint that a run of `resume` processes wrote.
+middle of its second epoch. OUT/start holds `first_model`, saved. `resume` goes on from the checkpoint that a
+run of `resume` processes wrote.
 """
 
 import importlib.util
@@ -17,10 +18,11 @@ import engines
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerFast
 
 from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
 from vrpo.commands.new_model import train_tokenizer
-from vrpo.models import create_model
+from vrpo.models import LLaDAForMaskedDiffusion, create_model, load_model
 
 ROWS = [
     # Lengths differ, so that the token budget cuts the ranks' batches into different numbers of packs.
@@ -37,6 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
     # One copy of one token each: most micro-batches of a rank mask nothing.
     "sparse": {"mask_design": "t", "num_samples": 1, "max_eos_fill": 0, "max_tokens_per_pack": 20},
     "bf16": {"bf16": True},
+    "bf16full": {"bf16": True},
+    # Two models that are loaded, as the commands do it: under ZeRO-3 in parts from the start.
+    "loaded": {},
+    # The reference ELBOs of all epochs first.
+    "known": {"precompute_ref_log_probs": True},
+    "knownlora": {"precompute_ref_log_probs": True},
+    "knownbf16": {"precompute_ref_log_probs": True, "bf16": True},
+    # Of two layers the lower one is frozen, and runs once for policy and reference.
+    "trunk": {"train_top_layers": 1},
 }
 GLOBAL_BATCH = 8
 STEPS = 4
@@ -47,6 +58,14 @@ def has_deepspeed() -> bool:
     return importlib.util.find_spec("deepspeed") is not None
 
 
+def tokenizer_of_rows() -> PreTrainedTokenizerFast:
+    return train_tokenizer([text for row in ROWS for text in row.values()], vocab_size=300)
+
+
+def first_model(num_layers: int = 1) -> LLaDAForMaskedDiffusion:
+    return create_model(tokenizer_of_rows(), d_model=16, n_layers=num_layers, n_heads=2, init_std=0.2, seed=3)
+
+
 def train(engine: str, case: str, folder: Path, resume: Path | None = None, **settings: Any) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = engines.use(engine, **settings)
@@ -55,9 +74,12 @@ def train(engine: str, case: str, folder: Path, resume: Path | None = None, **se
     if is_sft:
         word = "one" if case == "sparse" else None
         rows = [{"prompt": row["prompt"], "completion": word or row["chosen"]} for row in ROWS]
-    tokenizer = train_tokenizer([text for row in ROWS for text in row.values()], vocab_size=300)
-    model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.2, seed=3)
-    if not engine.startswith("zero") and case != "bf16":  # DeepSpeed trains no float64
+    tokenizer = tokenizer_of_rows()
+    model = first_model(2 if case == "trunk" else 1)
+    is_loaded = case in ("loaded", "known")
+    if is_loaded:
+        model = load_model(folder.parent / "start")
+    if not engine.startswith("zero") and "bf16" not in case:  # DeepSpeed trains no float64
         model = model.double()
     fields = {
         "per_device_train_batch_size": GLOBAL_BATCH // world_size,
@@ -73,6 +95,7 @@ def train(engine: str, case: str, folder: Path, resume: Path | None = None, **se
         "save_strategy": "steps",
         "save_steps": SAVED_STEP,
         "report_to": "none",
+        "training_report": False,  # a figure takes longer than the training
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "bf16": False,
@@ -81,10 +104,11 @@ def train(engine: str, case: str, folder: Path, resume: Path | None = None, **se
     trainer = trainer_class(
         model,
         args=config(output_dir=str(folder), **fields | CASES[case] | arguments),
+        **({"ref_model": load_model(folder.parent / "start")} if case == "loaded" else {}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
-        if case in ("lora", "replay", "bf16")
+        if case in ("lora", "replay", "bf16", "knownlora")
         else None,
     )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

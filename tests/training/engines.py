@@ -16,16 +16,20 @@ ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
-def launch(script: str, num_processes: int, *arguments: Any) -> None:
-    """Run a script of this folder in several processes; fails with what they said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone", HERE / script]
+def launch(*groups: tuple[Any, ...]) -> None:
+    """Run (number of processes, script of this folder, arguments...), one group after the other.
+
+    Fails with what they said, and where they do not end.
+    """
+    command = [sys.executable, str(HERE / "forked.py")]
+    for number, group in enumerate(groups):
+        command += [*(["--"] if number else []), *map(str, group)]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": os.pathsep.join(str(HERE.parents[level]) for level in (1, 0)) + os.pathsep + str(HERE),
     }
-    done = subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 

@@ -5,6 +5,7 @@ at most, and is compared with the float64 run.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 
 from vrpo.models import load_model
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.(is_)?gradient_checkpointing(_kwargs)?. is deprecated:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing(_kwargs)?. is deprecated:FutureWarning"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="each process is a fork"),
+]
 deepspeed = pytest.mark.skipif(
     not engine_runs.has_deepspeed(),
     reason="deepspeed is not installed",
@@ -30,31 +32,56 @@ MEASURED = {
     "vrpo/peak_memory_gb",
     "vrpo/replay_drift",
 }  # of each machine and process
-FULL_CASES = ["full", "lora", "replay", "sft", "sparse"]
+CASES = ["full", "lora", "replay", "sft", "sparse"]
+ZERO_CASES = ["loaded", "known", "knownlora", "trunk"]
+HALF_CASES = ["bf16", "bf16full", "knownbf16"]
+FOUR_CASES = ["full", "lora"]
 
 
 def jobs(world_size: int) -> list[str]:
     """What a launch of this many processes runs."""
-    found = ["ddp", "fsdp2+sharded", *(("zero2", "zero3") if engine_runs.has_deepspeed() else ())]
-    cases = [*FULL_CASES, "bf16"] if world_size == 2 else ["lora"]
-    runs = [f"{engine}/{case}" for engine in found for case in cases if (engine, case) != ("zero3", "full")]
+    zeros = ["zero2", "zero3"] if engine_runs.has_deepspeed() else []
+    found = ["ddp", "fsdp2+sharded", *zeros]
     if world_size == 4:
-        return runs
+        return [f"{engine}/{case}" for engine in found for case in FOUR_CASES]
+    runs = [f"{engine}/{case}" for engine in found for case in (*CASES, *HALF_CASES)]
+    runs += [f"{engine}/{case}" for engine in zeros for case in ZERO_CASES]
     resumed = [f"{engine}/{case}/2" for engine in found for case in ("lora", "sft")]
     return [*runs, "fsdp2/sft", "fsdp2/lora", *resumed]
+
+
+def recipe_engines() -> dict[str, str]:
+    """The recipes for many GPUs, and the engine of each, where it is installed."""
+    found = {"full_fsdp2": "fsdp2", "full_zero3": "zero3", "lora_zero3": "zero3"}
+    return {r: e for r, e in found.items() if engine_runs.has_deepspeed() or not e.startswith("zero")}
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     """The folders of all runs; one process trains in here."""
     folder = tmp_path_factory.mktemp("engines")
-    for case in engine_runs.CASES:
-        engine_runs.train("ddp", case, folder / f"one-{case}")
-    engines.launch("engine_runs.py", 2, folder, *jobs(2))
+    engine_runs.first_model().save_pretrained(folder / "start")
     # The checkpoints of 2 processes go on in 4, those of 4 in 2, and both in one.
     moved = [f"{engine}/lora" for engine in ("ddp", "fsdp2+sharded")]
-    engines.launch("engine_runs.py", 4, folder, *jobs(4), *(f"{job}/2" for job in moved))
-    engines.launch("engine_runs.py", 2, folder, *(f"{job}/4" for job in moved))
+    recipes = folder / "recipes"
+    recipes.mkdir()
+    shutil.copytree(folder / "start", recipes / "start")
+    engine_runs.tokenizer_of_rows().save_pretrained(recipes / "start")
+    (recipes / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in engine_runs.ROWS))
+    engines.launch(
+        (1, "recipe_runs.py", recipes, *(f"one/{recipe}" for recipe in recipe_engines())),
+        (
+            2,
+            "recipe_runs.py",
+            recipes,
+            *(f"{engine}/{recipe}" for recipe, engine in recipe_engines().items()),
+        ),
+        (2, "engine_runs.py", folder, *jobs(2)),
+        (4, "engine_runs.py", folder, *jobs(4), *(f"{job}/2" for job in moved)),
+        (2, "engine_runs.py", folder, *(f"{job}/4" for job in moved)),
+    )
+    for case in (*CASES, *HALF_CASES, "trunk"):
+        engine_runs.train("ddp", case, folder / f"one-{case}")
     return folder
 
 
@@ -69,9 +96,12 @@ def log(folder: Path) -> list[dict]:
 
 def assert_equal(found: Path, expected: Path) -> None:
     """Same steps, same log, same weights in the saved model."""
-    is_double = not found.name.startswith("zero")
     told, known = log(found), log(expected)
     assert [entry["step"] for entry in told] == [1, 2, 3, 4]
+    assert_equal_ends(found, expected, told, known, is_double=not found.name.startswith("zero"))
+
+
+def assert_equal_ends(found: Path, expected: Path, told: list, known: list, *, is_double: bool) -> None:
     for entry, other in zip(told, known, strict=True):
         for key in other.keys() - MEASURED:
             # A margin is a small difference of ELBOs of some 100 nats.
@@ -81,22 +111,58 @@ def assert_equal(found: Path, expected: Path) -> None:
     assert saved.keys() == right.keys()
     for name, weight in right.items():
         rtol, atol = (1e-8, 1e-10) if is_double else (1e-5, 2e-6)
-        torch.testing.assert_close(saved[name].double(), weight, rtol=rtol, atol=atol, msg=name)
+        torch.testing.assert_close(saved[name].double(), weight.double(), rtol=rtol, atol=atol, msg=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FULL_CASES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", *ENGINES[3:]])
 def test_train__two_processes_of_an_engine_equal_one(out, engine, case):
-    if (engine, case) == ("zero3", "full"):
-        pytest.skip("ZeRO-3 holds no second model as reference (refused with a reason)")
     assert_equal(out / f"{engine}-{case}-2", out / f"one-{case}")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "plain"),
+    [("loaded", "full"), ("known", "full"), ("knownlora", "lora"), ("trunk", "trunk")],
+)
+@pytest.mark.parametrize("engine", ENGINES[3:])
+def test_train__under_zero_a_reference_is_loaded_known_or_shares_a_trunk(out, engine, case, plain):
+    """As one process that computes a frozen copy, or the adapter off, in each step."""
+    assert_equal(out / f"{engine}-{case}-2", out / f"one-{plain}")
+    assert (out / f"{engine}-{case}-2" / "reference_elbos").exists() == case.startswith("known")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "engine"),
+    [
+        ("full_fsdp2", "fsdp2"),
+        pytest.param("full_zero3", "zero3", marks=deepspeed),
+        pytest.param("lora_zero3", "zero3", marks=deepspeed),
+    ],
+)
+def test_recipe__on_two_processes_ends_where_one_process_ends(out, recipe, engine):
+    """examples/scaling from the command line, the model loaded as the engine loads it."""
+    found, expected = (out / "recipes" / f"{recipe}-{name}" for name in (engine, "one"))
+    told, known = (
+        [
+            entry
+            for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
+            if "loss" in entry
+        ]
+        for folder in (found, expected)
+    )
+    assert [entry["step"] for entry in told] == [1, 2, 3]
+    assert told[0]["rewards/margins"] == 0.0 and told[-1]["rewards/margins"] > 0.0
+    assert_equal_ends(found, expected, told, known, is_double=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOUR_CASES)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", *ENGINES[3:]])
-def test_train__four_processes_of_an_engine_equal_one(out, engine):
-    assert_equal(out / f"{engine}-lora-4", out / "one-lora")
+def test_train__four_processes_of_an_engine_equal_one(out, engine, case):
+    assert_equal(out / f"{engine}-{case}-4", out / f"one-{case}")
 
 
 @pytest.mark.slow
@@ -148,9 +214,10 @@ def test_resume__on_one_process(out, tmp_path, case, before):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", HALF_CASES)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", *ENGINES[3:]])
-def test_train__in_bf16_starts_at_margin_zero_and_stays_near(out, engine):
-    told, known = log(out / f"{engine}-bf16-2"), log(out / "one-bf16")
+def test_train__in_bf16_starts_at_margin_zero_and_stays_near(out, engine, case):
+    told, known = log(out / f"{engine}-{case}-2"), log(out / f"one-{case}")
     for key in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
         assert told[0][key] == 0.0, key
     for entry, other in zip(told, known, strict=True):

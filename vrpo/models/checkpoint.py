@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from vrpo.models import load_model
 from vrpo.models.adapter_config import adapter_folder, base_of, check_mergeable, check_tied
 from vrpo.models.adapters import load_adapter, read_adapter
+from vrpo.models.partitioned import any_partitioned
 from vrpo.models.quantized import Quantization
 
 
@@ -42,6 +43,12 @@ def load_policy(
         model = load_model(base, revision=saved.config.revision or "main", **loading)
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model of the adapter in {saved.folder}: {error}") from error
+    if any_partitioned(model.parameters()):
+        raise ValueError(
+            f"{saved.folder} holds an adapter, and DeepSpeed ZeRO-3 loads its base in parts, into which "
+            "nothing can be merged: merge it beforehand (vrpo.models.checkpoint.load_policy(folder)"
+            ".save_pretrained(...) in one process, the tokenizer beside it) and name that folder"
+        )
     check_tied(saved.config, str(saved.folder), model.config)
     if quantization is not None and quantization.name is not None:
         return load_adapter(model, saved)

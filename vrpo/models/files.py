@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 from vrpo.models.names import to_original
+from vrpo.models.partitioned import any_partitioned, in_any_process, local_part
 
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -120,12 +121,17 @@ def _tensors_of(path: Path) -> set[str]:
 
 
 def check_finite(model: nn.Module, source: str) -> None:
-    """ValueError naming the first weights of a model that hold NaN or infinities; source is what it is of."""
+    """ValueError naming the first weights of a model that hold NaN or infinities; source is what it is of.
+
+    A collective where ZeRO-3 loaded the model in parts.
+    """
     bad = [
         to_original(name)
         for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not _is_finite(parameter.detach())
+        if not parameter.is_meta and not _is_finite(local_part(parameter))
     ]
+    if any_partitioned(model.parameters()):
+        bad = list(in_any_process(bad))
     if bad:
         raise ValueError(f"{source} holds NaN or infinite weights: {first_few(bad, in_order=True)}")
 

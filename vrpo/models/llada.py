@@ -87,11 +87,17 @@ class MaskedDiffusionHead(nn.Linear):
     """
 
     @classmethod
-    def around(cls, weight: nn.Parameter) -> "MaskedDiffusionHead":
-        """A head that uses this very parameter: no copy, and nothing drawn from the random generators."""
-        num_classes, hidden_size = weight.shape
-        head = cls(hidden_size, num_classes, bias=False, device="meta")
-        head.weight = weight
+    def around(cls, linear: nn.Linear) -> "MaskedDiffusionHead":
+        """A head that uses the weight of this layer: no copy, and nothing drawn from the random generators.
+
+        Past the constructor: while transformers loads a model for DeepSpeed ZeRO-3, constructors partition
+        the weights that they make, and `linear.weight` is an empty tensor.
+        """
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.in_features, head.out_features = linear.in_features, linear.out_features
+        head.weight = linear.weight
+        head.register_parameter("bias", None)
         return head
 
     def forward(
@@ -202,7 +208,7 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Makes the weight of this layer the head; resize_token_embeddings comes here too."""
-        self.lm_head = MaskedDiffusionHead.around(new_embeddings.weight)
+        self.lm_head = MaskedDiffusionHead.around(new_embeddings)
 
     def enable_input_require_grads(self) -> None:
         """Lets the embedding's output require a gradient, but only for re-entrant checkpoints, which need it.

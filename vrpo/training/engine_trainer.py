@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from vrpo.models.adapters import is_peft_model
 from vrpo.training.balance import BalancedSampler
+from vrpo.training.zero import zero_stage
 
 
 class SetEpoch(TrainerCallback):
@@ -49,7 +49,7 @@ class EngineTrainer(Trainer):
         """Whether no process has the whole weights when they are saved."""
         if self.is_fsdp_enabled:
             return "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        return self.is_deepspeed_enabled and is_deepspeed_zero3_enabled()
+        return zero_stage(self.accelerator) == 3
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes weights (of a PeftModel its adapters), configuration and tokenizer; all processes call it.

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 
 from vrpo.batch import ResponseBatch
 from vrpo.estimator.masking import EVALUATION_EPOCH
+from vrpo.models.partitioned import any_partitioned, whole, whole_shape
 from vrpo.step import Estimator
 from vrpo.training.resume import digest_of_dataset
 
@@ -98,7 +99,9 @@ def differing(stored: Mapping[str, Any], wanted: Fingerprint) -> list[str]:
 
 
 def hash_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, shapes, dtypes and every byte of the tensors, whatever their device.
+    """SHA-256 of names, shapes, dtypes and every byte of the tensors, whatever their device or process.
+
+    A collective where ZeRO-3 keeps them in parts.
 
     Of every byte: an adapter that was merged in, a changed row of an embedding or a layer that was edited by
     hand may leave any sample of the values as it was, and stored ELBOs outlive the run that made them. About
@@ -110,11 +113,14 @@ def hash_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
         for name, tensor in parameters
     }
     names = sorted(plain)
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing frees the interpreter's lock
-        digests = list(pool.map(lambda name: _digest_of_tensor(plain[name]), names))
+    if any_partitioned(plain.values()):  # in all processes one after the other
+        digests = [_digest_of_tensor(whole(plain[name])) for name in names]
+    else:
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:  # hashing frees the lock of Python
+            digests = list(pool.map(lambda name: _digest_of_tensor(plain[name]), names))
     digest = hashlib.sha256()
     for name, found in zip(names, digests, strict=True):
-        digest.update(f"{name} {tuple(plain[name].shape)} {plain[name].dtype} {found}\n".encode())
+        digest.update(f"{name} {whole_shape(plain[name])} {plain[name].dtype} {found}\n".encode())
     return digest.hexdigest()
 
 

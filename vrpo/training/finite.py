@@ -8,23 +8,23 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from vrpo.models.partitioned import local_part
 from vrpo.training.checkpoints import checkpoints
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity; of a sharded tensor the local part is read."""
+    """Names of the tensors that hold a NaN or an infinity; of one that is in parts the local one is read."""
     names, largest = [], []
     for name, tensor in tensors:
         if tensor is None or not tensor.is_floating_point():
             continue
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         if local.numel():
             names.append(name)
             # Of the largest magnitude and not of a sum of squares, which overflows early.
-            largest.append(torch.linalg.vector_norm(local.detach(), float("inf")))
+            largest.append(torch.linalg.vector_norm(local, float("inf")))
     if not names:
         return []
     finite = torch.stack([torch.isfinite(value).to(largest[0].device) for value in largest]).tolist()

@@ -9,6 +9,7 @@ that training does not finish only the examples that it takes are computed (used
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,13 +24,13 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator.elbo import segment_elbo
 from vrpo.estimator.masking import EVALUATION_EPOCH
 from vrpo.models.adapters import is_peft_model
+from vrpo.models.partitioned import any_partitioned
 from vrpo.models.quantized import quantization_state
 from vrpo.step import NLL, num_cuts, split_by_tokens, split_segments
 from vrpo.training.checks import responses_of
@@ -41,6 +42,7 @@ from vrpo.training.reference import build_reference, check_reference
 from vrpo.training.reference_cache import Part, ReferenceCache
 from vrpo.training.trainer import DiffusionTrainer
 from vrpo.training.used_rows import rows_of_training
+from vrpo.training.zero import leave_engine, running_engine, zero_stage
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +61,7 @@ def precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownR
     _check_possible(trainer)
     check_reference(trainer, ref_model)
     splits = _splits(trainer)
-    fingerprints = _on_main(trainer.accelerator, lambda: _fingerprints(trainer, ref_model, splits))
+    fingerprints = _fingerprints(trainer, ref_model, splits)
     is_half = trainer.accelerator.mixed_precision != "no" or _is_half(ref_model or trainer.model)
     known = KnownReference(
         splits,
@@ -79,7 +81,7 @@ def precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownR
             f"reference ELBOs that other processes computed are not in {left[0]}: all processes need one "
             "file system; set ref_log_probs_cache to a folder on a shared one"
         )
-    if not work and not trainer.is_fsdp_enabled:  # sharding a model for one pass would take longer
+    if not work and not _is_sharded(trainer):  # sharding a model for one pass would take longer
         with _running(trainer, ref_model) as nll:
             _check_first(trainer, nll, known)
     return known
@@ -103,16 +105,6 @@ def _check_possible(trainer: DiffusionTrainer) -> None:
         raise ValueError("share_trunk=True shares nothing with a precomputed reference: leave it unset")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("precompute_ref_log_probs does not work under FSDP1: set version 2 in fsdp_config")
-    if trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "precompute_ref_log_probs does not work under DeepSpeed ZeRO-3, whose engine partitions a model "
-            "only when training begins: use FSDP2 or ZeRO-2, or leave the reference to the step"
-        )
-    if trainer.is_deepspeed_enabled and trainer.accelerator.mixed_precision != "no":
-        raise ValueError(
-            "precompute_ref_log_probs does not work under DeepSpeed with mixed precision, whose engine casts "
-            "the weights only when training begins: use FSDP2, or bf16=False with weights in a 16-bit dtype"
-        )
 
 
 def _evaluations(trainer: DiffusionTrainer) -> dict[str, Dataset]:
@@ -138,16 +130,35 @@ def _split(dataset: Dataset, rows: Mapping[int, Sequence[int]], place: Path) -> 
     return Split(dataset, rows, ReferenceCache(place, len(dataset)))
 
 
+def _is_sharded(trainer: DiffusionTrainer) -> bool:
+    """Whether every pass of a model is a collective."""
+    return trainer.is_fsdp_enabled or zero_stage(trainer.accelerator) == 3
+
+
 def _fingerprints(
     trainer: DiffusionTrainer, ref_model: nn.Module | None, splits: list[Split]
 ) -> list[Fingerprint]:
     model = trainer.model if ref_model is None else ref_model
     is_base = ref_model is None and is_peft_model(model)
     parameters = [(n, p) for n, p in model.named_parameters() if not (is_base and p.requires_grad)]
+    hashed = functools.partial(hash_of_weights, [*parameters, *quantization_state(model)])
+    weights = hashed() if any_partitioned(p for _, p in parameters) else None
+    return _on_main(
+        trainer.accelerator,
+        lambda: _fingerprints_of(trainer, splits, model, parameters, weights or hashed()),
+    )
+
+
+def _fingerprints_of(
+    trainer: DiffusionTrainer,
+    splits: list[Split],
+    model: nn.Module,
+    parameters: list[tuple[str, Tensor]],
+    weights: str,
+) -> list[Fingerprint]:
     precision = precision_of(
         (p for _, p in parameters), model.config._attn_implementation, trainer.accelerator
     )
-    weights = hash_of_weights([*parameters, *quantization_state(model)])
     return [
         fingerprint_of(
             weights=weights,
@@ -182,13 +193,14 @@ def _running(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> Iterator
     is_adapter = ref_model is None and is_peft_model(trainer.model)
     if ref_model is None and not trainer.is_fsdp_enabled:  # the policy has not moved yet: it is the reference
         model, was_training = trainer.model, trainer.model.training
-        prepared = prepare_reference(trainer.accelerator, model.eval())
+        in_engine = running_engine if trainer.is_deepspeed_enabled else prepare_reference
+        prepared = in_engine(trainer.accelerator, model.eval())
     elif is_adapter:
         model = copy.deepcopy(trainer.model).requires_grad_(False).eval()
         was_training, prepared = False, fsdp2_prepare_model(trainer.accelerator, model)
     else:
-        prepared = model = build_reference(trainer, ref_model)
-        was_training = False
+        prepared = build_reference(trainer, ref_model)
+        model, was_training = trainer.accelerator.unwrap_model(prepared), False
     unadapted = (
         trainer.accelerator.unwrap_model(prepared).disable_adapter if is_adapter else contextlib.nullcontext
     )
@@ -196,6 +208,8 @@ def _running(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> Iterator
         with torch.no_grad(), unadapted(), trainer.compute_loss_context_manager():
             yield ModelNLL(prepared)
     finally:
+        if trainer.is_deepspeed_enabled:
+            leave_engine(prepared)
         release(model)
         model.train(was_training)
 
@@ -207,7 +221,7 @@ def _compute(trainer: DiffusionTrainer, nll: NLL, splits: list[Split], work: lis
     values of those that nobody needs are dropped.
     """
     rank, world_size = trainer.args.process_index, trainer.args.world_size
-    in_step = trainer.is_fsdp_enabled
+    in_step = _is_sharded(trainer)
     rounds = range(0, len(work), world_size)
     examples = sum(len(part.rows) for _, part in work)
     logger.info(

@@ -7,13 +7,14 @@ import torch
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vrpo.models.adapters import equals_its_base, is_peft_model
 from vrpo.models.files import first_few
+from vrpo.models.partitioned import any_partitioned, local_part
 from vrpo.training.precision import prepare_reference
 from vrpo.training.trainer import DiffusionTrainer, switch_dropout_off
 from vrpo.training.trunk import frozen_copy
+from vrpo.training.zero import frozen_engine_copy, running_engine
 
 
 def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None) -> nn.Module | None:
@@ -26,24 +27,13 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
     if ref_model is None:
         if is_peft_model(trainer.model):
             return None
-        # Shared parameters would be sharded twice.
-        is_whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-        ref_model = (frozen_copy if is_whole else copy.deepcopy)(trainer.model)
+        ref_model = _copy_of_policy(trainer)
     ref_model.requires_grad_(False)
     ref_model.eval()
     if trainer.args.disable_dropout:
         switch_dropout_off(ref_model)
-    if trainer.is_deepspeed_enabled and is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "a second model as reference is not supported under DeepSpeed ZeRO-3: use peft_config (the "
-            "reference is then the model with its adapter switched off), ZeRO-2, or FSDP"
-        )
-    if trainer.is_deepspeed_enabled and trainer.accelerator.mixed_precision != "no":
-        raise ValueError(
-            "a second model as reference is not supported under DeepSpeed with mixed precision: its engine "
-            "casts the policy's weights and no other model's, so the score would not be 0 at the start. Use "
-            "peft_config, bf16=False with weights in the dtype you want, or FSDP"
-        )
+    if trainer.is_deepspeed_enabled:
+        return running_engine(trainer.accelerator, ref_model)
     if trainer.is_fsdp_enabled:
         if not trainer.accelerator.is_fsdp2:
             raise ValueError(
@@ -53,6 +43,13 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
         # accelerator.prepare_model would leave it whole, and accelerator.prepare wants an optimizer.
         return fsdp2_prepare_model(trainer.accelerator, ref_model)
     return prepare_reference(trainer.accelerator, ref_model)
+
+
+def _copy_of_policy(trainer: DiffusionTrainer) -> nn.Module:
+    if trainer.is_deepspeed_enabled:
+        return frozen_engine_copy(trainer.accelerator, trainer.model)
+    # Shared parameters would be sharded twice.
+    return (copy.deepcopy if trainer.is_fsdp_enabled else frozen_copy)(trainer.model)
 
 
 def check_reference(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> None:
@@ -70,8 +67,10 @@ def _check_apart(model: nn.Module, ref_model: nn.Module) -> None:
     So does the base that was given to PEFT's get_peft_model, which puts the adapter into it. By memory and
     not by object, because views and `load_state_dict(assign=True)` share the one and not the other.
     """
-    trained = {_memory(p) for p in model.parameters() if p.requires_grad and p.numel()}
-    shared = [name for name, p in ref_model.named_parameters() if p.numel() and _memory(p) in trained]
+    trained = {_memory(p) for p in model.parameters() if p.requires_grad and local_part(p).numel()}
+    shared = [
+        name for name, p in ref_model.named_parameters() if local_part(p).numel() and _memory(p) in trained
+    ]
     if shared:
         raise ValueError(
             f"ref_model shares weights with the model and would move with it: {first_few(shared)}. Pass None "
@@ -81,7 +80,7 @@ def _check_apart(model: nn.Module, ref_model: nn.Module) -> None:
 
 def _memory(tensor: Tensor) -> tuple[torch.device, int]:
     # "meta" tensors have no memory; the object stands for it.
-    return tensor.device, id(tensor) if tensor.is_meta else tensor.data_ptr()
+    return tensor.device, id(tensor) if tensor.is_meta else local_part(tensor).data_ptr()
 
 
 def _check_same_computation(model: nn.Module, ref_model: nn.Module) -> None:
@@ -123,7 +122,7 @@ def _spelled(dtypes: dict[str, torch.dtype], names: Iterable[str]) -> str:
 
 def _check_adapter_is_new(trainer: DiffusionTrainer) -> None:
     # Switching the adapter off gives the base model; that is the start of training only if the two agree.
-    if is_deepspeed_zero3_enabled():
+    if any_partitioned(trainer.model.parameters()):
         if trainer.adapter_is_new:
             return  # weights that are partitioned already cannot be asked
         raise ValueError("under DeepSpeed ZeRO-3 pass the base model and peft_config instead of a PeftModel")

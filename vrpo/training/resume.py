@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
+from vrpo.models.partitioned import whole, whole_shape
 from vrpo.training.checkpoints import STATE_FILES, checkpoints, fault_of
 
 logger = logging.get_logger(__name__)
@@ -106,7 +107,10 @@ def digest_of_dataset(dataset: Dataset | None) -> str:
 
 
 def digest_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, shapes and a sample of each tensor; training changes every one of them."""
+    """SHA-256 of names, shapes and a sample of each tensor; training changes every one of them.
+
+    A collective where ZeRO-3 keeps them in parts.
+    """
     digest = hashlib.sha256()
     # By the names they have without PEFT: which layers carry an adapter is not the base's matter.
     plain = {
@@ -114,8 +118,8 @@ def digest_of_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
         for name, tensor in parameters
     }
     for name, tensor in sorted(plain.items()):
-        flat = tensor.detach().flatten()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = whole(tensor).flatten()
+        digest.update(f"{name} {whole_shape(tensor)}".encode())
         if len(flat):
             index = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
             digest.update(flat[index.long().to(flat.device)].double().cpu().numpy().tobytes())

@@ -15,6 +15,7 @@ from torch import nn
 
 from vrpo.batch import PackedBatch
 from vrpo.models.adapters import is_peft_model
+from vrpo.models.partitioned import any_partitioned, local_part, same_everywhere, whole_shape
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -114,16 +115,21 @@ def _equal_layers(body: nn.Module, other: nn.Module, number: int, reason: str) -
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold the same tensors, bit for bit."""
-    mine, theirs = one.state_dict(), other.state_dict()
+    """Whether two modules hold the same tensors, bit for bit; a collective under ZeRO-3."""
+    mine, theirs = one.state_dict(keep_vars=True), other.state_dict(keep_vars=True)
     if mine.keys() != theirs.keys():
         return False
-    return all(
+    if any_partitioned(mine.values()) != any_partitioned(theirs.values()):
+        return False
+    equal = all(
         tensor.dtype == theirs[name].dtype
-        and tensor.shape == theirs[name].shape
-        and bool(torch.equal(tensor, theirs[name].to(tensor.device)))
+        and whole_shape(tensor) == whole_shape(theirs[name])
+        and bool(torch.equal(local_part(tensor), local_part(theirs[name]).to(local_part(tensor).device)))
         for name, tensor in mine.items()
     )
+    if not any_partitioned(mine.values()):
+        return equal
+    return same_everywhere(equal, next(iter(mine.values())).device)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
