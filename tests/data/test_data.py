@@ -441,7 +441,7 @@ def test_load_rows__reads_local_files_and_slices(tmp_path, pair_rows, suffix):
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in pair_rows))
     assert load_rows(str(path))[:] == pair_rows[:]
-    assert load_rows(str(path), split="test[2:5]")[:] == pair_rows[2:5]
+    assert load_rows(str(path), split="train[2:5]")[:] == pair_rows[2:5]
 
 
 def test_load_rows__missing_file_and_unknown_suffix_raise(tmp_path):

@@ -82,7 +82,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_load_rows__reads_every_format_and_name(name):
     assert list(load_rows(write(name, FORMATS[name]))) == ROWS
-    assert list(load_rows(name, split="test[1:3]")) == ROWS[1:3]
+    assert list(load_rows(name, split="train[1:3]")) == ROWS[1:3]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.parquet.gz", "categories.parquet"])
@@ -204,6 +204,19 @@ def test_load_rows__folders_that_datasets_saved():
     assert list(load_rows("single")) == ROWS
     assert list(load_rows("several", split="test")) == ROWS[1:2]
     assert "only train, test" in refusal("several", split="dev")
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "nonsense[:2]"])
+def test_load_rows__what_has_no_splits_has_no_other_one_than_train(split):
+    write("test.jsonl")  # not even the one that its name tells: a training on it would be tested on it
+    write("named/test/a.jsonl")
+    Dataset.from_list(ROWS).save_to_disk("single")
+    assert "test.jsonl: a file has no splits but 'train'" in refusal("test.jsonl", split=split)
+    assert "a file has no splits" in refusal(["test.jsonl", "test.jsonl"], split=split)
+    assert "single: a saved Dataset has no splits" in refusal("single", split=split)
+    if split == "test":
+        assert "a file has no splits" in refusal(["named", "test.jsonl"], split=split)
+        assert len(load_rows("named", split=split)) == 4
 
 
 # --- the content decides

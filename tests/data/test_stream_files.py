@@ -48,6 +48,11 @@ def test_load_stream__refuses_what_it_cannot_read(folder, tmp_path, pair_rows):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="expected a file ending in"):
         data.load_stream(str(tmp_path / "a.txt"))
+    for name in (str(folder / "test.jsonl"), [str(folder), str(folder / "test.jsonl")]):
+        with pytest.raises(ValueError, match="a file has no splits but 'train', got 'test'"):
+            data.load_stream(name, split="test")
     pair_rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match="a saved Dataset has no splits"):
+        data.load_stream(str(tmp_path / "saved"), split="test")
     with pytest.raises(ValueError, match="cannot be streamed together"):
         data.load_stream([str(tmp_path / "saved"), str(folder / "test.jsonl")])

@@ -19,7 +19,9 @@ class ScriptArguments:
         }
     )
     dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
-    dataset_train_split: str = _field("train", "Split to train on; slices such as train[:500] work.")
+    dataset_train_split: str = _field(
+        "train", "Split to train on; slices such as train[:500] work. A file has no split but train."
+    )
     dataset_test_split: str | None = _field(
         None, "Split of dataset_name to evaluate on, instead of eval_dataset_name."
     )

@@ -40,6 +40,8 @@ _OTHER_SUFFIXES = (
     ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".txt", ".arrow", ".xlsx", ".yaml", ".yml",
     ".jsonlines", ".pkl",
 )  # fmt: skip
+ONLY_SPLIT = "train"
+"""What all rows of data without splits are, as in `datasets`."""
 _LAYOUT = 1  # of the cached files; to be raised when what the readers make of a file changes
 _PARQUET_ROWS = 1000
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?", re.ASCII)
@@ -66,7 +68,8 @@ def load_rows(name: str | Sequence[str], *, config: str | None = None, split: st
             wrote, or data files, whose names tell their splits (train-00001.parquet, test/a.jsonl; all is
             "train" where no name does). Else the name of a hub dataset, which `datasets.load_dataset` loads.
         config: configuration of a hub dataset, or of a folder whose README.md names configurations.
-        split: "train", "test[:100]", "train[:10%]", ...; of files, only the slice matters.
+        split: "train", "test[:100]", "train[:10%]", ...; files, and a saved `Dataset`, have one split,
+            "train".
     Returns: strings stay strings, even where they look like dates or numbers; columns that hold messages,
         or values of several types, are `datasets.Json`.
     Errors: FileNotFoundError, OSError or ValueError of one line that names the file, its line and the cure.
@@ -80,6 +83,7 @@ def load_rows(name: str | Sequence[str], *, config: str | None = None, split: st
         parts = [load_rows(item, config=config, split=_split_name(split)) for item in names]
         return _sliced(_joined(parts, names), split)
     check_no_configuration(config, names)
+    check_only_split(split, names)
     return _sliced(_from_files(paths), split)
 
 
@@ -98,6 +102,16 @@ def named_paths(name: str | Sequence[str]) -> tuple[list[str], list[Path]]:
 def check_no_configuration(config: str | None, names: Sequence[str]) -> None:
     if config is not None:
         raise ValueError(f"dataset_config={config!r} belongs to a hub name or a folder; {names[0]} is a file")
+
+
+def check_only_split(split: str, names: Sequence[str], what: str = "a file") -> None:
+    """ValueError for a split of what has none: its rows would pass for those of another split."""
+    name = _split_name(split)
+    if name != ONLY_SPLIT:
+        raise ValueError(
+            f"dataset {', '.join(names)}: {what} has no splits but {ONLY_SPLIT!r}, got {split!r}; give the "
+            f"data of that split by its own name, or a slice such as {ONLY_SPLIT}[:100]"
+        )
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -217,6 +231,8 @@ def _saved(path: Path, split: str) -> Dataset:
         if wanted not in saved:
             raise ValueError(f"dataset {str(path)!r}: there is no split {wanted!r}, only {', '.join(saved)}")
         saved = saved[wanted]
+    else:
+        check_only_split(split, [str(path)], "a saved Dataset")
     return _sliced(saved, split)
 
 

@@ -10,6 +10,7 @@ from datasets import IterableDataset
 from vrpo.data import readers, table
 from vrpo.data.files import (
     check_no_configuration,
+    check_only_split,
     files_of_folder,
     formats_of,
     from_hub,
@@ -47,6 +48,8 @@ def load_stream(
             return load_rows(names[0], split=split).to_iterable_dataset()
         return from_hub(str(paths[0].resolve()), config, split, streaming=True)
     check_no_configuration(config, names)
+    if alone := [str(path) for path in paths if not path.is_dir()]:
+        check_only_split(split, alone)
     files = [file for path in paths for file in (files_of_folder(path, split) if path.is_dir() else [path])]
     # Tuples: `datasets` would take lists apart into shards.
     arguments = {"paths": tuple(map(str, files)), "formats": tuple(formats_of(files))}

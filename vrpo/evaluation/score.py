@@ -54,7 +54,9 @@ class ScoreArguments:
     )
     output_file: str = field(metadata={"help": "JSONL file to write, one line per row of the data."})
     dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
-    dataset_split: str = _field("train", "Split to score; of a single file only a slice matters.")
+    dataset_split: str = _field(
+        "train", "Split to score, or a slice such as train[:100]; a file has none but train."
+    )
     ref_model_name_or_path: str | None = _field(None, "Reference model; adds its ELBOs, rewards and margins.")
     model_revision: str = _field("main", "Branch, tag or commit of the model.")
     dtype: str = _field("auto", "Dtype of the weights: auto, float32, bfloat16 or float16.")

@@ -60,7 +60,7 @@ class VarianceArguments:
     )
     beta: float = field(default=VRPOConfig.beta, metadata={"help": "Weight of the log-ratio, per nat."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to use."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to use; a file has none but train."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the weights."})
     attn_implementation: str = field(default="vrpo", metadata={"help": "As in training."})
     max_length: int = field(default=VRPOConfig.max_length, metadata={"help": "Longest prompt + response."})

@@ -35,7 +35,9 @@ class GenerateArguments:
     )
     output_file: str | None = _field(None, "JSONL file to write: row, sample, prompt, response.")
     dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
-    dataset_split: str = _field("train", "Split to answer; of a single file only a slice matters.")
+    dataset_split: str = _field(
+        "train", "Split to answer, or a slice such as train[:100]; a file has none but train."
+    )
     num_return_sequences: int = _field(1, "Answers per prompt; more than one needs a temperature.")
     max_new_tokens: int = _field(SamplerConfig.max_new_tokens, "Tokens of every response.")
     block_length: int | None = _field(None, "Tokens per block, from left to right. Unset: one block.")
