@@ -51,11 +51,13 @@ def variants(layers: int) -> dict[str, Variant]:
         "plain": Variant("plain"),
         "plain, precomputed": Variant("plain", known),
         "plain, replay": Variant("plain", {"gradient_mode": "replay"}),
+        "plain, compiled": Variant("plain", {"torch_compile": True}),
         "top, apart": Variant("plain", half | apart),
         "top, shared trunk": Variant("plain", half),
         "lora": Variant("lora", lora=True),
         "lora, precomputed": Variant("lora", known, lora=True),
         "lora, replay": Variant("lora", {"gradient_mode": "replay"}, lora=True),
+        "lora, compiled": Variant("lora", {"torch_compile": True}, lora=True),
         "lora top, apart": Variant("lora", half | apart, lora=True),
         "lora top, shared trunk": Variant("lora", half, lora=True),
     }

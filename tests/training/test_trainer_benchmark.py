@@ -13,13 +13,18 @@ TINY += ["--pairs", "1", "--num-samples", "2", "--rounds", "1"]
 
 def test_main__writes_a_row_for_every_variant(tmp_path, capsys):
     threads = torch.get_num_threads()
+    # The compiler, half a minute for each variant, has its own test.
+    names = [name for name in bench_trainer.variants(2) if "compiled" not in name]
+    assert len(names) == len(bench_trainer.variants(2)) - 2
     try:
-        assert bench_trainer.main([*TINY, "--output", str(tmp_path / "trainer.csv")]) == 0
+        assert (
+            bench_trainer.main([*TINY, "--variants", *names, "--output", str(tmp_path / "trainer.csv")]) == 0
+        )
     finally:
         torch.set_num_threads(threads)
     with (tmp_path / "trainer.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["variant"] for row in rows] == list(bench_trainer.variants(2))
+    assert [row["variant"] for row in rows] == names
     assert all(float(row["ms"]) > 0 and float(row["gradient_error"]) < 1e-4 for row in rows)
     assert "top, shared trunk" in capsys.readouterr().out
 

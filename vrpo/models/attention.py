@@ -202,6 +202,7 @@ def _compute_dtype(query: Tensor) -> torch.dtype:
     return query.dtype
 
 
+@torch.compiler.disable  # it reads the boundaries of a pack on the host, and no two packs have the same
 def attend_packed(
     query_THd: Tensor,
     key_THd: Tensor,

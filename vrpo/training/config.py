@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from vrpo.estimator.masking import check_design, check_replicates, default_replicates
 from vrpo.objectives.losses import NEEDS_REPLICATES, check_losses, needs_reference
+from vrpo.training.compiled import check_compilation
 from vrpo.training.launch import check_engine, check_launch
 from vrpo.training.ranges import check_numbers
 from vrpo.training.reference_config import ReferenceArguments
@@ -189,6 +190,7 @@ class DiffusionConfig(TrainingArguments):
             )
         check_supported(self)
         check_launch(self)
+        check_compilation(self)
         _check_writable(self.output_dir)
 
 

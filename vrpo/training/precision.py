@@ -1,8 +1,7 @@
 """One precision for all models of a step: the reference runs as accelerate makes the policy run.
 
-accelerate puts autocast and fp32 outputs into `model.forward`, and compiles it where asked. A score is
-exactly 0 at the start only if the reference got the same, so it goes through the same function. What enters
-an adapter is left to autocast.
+accelerate puts autocast and fp32 outputs into `model.forward`. A score is exactly 0 at the start only if the
+reference got the same, so it goes through the same function. What enters an adapter is left to autocast.
 """
 
 from dataclasses import replace
@@ -16,7 +15,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def prepare_reference(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The frozen model on the accelerator's device, with the autocast and the compilation of the policy."""
+    """The frozen model on the accelerator's device, with the autocast of the policy."""
     listed = list(accelerator._models)
     prepared = accelerator.prepare_model(release(model), evaluation_mode=True)
     # Trainer.evaluation_loop prepares the policy only while this list is empty.

@@ -159,6 +159,8 @@ def _fingerprints_of(
     precision = precision_of(
         (p for _, p in parameters), model.config._attn_implementation, trainer.accelerator
     )
+    if trainer.args.torch_compile:
+        precision["compiled"] = trainer.args.torch_compile_backend
     return [
         fingerprint_of(
             weights=weights,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from vrpo.models.adapters import equals_its_base, is_peft_model
 from vrpo.models.files import first_few
 from vrpo.models.partitioned import any_partitioned, local_part
+from vrpo.training.compiled import compile_layers
 from vrpo.training.precision import prepare_reference
 from vrpo.training.trainer import DiffusionTrainer, switch_dropout_off
 from vrpo.training.trunk import frozen_copy
@@ -32,6 +33,7 @@ def build_reference(trainer: DiffusionTrainer, ref_model: PreTrainedModel | None
     ref_model.eval()
     if trainer.args.disable_dropout:
         switch_dropout_off(ref_model)
+    compile_layers(ref_model, trainer.args)
     if trainer.is_deepspeed_enabled:
         return running_engine(trainer.accelerator, ref_model)
     if trainer.is_fsdp_enabled:

@@ -37,6 +37,7 @@ from vrpo.training.checks import (
     check_model,
     check_optimizer,
 )
+from vrpo.training.compiled import check_compiler, compile_layers, leave_compilation_to_us
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.data_trainer import DataTrainer
 from vrpo.training.dropped import DroppedRows
@@ -124,6 +125,7 @@ class DiffusionTrainer(DataTrainer):
         if model_init is not None and any(optimizers):
             raise ValueError("model_init makes a new model for each train(), so optimizers cannot be given")
         check_runnable(args)
+        check_compiler(args)
         if args.n_gpu > 1:
             raise ValueError(
                 "nn.DataParallel is not supported: launch one process per GPU with torchrun or accelerate"
@@ -173,6 +175,7 @@ class DiffusionTrainer(DataTrainer):
         if args.logging_strategy != IntervalStrategy.NO:
             self.add_callback(LogTheLastStep())
         keep_output_dtype(self.accelerator)
+        leave_compilation_to_us(self.accelerator)
 
     def _ready(self, model: nn.Module) -> nn.Module:
         """The model checked, with its adapter, and without what an earlier trainer left on it."""
@@ -195,7 +198,7 @@ class DiffusionTrainer(DataTrainer):
             leave_adapter_inputs_to_autocast(model)
         if self.args.disable_dropout:
             switch_dropout_off(model)
-        return release(model)
+        return compile_layers(release(model), self.args)
 
     def call_model_init(self, trial=None) -> nn.Module:
         return self._ready(super().call_model_init(trial))
