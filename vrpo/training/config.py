@@ -18,6 +18,7 @@ from vrpo.estimator.masking import check_design, check_replicates, default_repli
 from vrpo.objectives.losses import NEEDS_REPLICATES, check_losses, needs_reference
 from vrpo.training.compiled import check_compilation
 from vrpo.training.launch import check_engine, check_launch
+from vrpo.training.offload import check_offloading
 from vrpo.training.ranges import check_numbers
 from vrpo.training.reference_config import ReferenceArguments
 from vrpo.training.support import check_supported
@@ -88,6 +89,13 @@ class DiffusionConfig(TrainingArguments):
         metadata=_help(
             "Train only so many of the uppermost layers, with the last norm and the head; with LoRA, adapt "
             "only these. What is below is frozen. None: all."
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=_help(
+            "Keep the activations that backward needs in the memory of the host, for two copies over the "
+            "bus. With gradient_checkpointing the inputs of the layers are all that moves."
         ),
     )
     mask_token_id: int | None = field(
@@ -191,6 +199,7 @@ class DiffusionConfig(TrainingArguments):
         check_supported(self)
         check_launch(self)
         check_compilation(self)
+        check_offloading(self)
         _check_writable(self.output_dir)
 
 

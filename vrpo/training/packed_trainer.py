@@ -23,6 +23,7 @@ from vrpo.step import NLL, Estimator, Objective, num_cuts, split_by_tokens, spli
 from vrpo.training.adapter_trainer import AdapterTrainer
 from vrpo.training.checks import responses_of
 from vrpo.training.finite import last_good_checkpoint
+from vrpo.training.offload import offloading_of
 
 Metrics = dict[str, Tensor]
 """Name -> one value per example of the micro-batch."""
@@ -68,6 +69,7 @@ class PackedTrainer(AdapterTrainer):
         super().__init__(*args, **kwargs)
         # Our loss is already one mean over the optimizer step (see training_step).
         self.model_accepts_loss_kwargs = True
+        self._offloading = offloading_of(self.model, self.args)
 
     def _responses(self, inputs: dict[str, Any], model: nn.Module) -> ResponseBatch:
         """What a batch trains or evaluates on; the token budget cuts what this returns."""
@@ -204,7 +206,7 @@ class PackedTrainer(AdapterTrainer):
     def _backward(self, model, batch, step, index: int, factor: float, is_last: bool) -> None:
         """Forward and backward of one share of a step."""
         with self._gradient_sync(model, is_last=is_last):
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self._offloading():
                 share = step.share(index)
             if not torch.isfinite(share.detach()):
                 self._raise_not_finite(step, batch)
