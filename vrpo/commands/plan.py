@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
+from vrpo.commands.completions import CompletionArguments
 from vrpo.commands.console import say
 from vrpo.commands.planned_config import PlannedConfig, checkpoints
 from vrpo.data.output import check_output, to_json, write
@@ -63,7 +64,11 @@ class PlanArguments(ScriptArguments):
 
 
 def plan(
-    args: PlanArguments, model_args: ModelArguments, config: PlannedConfig, quantization: Quantization
+    args: PlanArguments,
+    model_args: ModelArguments,
+    config: PlannedConfig,
+    quantization: Quantization,
+    completions: CompletionArguments,
 ) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError(

@@ -50,6 +50,7 @@ _DATA = {
 }
 
 _QUANTIZATION = {"Quantization": "vrpo.models.quantized:Quantization"}
+_EXTRAS = _QUANTIZATION | {"Answers during training": "vrpo.commands.completions:CompletionArguments"}
 
 _COMMANDS = (
     Command(
@@ -57,7 +58,7 @@ _COMMANDS = (
         "train a masked-diffusion model on prompt/completion rows",
         "vrpo sft --model_name_or_path GSAI-ML/LLaDA-8B-Base --dataset_name sft.jsonl --output_dir out",
         "vrpo.commands.train:sft",
-        _DATA | {"Masked diffusion": "vrpo.training.config:DiffusionSFTConfig"} | _QUANTIZATION,
+        _DATA | {"Masked diffusion": "vrpo.training.config:DiffusionSFTConfig"} | _EXTRAS,
         {
             "new_model": "sizes of a model that starts from random weights, with a BPE tokenizer trained on "
             "the training text: vocab_size, d_model, n_layers, n_heads, mlp_hidden_size. Instead of "
@@ -72,7 +73,7 @@ _COMMANDS = (
         "vrpo train --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name pairs.jsonl "
         "--output_dir out",
         "vrpo.commands.train:train",
-        _DATA | {"VRPO": "vrpo.training.config:VRPOConfig"} | _QUANTIZATION,
+        _DATA | {"VRPO": "vrpo.training.config:VRPOConfig"} | _EXTRAS,
         defaults="the recipe of LLaDA 1.5 (arXiv 2505.19223 section 4 and App. D), but for how masks are "
         "drawn: --mask_design paper --pair_masks independent is the paper's draw. What the fields below do "
         "not explain is transformers'.",
@@ -83,7 +84,7 @@ _COMMANDS = (
         "vrpo kto --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dataset_name labelled.jsonl "
         "--output_dir out",
         "vrpo.commands.train:kto",
-        _DATA | {"KTO": "vrpo.training.kto_config:DiffusionKTOConfig"} | _QUANTIZATION,
+        _DATA | {"KTO": "vrpo.training.kto_config:DiffusionKTOConfig"} | _EXTRAS,
         defaults="rate and beta of ELBO-KTO, the masks of vrpo train. What the fields below do not explain "
         "is transformers'.",
     ),
@@ -123,7 +124,7 @@ _COMMANDS = (
             "Model": "vrpo.commands.arguments:ModelArguments",
             "VRPO": "vrpo.commands.planned_config:PlannedConfig",
         }
-        | _QUANTIZATION,
+        | _EXTRAS,
         defaults="those of vrpo train, whose config file it takes as it is; the machine's are an H100's. It "
         "needs no GPU, and of the model its config.json only.",
     ),

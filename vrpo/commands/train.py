@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from vrpo import data
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
+from vrpo.commands.completions import CompletionArguments, completions_callback
 from vrpo.commands.console import say, say_metrics
 from vrpo.commands.dry_run import dry_run_text
 from vrpo.commands.new_model import NewModel, build_model, train_tokenizer, trained_tokenizer
@@ -38,6 +39,7 @@ def sft(
     model_args: ModelArguments,
     config: DiffusionSFTConfig,
     quantization: Quantization,
+    completions: CompletionArguments,
     new_model: Mapping[str, int] | None = None,
 ) -> None:
     sizes = None if new_model is None else NewModel.from_mapping(new_model)
@@ -55,15 +57,27 @@ def sft(
             tokenizer = trained_tokenizer(checkpoint, sizes)
         return build_model(sizes, tokenizer, max_length=config.max_length, seed=config.seed), tokenizer
 
-    _run(DiffusionSFTTrainer, script, model_args, config, quantization, make=None if sizes is None else new)
+    _run(
+        DiffusionSFTTrainer,
+        script,
+        model_args,
+        config,
+        quantization,
+        completions,
+        make=None if sizes is None else new,
+    )
 
 
 def train(
-    script: ScriptArguments, model_args: ModelArguments, config: VRPOConfig, quantization: Quantization
+    script: ScriptArguments,
+    model_args: ModelArguments,
+    config: VRPOConfig,
+    quantization: Quantization,
+    completions: CompletionArguments,
 ) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
-    _run(VRPOTrainer, script, model_args, config, quantization)
+    _run(VRPOTrainer, script, model_args, config, quantization, completions)
 
 
 def kto(
@@ -71,10 +85,11 @@ def kto(
     model_args: ModelArguments,
     config: DiffusionKTOConfig,
     quantization: Quantization,
+    completions: CompletionArguments,
 ) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is needed: the checkpoint to align")
-    _run(DiffusionKTOTrainer, script, model_args, config, quantization)
+    _run(DiffusionKTOTrainer, script, model_args, config, quantization, completions)
 
 
 def _run(
@@ -83,6 +98,7 @@ def _run(
     model_args: ModelArguments,
     config: DiffusionConfig,
     quantization: Quantization,
+    completions: CompletionArguments,
     make: Callable[[Dataset, str | None], Loaded] | None = None,
 ) -> None:
     """Check, load, train, save; `make` builds a new model from the training rows instead of loading one."""
@@ -104,6 +120,7 @@ def _run(
     model, tokenizer = (
         _load_model(model_args, quantization, config) if make is None else make(rows, checkpoint)
     )
+    callback = completions_callback(completions, rows, evaluation, model, tokenizer)
     trainer = trainer_class(
         model=model,
         args=_without_precomputing(config) if script.dry_run else config,
@@ -111,6 +128,7 @@ def _run(
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=adapter,
+        callbacks=None if callback is None else [callback],
     )
     if script.dry_run:
         # In all processes, whose packs are equalised.

@@ -90,7 +90,7 @@ def answer(args: GenerateArguments, quantization: Quantization | None = None) ->
         quantization=quantization,
         device=device,
     )
-    _check_lengths(prompt_ids, args.max_new_tokens, max_positions(model.config))
+    check_lengths(prompt_ids, args.max_new_tokens, max_positions(model.config))
     special = special_tokens(model.config, tokenizer)
     response_BG = generate(
         model if is_quantized(model) else model.to(device),
@@ -149,7 +149,8 @@ def _with_special_tokens(
     )
 
 
-def _check_lengths(prompt_ids: list[list[int]], num_new: int, limit: int) -> None:
+def check_lengths(prompt_ids: list[list[int]], num_new: int, limit: int) -> None:
+    """ValueError naming the first prompt that is empty or leaves no room for num_new tokens."""
     for row, ids in enumerate(prompt_ids):
         if not ids:
             raise ValueError(f"the prompt of row {row} has no tokens")

@@ -1,10 +1,12 @@
 """Answers to a few prompts during training, so that a person sees what the figures mean."""
 
+import importlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -23,10 +25,12 @@ class LogCompletionsCallback(TrainerCallback):
     They are a pure function of the weights and the prompts, and training does not notice them: no random
     state is touched, and every module has the mode it had. All processes decode, because a sharded model
     needs all of them; the main one writes one {"step", "prompt", "response"} a line to SAMPLES_FILE in
-    output_dir. A run that is resumed drops what is ahead of its checkpoint.
+    output_dir, and where W&B or Trackio log the run, all of them as the table "completions", as TRL does. A
+    run that is resumed drops what is ahead of its checkpoint.
 
     Args: prompts: token ids of each prompt. freq: optimizer steps between answers. config: how to decode;
         stop_ids that are empty become the tokenizer's end tokens. max_pack_tokens: tokens of one model call.
+        num_completions_to_print: how many of the answers to print; None: all.
     Errors: ValueError for no prompts, an empty one, or a freq below 1.
     """
 
@@ -36,6 +40,7 @@ class LogCompletionsCallback(TrainerCallback):
         freq: int,
         config: SamplerConfig | None = None,
         max_pack_tokens: int = 16384,
+        num_completions_to_print: int | None = None,
     ):
         self.prompts = checks.prompt_ids(prompts)
         if not self.prompts:
@@ -43,6 +48,7 @@ class LogCompletionsCallback(TrainerCallback):
         self.freq = checks.integer("freq", freq, 1)
         self.config = SamplerConfig() if config is None else config
         self.max_pack_tokens = max_pack_tokens
+        self.num_completions_to_print = num_completions_to_print
         self._last: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -76,16 +82,32 @@ class LogCompletionsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         lines = []
-        for prompt, tokens_G in zip(self.prompts, response_BG, strict=True):
+        shown = len(self.prompts) if self.num_completions_to_print is None else self.num_completions_to_print
+        for index, (prompt, tokens_G) in enumerate(zip(self.prompts, response_BG, strict=True)):
             asked = processing_class.decode(prompt.tolist(), skip_special_tokens=True)
             text = processing_class.decode(
                 trim_response(tokens_G, special.terminal), skip_special_tokens=True
             )
             lines.append(to_json({"step": state.global_step, "prompt": asked, "response": text}) + "\n")
-            tqdm.write(f"step {state.global_step}: {asked!a} -> {text!a}")
+            if index < shown:
+                tqdm.write(f"step {state.global_step}: {asked!a} -> {text!a}")
         os.makedirs(args.output_dir, exist_ok=True)
         with _path(args).open("a", encoding="utf-8") as file:
             file.write("".join(lines))
+        _log_table(args.report_to, _path(args), state.global_step)
+
+
+def _log_table(loggers: Sequence[str], path: Path, step: int) -> None:
+    """All answers so far, in the loggers that have tables and a run."""
+    wanted = {"wandb", "trackio"} & set(loggers)
+    if not wanted:
+        return
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    data = [[row["step"], row["prompt"], row["response"]] for row in rows]
+    for name in sorted(wanted):
+        logger = importlib.import_module(name)
+        table = logger.Table(dataframe=pd.DataFrame(data, columns=["step", "prompt", "completion"]))
+        logger.log({"completions": table, "train/global_step": step})
 
 
 def _path(args) -> Path:
