@@ -8,7 +8,7 @@ from typing import Any
 
 from vrpo.training.config import DiffusionConfig, VRPOConfig
 
-_NOT_MODELLED = ("torch_compile",)
+_NOT_MODELLED = ("torch_compile", "activation_offloading")
 
 
 @dataclass
@@ -29,6 +29,7 @@ class PlannedConfig(VRPOConfig):
         self.not_modelled = _not_modelled(self)
         self.fsdp, self.fsdp_config, self.deepspeed = False, None, None
         self.use_cpu, self.bf16, self.fp16, self.tf32, self.torch_compile = True, False, False, None, False
+        self.activation_offloading = False
         super().__post_init__()
 
 
