@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from vrpo.models import (
     parse_dtype,
     special_tokens,
 )
+from vrpo.training.trunk import train_top_layers
 
 GSAI_FILES = Path(__file__).parents[3] / "shared" / "data" / "llada-8b-instruct"
 
@@ -539,3 +541,19 @@ def test_lora__on_the_head_is_refused(scored_pack):
     adapted = get_peft_model(tiny_model(dtype=torch.float32), LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="an adapter on lm_head would be bypassed"):
         adapted(**inputs, **scored)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing__gives_frozen_layers_no_graph_unless_it_needs_one(reentrant):
+    model = tiny_model(n_layers=2)
+    train_top_layers(model, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the name changed in transformers 5.23
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *found: seen.append(found[2].requires_grad))
+    hidden = model.model(torch.arange(12)[None]).last_hidden_state
+    hidden.sum().backward()
+    assert seen == [reentrant]
+    assert model.model.layers[1].mlp.up_proj.weight.grad.abs().max() > 0

@@ -234,6 +234,17 @@ def test_noise__says_nothing_without_replicates_and_zero_without_noise(name):
         assert told[key].tolist() == [0.0, 0.0], key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("score", [1e30, -1e30])
+def test_curves__tell_no_nan_of_huge_scores(score, dtype):
+    """Of every curve, with no noise and with some."""
+    for curve in (Softplus(), Softplus(0.1), Sigmoid(), Hinge(), ReverseKL(1e-3), Square(1.0)):
+        for std in (0.0, 1.0):
+            given = torch.tensor([score], dtype=dtype), torch.tensor([std], dtype=dtype)
+            told = torch.stack([curve.slope(*given), curve.curvature(*given), curve.bias(*given)])
+            assert torch.isfinite(told).all() and torch.isfinite(curve.bound(*given)).all(), (curve, std)
+
+
 @pytest.mark.parametrize("std", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("true_score", [-2.0, 0.0, 3.0])
 def test_noise__sigmoid_bounds_bias_and_variance_of_the_loss(true_score, std):

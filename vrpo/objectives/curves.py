@@ -152,7 +152,7 @@ class Hinge(Curve):
 
     def bias(self, score, std):
         """std (phi(a) - |a| Phi(-|a|)), a = (1 - s) / std: exact for a Gaussian score."""
-        distance = _ratio(1 - score, std).abs()
+        distance = _ratio(1 - score, std).abs().clamp(max=1e3)  # both terms are 0 there, and infinity none
         density = torch.exp(-distance.square() / 2) / math.sqrt(2 * math.pi)
         return std * (density - distance * torch.special.ndtr(-distance)).clamp(min=0)
 

@@ -22,6 +22,8 @@ What beta multiplies: nats of the whole response in most; nats per token in sigm
 beta as strong as DPO's is about L times as large (Tulu 3 used 5, SimPO 2 to 10); in ipo and sppo_hard it
 multiplies nothing and sets the target 1 / (2 beta), in nats per token and in nats. The IPO paper states sums;
 TRL divides by the lengths, as its authors did for their results, and so do we.
+label_smoothing: TRL's DPOTrainer (1.16) reads it in robust and exo_pair alone; its CPOTrainer also in
+sigmoid and simpo, as we do.
 Not here, with the reason: aot sorts the batch and is no function of a pair, discopop overflows, sft is
 sft_weight.
 """
