@@ -227,7 +227,7 @@ def test_plan_command__takes_the_engine_and_the_precision_of_the_config(tmp_path
         assert found["setup"]["compute_bytes"] == 2 and found["not_modelled"] == []
     found = planned(tmp_path, capsys, config="bf16: false\noptim: adafactor\n")
     assert found["setup"]["compute_bytes"] == 4
-    assert found["not_modelled"] == ["optim adafactor (AdamW with float32 moments is)"]
+    assert found["not_modelled"] == ["optim adafactor (AdamW with moments in the dtype of the weights is)"]
     assert (
         planned(tmp_path, capsys, "--dtype=bfloat16", config="bf16: false\n")["setup"]["compute_bytes"] == 2
     )
@@ -244,6 +244,8 @@ def test_plan_command__takes_the_engine_and_the_precision_of_the_config(tmp_path
         (["--fsdp=true", '--fsdp_config={"version": 1}'], "version 1 is not modelled"),
         (['--deepspeed={"zero_optimization": {"stage": 1}}'], "ZeRO stage 1 is not modelled"),
         (['--deepspeed={"zero_optimization": 3}'], "zero_optimization must be an object"),
+        (["--loss_type=simpo", "--precompute_ref_log_probs"], "is of no use to a loss without a reference"),
+        (["--sync_ref_model", "--use_peft"], "sync_ref_model needs a second model"),
         (["--max_length=512"], "prompt_length . response_length = 1024 tokens, but max_length=512"),
         (["--gradient_mode=joint", "--max_tokens_per_pack=9000"], "a pair takes 16384 tokens, but max_tok"),
         (["--max_tokens_per_pack=1000"], "one masked copy takes 1024 tokens, but max_tokens_per_pack=1000"),
@@ -259,6 +261,30 @@ def test_plan_command__refuses_what_training_or_the_model_cannot(tmp_path, capsy
     argv = ["plan", f"--model_name_or_path={tmp_path}", f"--output_dir={tmp_path / 'out'}", *flags]
     assert main(argv) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_plan_command__names_what_it_does_not_model(tmp_path, capsys):
+    zero = {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "none"},
+        }
+    }
+    found = planned(tmp_path, capsys, "--num_gpus=2", f"--deepspeed={json.dumps(zero)}", "--use_peft")
+    assert found["not_modelled"] == ["offload_optimizer of deepspeed"]
+    capsys.readouterr()
+    fsdp = '{"fsdp_cpu_offload": "true", "reshard_after_forward": false, "activation_checkpointing": "false"}'
+    found = planned(
+        tmp_path, capsys, "--num_gpus=2", "--fsdp=true", f"--fsdp_config={fsdp}", "--torch_compile"
+    )
+    assert found["not_modelled"] == [
+        "torch_compile",
+        "cpu_offload of fsdp_config",
+        "reshard_after_forward=false of fsdp_config",
+    ]
+    assert not found["setup"]["gradient_checkpointing"]
+    assert "Not in it: torch_compile." in capsys.readouterr().out
 
 
 def test_trained_parameters__adapters_are_on_the_layers_that_are_named():

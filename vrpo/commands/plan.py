@@ -78,6 +78,8 @@ def plan(
         raise ValueError(f"compute_dtype must be bfloat16 or float32, got {args.compute_dtype!r}")
     if args.output_file is not None:
         check_output(args.output_file, models={"model_name_or_path": model_args.model_name_or_path})
+    has_reference = needs_reference(config.loss_type)
+    _check_reference(model_args, config, has_reference)
     setup = training_setup(
         model_args,
         config,
@@ -85,7 +87,7 @@ def plan(
         response_length=args.response_length,
         num_gpus=args.num_gpus,
         compute_bytes=_compute_bytes(args, model_args, config),
-        has_reference=needs_reference(config.loss_type),
+        has_reference=has_reference,
         gradient_mode=_gradient_mode(model_args, config),
         quantization=quantization,
     )
@@ -116,6 +118,17 @@ def _gradient_mode(model_args: ModelArguments, config: DiffusionConfig) -> str:
     if drops and config.gradient_mode == "replay":
         raise ValueError("gradient_mode='replay' does not go with lora_dropout: leave disable_dropout=True")
     return "joint" if drops else config.gradient_mode
+
+
+def _check_reference(model_args: ModelArguments, config: PlannedConfig, has_reference: bool) -> None:
+    """ValueError for a reference that training would refuse."""
+    if config.precompute_ref_log_probs and not has_reference:
+        raise ValueError("precompute_ref_log_probs is of no use to a loss without a reference")
+    if config.sync_ref_model and (model_args.use_peft or not has_reference):
+        raise ValueError(
+            "sync_ref_model needs a second model that can follow: neither adapters nor a loss without a "
+            "reference have one"
+        )
 
 
 def _check_lengths(setup: TrainingSetup, config: DiffusionConfig) -> None:

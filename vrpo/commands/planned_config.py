@@ -8,6 +8,7 @@ from typing import Any
 
 from vrpo.training.config import DiffusionConfig, VRPOConfig
 
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 _NOT_MODELLED = ("torch_compile", "activation_offloading")
 
 
@@ -46,8 +47,7 @@ def _engine(config: VRPOConfig) -> str | None:
     if is_fsdp and config.deepspeed:
         raise ValueError("fsdp and deepspeed are two engines for one model: keep one of them")
     if is_fsdp:
-        settings = _read("fsdp_config", config.fsdp_config)
-        version = settings.get("version", settings.get("fsdp_version", 2))
+        version = _fsdp(config.fsdp_config).get("version", 2)
         if str(version) != "2":
             raise ValueError(f"fsdp_config: version {version} is not modelled; set version 2")
         return "fsdp2"
@@ -60,23 +60,32 @@ def _engine(config: VRPOConfig) -> str | None:
 
 
 def _checkpoints_by_fsdp(given: Any) -> bool:
-    settings = _read("fsdp_config", given)
-    return any(settings.get(f"{prefix}activation_checkpointing", False) for prefix in ("", "fsdp_"))
+    return _is_on(_fsdp(given).get("activation_checkpointing", False))
 
 
 def _not_modelled(config: VRPOConfig) -> tuple[str, ...]:
     optim = getattr(config.optim, "value", config.optim)
-    found = [] if optim.startswith("adamw_torch") else [f"optim {optim} (AdamW with float32 moments is)"]
+    found = [] if optim in _ADAMW else [f"optim {optim} (AdamW with moments in the dtype of the weights is)"]
     found += [name for name in _NOT_MODELLED if getattr(config, name)]
-    fsdp, zero = _read("fsdp_config", config.fsdp_config), _read("deepspeed", config.deepspeed)
-    if any(
-        fsdp.get(f"{prefix}cpu_ram_offload") or fsdp.get(f"{prefix}offload_params")
-        for prefix in ("", "fsdp_")
-    ):
-        found.append("the offloading of fsdp_config")
-    zero = _section(zero, "zero_optimization")
-    found += [f"{name} of deepspeed" for name in ("offload_optimizer", "offload_param") if zero.get(name)]
+    fsdp = _fsdp(config.fsdp_config)
+    if _is_on(fsdp.get("cpu_offload", False)) or "offload" in str(config.fsdp):
+        found.append("cpu_offload of fsdp_config")
+    if not _is_on(fsdp.get("reshard_after_forward", True)):
+        found.append("reshard_after_forward=false of fsdp_config")
+    zero = _section(_read("deepspeed", config.deepspeed), "zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        if _section(zero, name).get("device", "none") != "none":
+            found.append(f"{name} of deepspeed")
     return tuple(found)
+
+
+def _is_on(value: Any) -> bool:
+    return str(value).lower() not in ("false", "0", "none")
+
+
+def _fsdp(given: Any) -> dict[str, Any]:
+    """fsdp_config by the names without the prefix that transformers takes off too."""
+    return {key.removeprefix("fsdp_"): value for key, value in _read("fsdp_config", given).items()}
 
 
 def _read(name: str, given: Any) -> dict[str, Any]:
