@@ -18,6 +18,7 @@ from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.estimator import masking
 from vrpo.estimator.elbo import elbo
 from vrpo.estimator.packing import pack
+from vrpo.estimator.row_weights import desensitised
 from vrpo.objectives.pairs import PairObjective
 
 NLL = Callable[[PackedBatch], Tensor]
@@ -39,6 +40,7 @@ class Estimator:
     seed: int
     num_replicates: int = 1
     pair_masks: str = "independent"
+    ld_alpha: float | None = None
 
     def pack(self, batch: ResponseBatch, epoch: int, device: torch.device | str) -> PackedBatch:
         """Draw the masks of a batch once and lay out all its masked copies."""
@@ -52,6 +54,8 @@ class Estimator:
             seed=self.seed,
             epoch=epoch,
         )
+        if self.ld_alpha is not None:
+            drawn = desensitised(drawn, batch, self.ld_alpha)
         return pack(batch, drawn, self.mask_token_id).to(device)
 
 

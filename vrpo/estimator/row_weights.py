@@ -21,11 +21,12 @@ response r masks position l.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vrpo.batch import MaskDraw
+from vrpo.batch import MaskDraw, ResponseBatch
 
 RowWeights = Callable[[MaskDraw, Tensor], Tensor]
 """(draw with base weights, length_R) -> weight_N float32, the new weight of every row."""
@@ -141,3 +142,25 @@ def token_ratio_jackknife(draw: MaskDraw, length_R: Tensor, *, ratio_lambda: flo
             part_RKL = _ratio(base_RKL * kept_K1 * scale, length_R, ratio_lambda)
             omega_RKL = omega_RKL - (num_couples - 1) / num_couples * part_RKL
     return _rows(draw, draw.num_samples * omega_RKL)
+
+
+def desensitised(draw: MaskDraw, batch: ResponseBatch, ld_alpha: float) -> MaskDraw:
+    """The draw with the weights of length-desensitised DPO: tokens beyond the common length count alpha.
+
+        B_alpha(y) = sum over the tokens i < m of B_i + alpha * sum over the others,  m = min(L_w, L_l)
+
+    where B(y) = sum_i B_i over the tokens. A draw that estimates B without bias estimates so each of its
+    terms, and with them B_alpha; alpha = 1 is B itself. LD-DPO (arXiv 2409.06411) does so with the
+    log-probabilities of an autoregressive model, for policy and reference alike.
+
+    Args: ld_alpha in [0, 1].
+    Errors: ValueError unless every example has two responses.
+    """
+    if batch.num_sides != 2:
+        raise ValueError(f"ld_alpha compares two responses, got examples of {batch.num_sides}")
+    common_B = batch.response_length_R.view(-1, 2).amin(dim=1)
+    common_S = common_B.repeat_interleave(2 * draw.num_samples)
+    common_N = common_S.repeat_interleave(draw.offsets_S1.diff())
+    return replace(
+        draw, weight_N=torch.where(draw.position_N < common_N, draw.weight_N, ld_alpha * draw.weight_N)
+    )

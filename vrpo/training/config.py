@@ -293,6 +293,14 @@ class VRPOConfig(ReferenceConfig):
             "sigmoid_norm and simpo, the unbiased correction in robust, the target in exo_pair (1e-3 there)."
         ),
     )
+    ld_alpha: float | None = field(
+        default=None,
+        metadata=_help(
+            "LD-DPO (arXiv 2409.06411): what the tokens of a response beyond the length of the other one "
+            "count in the ELBOs of policy and reference, in [0, 1]; 0 leaves them out. Scores shrink with "
+            "it, so beta may be larger. Needs sft_weight=0. None: all count 1."
+        ),
+    )
     simpo_gamma: float = field(
         default=0.5, metadata=_help("Margin that simpo asks for, in units of the score; at least 0.")
     )
@@ -337,6 +345,7 @@ class VRPOConfig(ReferenceConfig):
             simpo_gamma=self.simpo_gamma,
             sft_weight=self.sft_weight,
         )
+        _check_ld_alpha(self.ld_alpha, self.sft_weight)
         if self.share_trunk and not needs_reference(self.loss_type):
             raise ValueError(
                 f"share_trunk=True shares layers with a reference, and loss_type={self.loss_type} has none"
@@ -344,6 +353,18 @@ class VRPOConfig(ReferenceConfig):
         if needing := sorted(NEEDS_REPLICATES & set(self.loss_type)):
             num_levels = self.num_samples // self.masks_per_level
             check_replicates(needing[0], self.mask_design, num_levels, self.num_replicates)
+
+
+def _check_ld_alpha(ld_alpha: float | None, sft_weight: float) -> None:
+    if ld_alpha is None:
+        return
+    if not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must be in [0, 1], or None, got {ld_alpha}")
+    if sft_weight:
+        raise ValueError(
+            f"ld_alpha={ld_alpha} needs sft_weight=0: the ELBO of the chosen response, which that term is "
+            "made of, counts its last tokens less"
+        )
 
 
 def _listed(name: str, value: Any) -> list:

@@ -74,9 +74,14 @@ def fingerprint_of(
             if name not in _WITHOUT_EFFECT
         },
         "precision": dict(precision),
-        "draw": {**asdict(estimator), "masks": _digest_of_draw(estimator, num_sides)},
+        "draw": {**_given(asdict(estimator)), "masks": _digest_of_draw(estimator, num_sides)},
         "data": digest_of_dataset(dataset),
     }
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is not set: what was stored before there was such a field is the same draw."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def differing(stored: Mapping[str, Any], wanted: Fingerprint) -> list[str]:

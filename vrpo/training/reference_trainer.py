@@ -56,6 +56,8 @@ class ReferenceTrainer(DiffusionTrainer):
             if ref_model is not None:
                 raise ValueError(f"ref_model is of no use to loss_type={args.loss_type}: leave it out")
             self.metric_names = tuple(name for name in self.metric_names if "/ref_" not in name)
+        if getattr(args, "ld_alpha", None) is not None:
+            self.metric_names = tuple(name for name in self.metric_names if name != "vrpo/sft_loss")
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model)
             model = load_policy(model, dtype=torch.float32)

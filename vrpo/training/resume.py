@@ -57,7 +57,7 @@ _INHERITED = (
 )
 _OWN_WITHOUT_EFFECT = {"max_tokens_per_pack", "gradient_mode", "share_trunk", "dataset_num_proc"}
 # What is left out by drop_unusable_rows shows in the digest of the data.
-_OWN_WITHOUT_EFFECT |= {"drop_unusable_rows", "training_report"}
+_OWN_WITHOUT_EFFECT |= {"drop_unusable_rows", "training_report", "activation_offloading"}
 # The reference ELBOs are the same whichever place they lie in, and whatever shared a forward pass.
 _OWN_WITHOUT_EFFECT |= {"precompute_ref_batch_size", "ref_log_probs_cache", "precompute_only"}
 

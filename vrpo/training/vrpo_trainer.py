@@ -53,7 +53,8 @@ class VRPOTrainer(ReferenceTrainer):
     in use, see `PairObjective.noise`: `vrpo/{loss_bias,loss_bias_bound,sign_flips,gradient_noise}`.
 
     Losses without a reference (loss_type "simpo" alone) copy, keep and run none: `elbo/ref_*` are not there,
-    and rewards are beta times the ELBO per token.
+    and rewards are beta times the ELBO per token. With ld_alpha every ELBO is that of LD-DPO, in which tokens
+    beyond the shorter response count ld_alpha, and `vrpo/sft_loss` is not there.
     """
 
     args: VRPOConfig
@@ -66,7 +67,7 @@ class VRPOTrainer(ReferenceTrainer):
 
     @property
     def estimator(self) -> Estimator:
-        return replace(super().estimator, pair_masks=self.args.pair_masks)
+        return replace(super().estimator, pair_masks=self.args.pair_masks, ld_alpha=self.args.ld_alpha)
 
     @property
     def needs_reference(self) -> bool:
@@ -95,8 +96,9 @@ class VRPOTrainer(ReferenceTrainer):
         metrics = {
             "rewards/accuracies": (score_B > 0).float(),
             "rewards/margins": score_B,
-            "vrpo/sft_loss": objective.sft_loss(policy_RK),
         }
+        if self.args.ld_alpha is None:
+            metrics["vrpo/sft_loss"] = objective.sft_loss(policy_RK)
         noise = objective.noise(policy_RK, reference_RK)
         metrics |= {f"vrpo/{name}": value_B for name, value_B in noise.items()}
         for side, name in enumerate(("chosen", "rejected")):
