@@ -127,6 +127,25 @@ def test_config__tells_bad_values_in_one_line(tmp_path, fields, message):
         ({"optim": "adamw_bnb_8bit"}, "optim='adamw_bnb_8bit': .*bitsandbytes"),
         ({"optim": "galore_adamw"}, "optim='galore_adamw': "),
         ({"optim": "adafactor", "optim_args": "nonsense"}, "optim='adafactor': "),
+        ({"optim_args": "eps=1"}, "optim='adamw_torch_fused' does not read 'eps=1'"),
+        ({"optim": "sgd", "optim_args": "momentum=.9, foo=1"}, "optim='sgd' does not read 'foo=1'"),
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim='sgd': Invalid momentum value: -1"),
+        ({"optim_target_modules": "all"}, "optim_target_modules='all' does nothing with"),
+        ({"lr_scheduler_kwargs": {"num_cycles": None}}, "do not fit lr_scheduler_type='cosine'"),
+        ({"lr_scheduler_kwargs": {"num_cycles": "a"}}, "do not fit lr_scheduler_type='cosine'"),
+        ({"lr_scheduler_kwargs": {"num_cycles": math.inf}}, "do not fit lr_scheduler_type='cosine'"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": "0.1"}},
+            "do not fit lr_scheduler_type='cosine_with_min_lr'",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "a"}},
+            "do not fit lr_scheduler_type='polynomial'",
+        ),
+        (
+            {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}},
+            "do not fit lr_scheduler_type='inverse_sqrt'",
+        ),
         (
             {"dataloader_drop_last": True, "per_device_train_batch_size": 13},
             "dataloader_drop_last leaves no batch",

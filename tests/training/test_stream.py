@@ -92,8 +92,31 @@ def test_stream__refuses_what_gives_no_batch(tokenizer, pair_rows):
     with pytest.raises(ValueError, match="too few rows in a pass"):
         next(iter(stream))
     rows = [row | {"example_id": 1} for row in pair_rows]
-    with pytest.raises(ValueError, match="example_id repeats among the first 12 rows"):
+    with pytest.raises(ValueError, match="example_id 1 repeats in row 1 of the stream"):
         stream_of(Dataset.from_list(rows).to_iterable_dataset(), tokenizer, Deal(4))
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 100])
+def test_stream__refuses_an_id_that_repeats_late_in_the_first_pass(tokenizer, pair_rows, first):
+    rows = [pair_rows[i % 12] | {"example_id": first + i % 90} for i in range(100)]
+    stream = stream_of(Dataset.from_list(rows).to_iterable_dataset(), tokenizer, Deal(30))
+    batches = iter(stream)
+    assert [len(next(batches)) for _ in range(3)] == [30] * 3
+    with pytest.raises(ValueError, match=f"example_id {first} repeats in row 90 of the stream"):
+        next(batches)
+
+
+def test_stream__the_second_pass_repeats_the_ids_of_the_first(tokenizer, pair_rows):
+    rows = [row | {"example_id": 7 * i} for i, row in enumerate(pair_rows)]
+    stream = stream_of(Dataset.from_list(rows).to_iterable_dataset(), tokenizer, Deal(12))
+    assert len(take(stream, 2)) == 2
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow", "pandas"])
+def test_stream__reads_every_format_alike(tokenizer, pair_rows, kind):
+    plain = stream_of(pair_rows.to_iterable_dataset(), tokenizer, Deal(5))
+    other = stream_of(pair_rows.to_iterable_dataset().with_format(kind), tokenizer, Deal(5))
+    assert take(other, 4) == take(plain, 4) and other.digest == plain.digest
 
 
 def test_stream__one_worker_reads_the_same(tokenizer, pair_rows):

@@ -29,6 +29,7 @@ from vrpo.data.rows import (
     id_columns,
     prepare_rows,
 )
+from vrpo.data.seen import SeenIds
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,7 @@ class RowStream(torch.utils.data.IterableDataset):
         may_drop: bool = False,
         on_drop: Callable[[int, str], None] | None = None,
     ):
-        self._rows = rows
+        self._rows = rows.with_format(None)
         self._limits, self._budget, self._deal = limits, budget, deal
         self._may_drop, self._on_drop = may_drop, None
         first = next(iter(self._rows), None)
@@ -108,12 +109,6 @@ class RowStream(torch.utils.data.IterableDataset):
         head = list(itertools.islice(self._prepared(0), _HEAD))
         if not head:
             raise ValueError("drop_unusable_rows leaves no row of the stream")
-        ids = [row["example_id"] for row in head]
-        if len(set(ids)) < len(ids):
-            raise ValueError(
-                f"example_id repeats among the first {len(ids)} rows of the stream: each row needs its own, "
-                "because it decides the masks; without the column, rows are numbered"
-            )
         return hashlib.sha256(repr([sorted(row.items()) for row in head]).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[list[Row]]:
@@ -146,6 +141,7 @@ class RowStream(torch.utils.data.IterableDataset):
     def _prepared(self, epoch: int) -> Iterator[Row]:
         """The usable rows of a pass, in the order of the stream."""
         source, number, dropped = iter(self._rows), 0, 0
+        seen = SeenIds() if epoch == 0 and "example_id" in self._columns else None
         while chunk := list(itertools.islice(source, _AT_ONCE)):
             columns = {name: [row.get(name) for row in chunk] for name in self._columns}
             numbers = list(range(number, number + len(chunk)))
@@ -161,6 +157,8 @@ class RowStream(torch.utils.data.IterableDataset):
             for index, row_number in enumerate(numbers):
                 for row, problem in self._examples(found, index):
                     if not problem:
+                        if seen is not None and not seen.add(row["example_id"]):
+                            raise ValueError(_repeats(row["example_id"], row_number))
                         yield row
                         continue
                     dropped += 1
@@ -211,6 +209,13 @@ class RowStream(torch.utils.data.IterableDataset):
             logger.warning(f"{count} of the first {row + 1} rows of the stream dropped; row {row}: {reason}")
 
 
+def _repeats(example_id: int, row: int) -> str:
+    return (
+        f"example_id {example_id} repeats in row {row} of the stream: each row needs its own, because it "
+        "decides the masks; without the column, rows are numbered"
+    )
+
+
 def shuffled(rows: Iterator[Row], size: int, seed: list[int]) -> Iterator[Row]:
     """Each row drawn from a buffer of `size` rows, which the next one refills; below 2, the same order."""
     if size < 2:
@@ -235,7 +240,7 @@ def read_stream(data: IterableDataset, name: str, *, has_label: bool = False) ->
 
     Errors: ValueError beyond 100,000 rows, or without one.
     """
-    rows = list(itertools.islice(data, _LARGEST_EVALUATION + 1))
+    rows = list(itertools.islice(data.with_format(None), _LARGEST_EVALUATION + 1))
     if len(rows) > _LARGEST_EVALUATION:
         raise ValueError(
             f"{name} is a stream of more than {_LARGEST_EVALUATION} rows, and an evaluation reads all of "

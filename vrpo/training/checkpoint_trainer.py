@@ -30,6 +30,7 @@ from vrpo.training.checkpoints import (
     remove_incomplete,
     rotate,
 )
+from vrpo.training.early_stopping import GoOnWaiting
 from vrpo.training.interrupt import SaveAfterEpochEnd, StopOnSignal, TrainingInterrupted
 from vrpo.training.packed_trainer import PackedTrainer
 
@@ -53,6 +54,8 @@ class CheckpointTrainer(PackedTrainer):
         self._stop = StopOnSignal(self.accelerator)
         self.add_callback(self._stop)
         self.add_callback(SaveAfterEpochEnd())
+        self._early_stopping = GoOnWaiting(lambda: self.callback_handler.callbacks)
+        self.add_callback(self._early_stopping)
 
     @contextlib.contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:
@@ -215,11 +218,21 @@ class CheckpointTrainer(PackedTrainer):
             lambda path: known.get(path.relative_to(folder).as_posix()) or disk.checksum(path)
         )
 
+    @contextlib.contextmanager
+    def _evaluating_at_start_once(self, checkpoint: str | None) -> Iterator[None]:
+        """eval_on_start is of the start: a run that goes on has that evaluation in its log already."""
+        wanted = self.args.eval_on_start
+        self.args.eval_on_start = wanted and checkpoint is None
+        try:
+            yield
+        finally:
+            self.args.eval_on_start = wanted
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._unlogged is not None:
             self._restore_log(self._unlogged)
             self._unlogged = None
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._early_stopping.is_over:
             # Resumed at its end, in the middle of an epoch: the Trainer would take one more step.
             self.control.should_training_stop = True
             return

@@ -1,5 +1,6 @@
 """What a trainer refuses before its first step because the run would end in an error, or do nothing."""
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,20 +15,28 @@ from vrpo.models.adapters import is_peft_model
 from vrpo.models.files import why_unsupported
 from vrpo.models.quantized import is_quantized
 
+_LOW_RANK = ("galore", "apollo")
+
 
 def check_model(model: nn.Module, args: TrainingArguments, *, gets_adapter: bool = False) -> None:
     """ValueError for a model that is not one of masked diffusion, or whose weights cannot train like this."""
-    base = model.get_base_model() if is_peft_model(model) else model
-    if not isinstance(base, LLaDAForMaskedDiffusion):
-        config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
-        raise ValueError(
-            f"model must be a masked-diffusion model (LLaDAForMaskedDiffusion, or PEFT around one), got "
-            f"{type(base).__name__}. {why_unsupported(config)}"
-        )
+    base = check_masked_diffusion(model, "model")
     if args.fp16 and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
         raise ValueError("fp16=True scales gradients of float32 weights, but the model's are float16")
     if is_quantized(base):
         _check_quantized(args, has_adapter=gets_adapter or is_peft_model(model))
+
+
+def check_masked_diffusion(model: nn.Module, name: str) -> nn.Module:
+    """The model under its adapters. Errors: ValueError, naming the argument, if it is of another class."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    if not isinstance(base, LLaDAForMaskedDiffusion):
+        config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
+        raise ValueError(
+            f"{name} must be a masked-diffusion model (LLaDAForMaskedDiffusion, or PEFT around one), got "
+            f"{type(base).__name__}. {why_unsupported(config)}"
+        )
+    return base
 
 
 def _check_quantized(args: TrainingArguments, *, has_adapter: bool) -> None:
@@ -48,9 +57,45 @@ def _check_quantized(args: TrainingArguments, *, has_adapter: bool) -> None:
 def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
     """ValueError for an optimizer whose package is missing or whose arguments are wrong."""
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if kind.__module__.startswith("torch."):
+            kind([nn.Parameter(torch.zeros(1))], **kwargs)  # its own opinion of numbers
     except Exception as error:
         raise ValueError(f"optim={args.optim.value!r}: {' '.join(str(error).split())}") from error
+    if args.optim_target_modules is not None and not args.optim.value.startswith(_LOW_RANK):
+        raise ValueError(
+            f"optim_target_modules={args.optim_target_modules!r} does nothing with "
+            f"optim={args.optim.value!r}: only {' and '.join(_LOW_RANK)} read it"
+        )
+    for argument in (args.optim_args or "").replace(" ", "").split(","):
+        if argument and not _is_read(argument, args, model):
+            raise ValueError(
+                f"optim_args: optim={args.optim.value!r} does not read {argument!r}, which would do nothing"
+            )
+
+
+def _is_read(argument: str, args: TrainingArguments, model: nn.Module) -> bool:
+    """Whether one key=value of optim_args reaches the optimizer: asked with another value, or none."""
+    key, value = argument.split("=", 1)
+    others = [one for one in args.optim_args.replace(" ", "").split(",") if one.split("=")[0] != key]
+
+    def options(*more: str) -> str:
+        changed = copy.copy(args)
+        changed.optim_args = ",".join((*others, *more)) or None
+        try:
+            return repr(Trainer.get_optimizer_cls_and_kwargs(changed, model)[1])
+        except Exception as error:  # another value may be a wrong one: then it was read
+            return repr(error)
+
+    as_given = options(argument)
+    return any(options(*more) != as_given for more in ((), (f"{key}={_other(value)}",)))
+
+
+def _other(value: str) -> str:
+    try:
+        return str(2 * float(value) + 1)
+    except ValueError:
+        return "False" if value.lower() == "true" else "True"
 
 
 def responses_of(inputs: Any) -> ResponseBatch:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from vrpo import data
 from vrpo.data import DataReport, TokenBudget
+from vrpo.data.containers import as_dataset
 from vrpo.data.limits import Limits
 from vrpo.data.stream import Deal, RowStream, StreamCollator, read_stream
 from vrpo.models import max_positions
@@ -61,10 +62,13 @@ class DataTrainer(CheckpointTrainer):
                 f"the {split} dataset is a dict of {sorted(dataset)}: pass one of them, such as "
                 f"dataset[{sorted(dataset)[-1]!r}]"
             )
+        what, _, part = split.partition(" ")
+        name = f"{what}_dataset[{part!r}]" if part else f"{what}_dataset"
         if isinstance(dataset, IterableDataset):
             if split == "train":
                 return self._stream(dataset, tokenizer, model)
-            dataset = read_stream(dataset, f"{split}_dataset", has_label=self.has_label)
+            dataset = read_stream(dataset, name, has_label=self.has_label)
+        dataset = as_dataset(dataset, name)
         prepared, report = self.prepare_dataset(
             dataset,
             tokenizer,
@@ -198,11 +202,18 @@ class DataTrainer(CheckpointTrainer):
         return data.num_tokens(dataset).tolist()
 
     def get_eval_dataloader(self, eval_dataset=None):
+        known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(eval_dataset, str) and eval_dataset not in known:
+            raise ValueError(
+                f"eval_dataset must be a dataset or the name of one, {sorted(known)}; got {eval_dataset!r}"
+            )
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepare(eval_dataset, self.processing_class, self.model, "eval")
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
+        if test_dataset is None:
+            raise ValueError("test_dataset must be a dataset, got None")
         return super().get_test_dataloader(
             self._prepare(test_dataset, self.processing_class, self.model, "test")
         )

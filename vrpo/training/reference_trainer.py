@@ -16,6 +16,8 @@ from vrpo.models.adapters import is_peft_model
 from vrpo.models.checkpoint import load_policy
 from vrpo.step import NLL, Estimator
 from vrpo.training.adapter_trainer import adapter_off
+from vrpo.training.argument_types import check_config, check_reference_argument
+from vrpo.training.checks import check_masked_diffusion
 from vrpo.training.config import ReferenceConfig
 from vrpo.training.known_reference import CheckEpochs, KnownReference
 from vrpo.training.packed_trainer import Metrics, ModelNLL
@@ -51,7 +53,10 @@ class ReferenceTrainer(DiffusionTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
     ):
-        self.args = args = args or self.config_class(output_dir=f"{self.method}_output")
+        check_reference_argument(ref_model)
+        args = self.config_class(output_dir=f"{self.method}_output") if args is None else args
+        check_config(args, self.config_class)
+        self.args = args
         if not self.needs_reference:
             if ref_model is not None:
                 raise ValueError(f"ref_model is of no use to loss_type={args.loss_type}: leave it out")
@@ -67,6 +72,8 @@ class ReferenceTrainer(DiffusionTrainer):
             dtype = next(model.parameters()).dtype if model is not None else torch.float32
             attention = model.config._attn_implementation if model is not None else "vrpo"
             ref_model = load_policy(ref_model, dtype=dtype, attn_implementation=attention)
+        if ref_model is not None:
+            check_masked_diffusion(ref_model, "ref_model")
         self._given_reference = ref_model
         super().__init__(
             model=model,

@@ -20,6 +20,7 @@ from vrpo.gradient import StepResult
 from vrpo.models import max_positions, special_tokens
 from vrpo.objectives import preference
 from vrpo.step import Objective
+from vrpo.training.argument_types import check_config
 from vrpo.training.config import DiffusionSFTConfig
 from vrpo.training.packed_trainer import Metrics
 from vrpo.training.trainer import DiffusionTrainer
@@ -61,7 +62,9 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         args: DiffusionSFTConfig | None = None,
         **kwargs: Any,
     ):
-        super().__init__(model, args or DiffusionSFTConfig(output_dir="sft_output"), **kwargs)
+        args = DiffusionSFTConfig(output_dir="sft_output") if args is None else args
+        check_config(args, DiffusionSFTConfig)
+        super().__init__(model, args, **kwargs)
 
     def _fitting(self, prepared, tokenizer, model, split):
         if split != "train" or self.args.max_eos_fill == 0:  # evaluation is without fill

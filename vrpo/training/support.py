@@ -4,14 +4,17 @@ Every field of transformers' TrainingArguments is in one of the three tables; a 
 field of a newer transformers is looked at before it is offered in silence.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 _NO_LABELS = "there are no labels: the targets are the masked tokens themselves"
+_TRIED_STEPS = 10
 _OFF = (None, False, 0, 0.0, "", "no", [], {})
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -208,13 +211,18 @@ def _check_scheduler(args: TrainingArguments) -> None:
     """The schedule is built at the start of training; its arguments are tried before any work."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
-        get_scheduler(
+        schedule = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=1,
-            num_training_steps=10,
+            num_training_steps=_TRIED_STEPS,
             scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
         )
+        for _ in range(_TRIED_STEPS):  # most arguments are read after the warm-up only
+            optimizer.step()
+            schedule.step(*([0.0] if isinstance(schedule, ReduceLROnPlateau) else []))
+            if not math.isfinite(optimizer.param_groups[0]["lr"]):
+                raise ValueError(f"the rate becomes {optimizer.param_groups[0]['lr']}")
     except Exception as error:
         raise ValueError(
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} do not fit lr_scheduler_type="

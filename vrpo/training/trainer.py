@@ -30,6 +30,7 @@ from vrpo.models.quantized import keep_differentiable
 from vrpo.step import Estimator
 from vrpo.training.adapter_trainer import check_adapters
 from vrpo.training.advice import Advise
+from vrpo.training.argument_types import check_arguments, check_early_stopping
 from vrpo.training.checkpoints import checkpoints, remove_incomplete
 from vrpo.training.checks import (
     check_batches_exist,
@@ -124,6 +125,19 @@ class DiffusionTrainer(DataTrainer):
             raise ValueError("give either model or model_init")
         if model_init is not None and any(optimizers):
             raise ValueError("model_init makes a new model for each train(), so optimizers cannot be given")
+        check_arguments(
+            {
+                "data_collator": data_collator,
+                "eval_dataset": eval_dataset,
+                "processing_class": processing_class,
+                "callbacks": callbacks,
+                "optimizers": optimizers,
+                "peft_config": peft_config,
+                "compute_metrics": compute_metrics,
+                "model_init": model_init,
+            }
+        )
+        check_early_stopping(args, callbacks or ())
         check_runnable(args)
         check_compiler(args)
         if args.n_gpu > 1:
@@ -142,7 +156,7 @@ class DiffusionTrainer(DataTrainer):
         self.args, self.peft_config, self.model_init = args, peft_config, model_init
         if model_init is not None:
             set_seed(args.seed)
-            model = super().call_model_init()
+            model = self._model_of_init()
         model = self._ready(model)
         self.gradient_mode = gradient_mode_of(model, args, is_linear=self.linear_objective)
         check_optimizer(args, model)
@@ -201,7 +215,15 @@ class DiffusionTrainer(DataTrainer):
         return compile_layers(release(model), self.args)
 
     def call_model_init(self, trial=None) -> nn.Module:
-        return self._ready(super().call_model_init(trial))
+        return self._ready(self._model_of_init(trial))
+
+    def _model_of_init(self, trial: Any = None) -> nn.Module:
+        try:
+            return super().call_model_init(trial)
+        except RuntimeError as error:
+            if "model_init should" not in str(error):  # transformers' own words, and not the function's
+                raise
+            raise ValueError(f"model_init must be a function of no argument or one: {error}") from error
 
     @property
     def estimator(self) -> Estimator:
@@ -233,13 +255,14 @@ class DiffusionTrainer(DataTrainer):
         if self.model is self.model_wrapped and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             release(self.model)  # an evaluation prepares the model too, without DistributedDataParallel
         self._forget()
+        check_early_stopping(self.args, self.callback_handler.callbacks)
         with only_run_in(self.args.output_dir, is_writer=self.args.should_save):
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
             if self.args.should_save:
                 remove_incomplete(self.args.output_dir)
             self._check_run(checkpoint)
             self._load_extras(checkpoint)
-            with self._stopping_on_signals():
+            with self._stopping_on_signals(), self._evaluating_at_start_once(checkpoint):
                 return super().train(checkpoint, *args, **kwargs)
 
     def _checkpoint_to_resume(self, value: str | bool | None) -> str | None:
