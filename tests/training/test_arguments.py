@@ -27,6 +27,7 @@ REFUSED_VALUES = {
     "use_cache": True,
     "include_num_input_tokens_seen": "all",
     "include_for_metrics": ["inputs"],
+    "eval_use_gather_object": True,
     "auto_find_batch_size": True,
     "parallelism_config": object(),
     "remove_unused_columns": True,

@@ -84,7 +84,7 @@ class Quantization:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether layers of the model, or of the base under an adapter, were quantized as they were loaded."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = getattr(model, "get_base_model", lambda: model)()
     return getattr(base, "is_quantized", False)
 
 

@@ -29,7 +29,7 @@ def check_model(model: nn.Module, args: TrainingArguments, *, gets_adapter: bool
 
 def check_masked_diffusion(model: nn.Module, name: str) -> nn.Module:
     """The model under its adapters. Errors: ValueError, naming the argument, if it is of another class."""
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = getattr(model, "get_base_model", lambda: model)()  # a base with an adapter in it is no PeftModel
     if not isinstance(base, LLaDAForMaskedDiffusion):
         config = base.config.to_dict() if isinstance(base, PreTrainedModel) else {}
         raise ValueError(

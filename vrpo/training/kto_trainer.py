@@ -1,5 +1,6 @@
 """DiffusionKTOTrainer: preference training on single labelled responses (ELBO-KTO)."""
 
+import functools
 from collections import defaultdict
 from typing import Any
 
@@ -58,9 +59,10 @@ class DiffusionKTOTrainer(ReferenceTrainer):
         *(f"vrpo/{name}" for name in NOISE),
     )
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._evaluated: list[Metrics] = []
-        super().__init__(*args, **kwargs)
+    @functools.cached_property
+    def _evaluated(self) -> list[Metrics]:
+        """The metrics of each batch of the evaluation that is going on."""
+        return []
 
     def _fitting(self, prepared, tokenizer, model, split):
         prepared = super()._fitting(prepared, tokenizer, model, split)

@@ -2,15 +2,15 @@
 
 Every checkpoint holds `vrpo_run.json`, what the run was. What decides which example is masked how, and
 against which reference it is scored, must be the same on resume: a run that changes it midway is neither
-the old run nor a new one. What people change on purpose (rate, beta, number of samples, batch) is allowed
-and told.
+the old run nor a new one. So must the adapter, and what optimizer states depend on. What people change on
+purpose (rate, beta, number of samples, batch) is told, and takes effect (vrpo.training.changed).
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from vrpo.models.partitioned import whole, whole_shape
+from vrpo.training.changed import check_changed
 from vrpo.training.checkpoints import STATE_FILES, checkpoints, fault_of
 
 logger = logging.get_logger(__name__)
@@ -38,6 +39,7 @@ _MUST_EQUAL = {
     "seed": "seed",
     "data_seed": "data_seed",
     "mask_token_id": "mask_token_id",
+    "adapter": "the adapter",
 }
 # Of the inherited arguments, those that change what is learnt. Of our own, all but these do.
 _INHERITED = (
@@ -50,6 +52,9 @@ _INHERITED = (
     "adam_epsilon",
     "max_grad_norm",
     "optim",
+    "optim_args",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
     "bf16",
     "fp16",
     "per_device_train_batch_size",
@@ -60,12 +65,27 @@ _OWN_WITHOUT_EFFECT = {"max_tokens_per_pack", "gradient_mode", "share_trunk", "d
 _OWN_WITHOUT_EFFECT |= {"drop_unusable_rows", "training_report", "activation_offloading"}
 # The reference ELBOs are the same whichever place they lie in, and whatever shared a forward pass.
 _OWN_WITHOUT_EFFECT |= {"precompute_ref_batch_size", "ref_log_probs_cache", "precompute_only"}
+# Where an adapter's base lies, and what PEFT notes of itself and of how the weights began.
+_NOT_OF_ADAPTER = {
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "init_lora_weights",
+}
 
 
 def run_of(
-    trainer: str, args: TrainingArguments, dataset: Dataset | None, reference: str, mask_token_id: int
+    trainer: str,
+    args: TrainingArguments,
+    dataset: Dataset | None,
+    reference: str,
+    mask_token_id: int,
+    adapters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a run is, as JSON; `reference` is a digest of frozen weights."""
+    """What a run is, as JSON. reference: a digest of frozen weights; adapters: PEFT's configs by name."""
     return {
         "trainer": trainer,
         "data": digest_of_dataset(dataset),
@@ -73,6 +93,8 @@ def run_of(
         "seed": args.seed,
         "data_seed": args.data_seed,
         "mask_token_id": mask_token_id,
+        "adapter": {name: _adapter(config) for name, config in (adapters or {}).items()},
+        "length": {"max_steps": args.max_steps, "num_train_epochs": args.num_train_epochs},
         "world_size": args.world_size,
         "settings": settings_of(args),
     }
@@ -86,6 +108,16 @@ def settings_of(args: TrainingArguments) -> dict[str, Any]:
     plain = {name: getattr(value, "value", value) for name, value in settings.items()}
     # As they come back from RUN_FILE; a subclass of a config may have fields that JSON does not know.
     return json.loads(json.dumps(plain, default=lambda value: getattr(value, "__qualname__", str(value))))
+
+
+def _adapter(config: Any) -> dict[str, Any]:
+    """What a PEFT config says of the adapter's function."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_ADAPTER}
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else getattr(value, "value", str(value))
+
+    return json.loads(json.dumps(values, default=plain))
 
 
 def digest_of_dataset(dataset: Dataset | None) -> str:
@@ -179,8 +211,10 @@ def _newest_whole(found: list[Path], fault: Callable[[Path], str | None], is_tol
     )
 
 
-def check_checkpoint(folder: str, run: dict[str, Any], *, is_plain: bool, is_adapter: bool) -> None:
-    """ValueError unless the checkpoint is of this run; a warning for what was changed on purpose.
+def check_checkpoint(
+    folder: str, run: dict[str, Any], *, is_plain: bool, is_adapter: bool, is_deepspeed: bool = False
+) -> list[str]:
+    """The settings that differ, told in a warning; ValueError unless the checkpoint is of this run.
 
     is_plain: neither FSDP nor DeepSpeed, which keep states in files of their own.
     """
@@ -194,22 +228,26 @@ def check_checkpoint(folder: str, run: dict[str, Any], *, is_plain: bool, is_ada
         logger.warning(
             f"{folder} has no {RUN_FILE}: whether it is a checkpoint of this run cannot be checked"
         )
-        return
+        return []
     differing = _differing(saved, run)
     if differing:
         raise ValueError(
             f"resume_from_checkpoint: {folder} is of another run: {'; '.join(differing)} changed. Give what "
             "it was trained with, or start anew in another output_dir"
         )
-    changed = {**run["settings"], "world_size": run["world_size"]}
-    before = {**saved.get("settings", {}), "world_size": saved.get("world_size")}
-    told = [
-        f"{name} {before[name]} -> {value}"
-        for name, value in changed.items()
-        if name in before and before[name] != value
-    ]
-    if told:
-        logger.warning(f"resuming {folder} with other settings: {', '.join(told)}")
+    before, now = _settings(saved), _settings(run)
+    changed = {
+        name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]
+    }
+    check_changed(changed, has_states=not (is_plain and missing), is_deepspeed=is_deepspeed)
+    if changed:
+        told = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+        logger.warning(f"resuming {folder} with other settings: {told}")
+    return list(changed)
+
+
+def _settings(run: dict[str, Any]) -> dict[str, Any]:
+    return {**run.get("settings", {}), **run.get("length", {}), "world_size": run.get("world_size")}
 
 
 def check_output_dir(output_dir: str, run: dict[str, Any], save_strategy: SaveStrategy) -> None:
@@ -264,10 +302,26 @@ def _read_run(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _differing(saved: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    found = []
+    for name, told in _MUST_EQUAL.items():
+        before, now = saved.get(name), run[name]
+        if before == now or (name == "adapter" and before is None):  # checkpoints of before did not say
+            continue
+        if name == "adapter":
+            told = f"{told} ({', '.join(_of_adapters(before, now))})"
+        found.append(f"{told} ({before} -> {now})" if told == name else told)
+    return found
+
+
+def _of_adapters(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between adapters of the same names."""
+    if before.keys() != now.keys():
+        return [f"{sorted(before)} -> {sorted(now)}"]
     return [
-        f"{told} ({saved.get(name)} -> {run[name]})" if told == name else told
-        for name, told in _MUST_EQUAL.items()
-        if saved.get(name) != run[name]
+        f"{field} {before[name].get(field)} -> {value}"
+        for name in now
+        for field, value in now[name].items()
+        if before[name].get(field) != value
     ]
 
 

@@ -45,6 +45,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "compute_metrics gets every metric of every example in predictions, 'loss' too, and the example "
         "ids in label_ids; there are no padded inputs to hand over",
     ),
+    "eval_use_gather_object": (bool, "predictions are tensors by name, which are gathered as such"),
     "auto_find_batch_size": (
         bool,
         "it would change the batch of the optimizer step without lowering memory: lower max_tokens_per_pack, "
@@ -141,7 +142,6 @@ WORKS = frozenset(
         "prediction_loss_only",
         "eval_on_start",
         "eval_do_concat_batches",
-        "eval_use_gather_object",
         "eval_accumulation_steps",
         "batch_eval_metrics",
         # checkpoints
@@ -202,6 +202,11 @@ def check_supported(args: TrainingArguments) -> None:
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
             "accelerator_config: dispatch_batches is not supported: a pack is not divided over processes"
+        )
+    if not args.accelerator_config.use_seedable_sampler:
+        raise ValueError(
+            "accelerator_config: use_seedable_sampler=False is not supported: the order of an epoch would "
+            "hang on the random state at its start, and a resumed run would take other rows"
         )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise ValueError("dataloader_persistent_workers needs dataloader_num_workers of at least 1")

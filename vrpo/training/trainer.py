@@ -31,6 +31,7 @@ from vrpo.step import Estimator
 from vrpo.training.adapter_trainer import check_adapters
 from vrpo.training.advice import Advise
 from vrpo.training.argument_types import check_arguments, check_early_stopping
+from vrpo.training.changed import apply_changes, groups_of
 from vrpo.training.checkpoints import checkpoints, remove_incomplete
 from vrpo.training.checks import (
     check_batches_exist,
@@ -296,20 +297,40 @@ class DiffusionTrainer(DataTrainer):
 
     def _run(self) -> dict[str, Any]:
         kind = type(self).__name__ if self.method is None else self.method
-        return run_of(kind, self.args, self.train_dataset, self._frozen, self.mask_token_id)
+        adapters = self.model.peft_config if is_peft_model(self.model) else None
+        return run_of(kind, self.args, self.train_dataset, self._frozen, self.mask_token_id, adapters)
 
     def _check_run(self, checkpoint: str | None) -> None:
-        if not self.is_world_process_zero() or self.train_dataset is None:
+        self._changed: list[str] = []
+        if self.train_dataset is None:
             return
+        if self.is_world_process_zero():
+            self._changed = self._check_run_here(checkpoint)
+        if self.args.world_size > 1 and checkpoint is not None:
+            told = [self._changed]
+            broadcast_object_list(told)
+            self._changed = told[0]
+
+    def _check_run_here(self, checkpoint: str | None) -> list[str]:
+        """The settings that the checkpoint was written with others of."""
         if checkpoint is None:
             check_output_dir(self.args.output_dir, self._run(), self.args.save_strategy)
-            return
-        check_checkpoint(
+            return []
+        return check_checkpoint(
             checkpoint,
             self._run(),
             is_plain=not (self.is_fsdp_enabled or self.is_deepspeed_enabled),
             is_adapter=is_peft_model(self.model),
+            is_deepspeed=self.is_deepspeed_enabled,
         )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._changed or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        as_made = groups_of(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        apply_changes(self.optimizer, self.lr_scheduler, as_made, self._changed, self.args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         check_weights(
