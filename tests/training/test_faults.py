@@ -5,9 +5,11 @@ More kills: `VRPO_FAULTS=2000 pytest tests/training/test_faults.py`.
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,8 @@ from trainers import LORA, logged, parameters, trainer_of
 from transformers import TrainerCallback
 
 from vrpo.commands.main import main
-from vrpo.training.checkpoints import INCOMPLETE, checkpoints, fault_of, rotate
+from vrpo.disk import checksum
+from vrpo.training.checkpoints import INCOMPLETE, MANIFEST, checkpoints, fault_of, publish, rotate
 from vrpo.training.interrupt import TrainingInterrupted
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -238,3 +241,62 @@ def test_train__the_best_checkpoint_is_named_as_it_is_seen(tmp_path, made, pair_
     best = json.loads((tmp_path / "out/checkpoint-4/trainer_state.json").read_text())["best_model_checkpoint"]
     assert best == trainer.state.best_model_checkpoint and Path(best).parent == tmp_path / "out"
     assert Path(best).is_dir()
+
+
+def test_fault_of__names_the_damaged_shard_of_a_sharded_checkpoint(tmp_path):
+    aside = tmp_path / INCOMPLETE / "checkpoint-2"
+    shard = "pytorch_model_fsdp_0/__1_0.distcp"
+    (aside / shard).parent.mkdir(parents=True)
+    (aside / "trainer_state.json").write_text("{}")
+    (aside / shard).write_bytes(os.urandom(200_000))
+    publish(aside, tmp_path / "checkpoint-2", {"trainer_state.json": checksum(aside / "trainer_state.json")})
+    folder = tmp_path / "checkpoint-2"
+    assert fault_of(folder) is None and not aside.parent.exists()
+    _flip(folder / shard, 100_000)  # far from both ends
+    assert fault_of(folder) == f"is damaged: {shard} is not the file that was written"
+    assert fault_of(folder, checksum=None) is None  # names and sizes only
+    os.truncate(folder / shard, 7)
+    assert fault_of(folder, checksum=None) == f"is damaged: {shard} has 7 of 200000 bytes"
+
+
+def test_fault_of__understands_manifests_without_checksums(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    ends = hashlib.sha256(b"{}").hexdigest()
+    files = {"trainer_state.json": {"size": 2, "ends": ends}}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}))
+    assert fault_of(folder) is None
+    (folder / "trainer_state.json").write_text("[]")
+    assert fault_of(folder) == "is damaged: trainer_state.json is not the file that was written"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_train__a_damaged_base_model_is_told_and_written_again_once_removed(tmp_path, made, damage):
+    straight = made(peft_config=LORA)
+    straight.train()
+    base = tmp_path / "out/base_model"
+    before = (base / "model.safetensors").read_bytes()
+    DAMAGE[damage](base / "model.safetensors")
+    with pytest.raises(ValueError, match="only its files are damaged, remove the folder, and it is written"):
+        made(peft_config=LORA).train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    shutil.rmtree(base)
+    again = made(peft_config=LORA)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert (base / "model.safetensors").read_bytes() == before
+    assert torch.equal(parameters(again.model), parameters(straight.model))
+
+
+def test_save_model__a_full_disk_leaves_the_earlier_model(tmp_path, made, monkeypatch):
+    trainer = made()
+    trainer.save_model()
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    trainer.train()
+    undo = _fails(monkeypatch, "no room in torch")  # after the weights
+    with pytest.raises(OSError, match=r"^the model could not be written to .*out: .*inline_container"):
+        trainer.save_model()
+    undo()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert not (tmp_path / "out" / INCOMPLETE).exists()
+    trainer.save_model()
+    assert (tmp_path / "out/model.safetensors").read_bytes() != before

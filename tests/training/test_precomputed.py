@@ -1,6 +1,7 @@
 """Reference ELBOs computed beforehand: those of the step, made once, kept whole, never taken for others."""
 
 import copy
+import errno
 import json
 import math
 import os
@@ -445,3 +446,33 @@ def test_precompute__names_the_folder_that_cannot_be_written(make, tmp_path):
 def test_vrpo_trainer__without_precomputing_asks_for_no_known_reference(make):
     trainer = make(precompute_ref_log_probs=False)
     assert isinstance(trainer, VRPOTrainer) and trainer.known_reference is None
+
+
+def test_precompute__names_the_examples_whose_reference_is_not_finite(make, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"ELBO of the examples \[0, 1, 2, 3, 4\] is not finite"):
+        make(scale=math.nan)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_precompute__a_disk_that_refuses_a_part_is_told_by_name_and_the_others_stay(
+    make, small_parts, tmp_path, monkeypatch, error
+):
+    sync, count = os.fsync, []
+
+    def refuse(descriptor):
+        count.append(descriptor)
+        if len(count) > 6:  # fingerprint and two parts, each with its folder
+            raise OSError(error, os.strerror(error))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=rf"{os.strerror(error)}: .*part-00002.arrow'$"):
+        make()
+    monkeypatch.undo()
+    before = files(tmp_path)
+    assert len(before) == 2 and not list(tmp_path.glob("**/*.tmp"))
+    monkeypatch.setattr(reference_cache, "PART_EXAMPLES", 5)
+    make()
+    after = files(tmp_path)
+    assert len(after) == 3 and before.items() <= after.items()
