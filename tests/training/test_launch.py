@@ -62,6 +62,52 @@ def test_config__refuses_a_launch_that_falls_back_silently(tmp_path, monkeypatch
     assert "\n" not in str(error.value)
 
 
+def slurm(monkeypatch, **flags):
+    for name, value in flags.items():
+        monkeypatch.setenv(name, value)
+
+
+STEP = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+TORCHRUN = {"WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}  # and ranks, at which torch would begin to listen
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (STEP, "srun started 2 tasks, and each would train by itself.*torchrun --nnodes.*unset SLURM_NTASKS"),
+        ({"SLURM_NTASKS": "8"}, "the SLURM allocation has 8 tasks, and this process would train by itself"),
+        (STEP | TORCHRUN, "srun started 2 tasks, and the torchrun of this one knows of 1: each"),
+        (
+            STEP | {"PMI_SIZE": "2", "PMI_RANK": "1"},
+            "2 processes were launched, and this one trains by itself",
+        ),
+    ],
+)
+def test_config__refuses_slurm_tasks_that_nothing_joins(tmp_path, monkeypatch, flags, message):
+    """srun, python in an allocation of several tasks, two torchruns that are strangers, MPI under srun."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    slurm(monkeypatch, **flags)
+    with pytest.raises(ValueError, match=message) as error:
+        config(tmp_path, use_cpu=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},  # sbatch --ntasks=1
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"},  # sbatch that was told no number
+        {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},  # srun of one task
+        {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},  # the same inside a larger allocation
+        {"SLURM_NTASKS": "8"} | TORCHRUN,  # torchrun in the script of an allocation of eight tasks
+        STEP | TORCHRUN | {"GROUP_WORLD_SIZE": "2"},  # one torchrun a node that know each other
+    ],
+)
+def test_config__takes_what_slurm_starts_as_one_run(tmp_path, monkeypatch, flags):
+    slurm(monkeypatch, **flags)
+    assert config(tmp_path).world_size == 1
+
+
 def test_config__deepspeed_needs_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(config_module, "is_deepspeed_available", lambda: False)
     with pytest.raises(ValueError, match="deepspeed needs the package deepspeed"):

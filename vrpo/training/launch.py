@@ -9,6 +9,11 @@ from accelerate.utils import DistributedType, get_int_from_env, parse_flag_from_
 from transformers import TrainingArguments
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_SLURM = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
+_SRUN = (
+    "Start one torchrun a node: srun --ntasks-per-node=1 torchrun --nnodes $SLURM_NNODES --nproc_per_node "
+    "<GPUs> --rdzv_backend c10d --rdzv_endpoint <first node>:29500 -m vrpo train --config <file>"
+)
 _TORCHRUN = "torchrun --nproc_per_node <GPUs> -m vrpo train --config <file>"
 
 
@@ -49,6 +54,7 @@ def check_launch(args: TrainingArguments) -> None:
             f"{launched} processes were launched, and this one trains by itself: each would write the same "
             f"output_dir. {cure} to make them one run, or unset {'/'.join(_SIZES)} to train in one process"
         )
+    _check_slurm()
     _check_fsdp(args)
     kind = args.distributed_state.distributed_type
     wants_deepspeed = _names("deepspeed", args.deepspeed, "ACCELERATE_USE_DEEPSPEED")
@@ -65,6 +71,31 @@ def check_launch(args: TrainingArguments) -> None:
                     "wait for each other in every batch, so all need as many, of "
                     "per_device_train_batch_size each"
                 )
+
+
+def _check_slurm() -> None:
+    """ValueError where SLURM has tasks that nothing joins: srun alone is no launcher of torch's.
+
+    torchrun and accelerate set WORLD_SIZE; the number of torchruns that know each other is GROUP_WORLD_SIZE.
+    """
+    in_step = get_int_from_env(["SLURM_STEP_NUM_TASKS"], 0)
+    tasks = in_step or get_int_from_env(["SLURM_NTASKS"], 1)
+    if tasks == 1:
+        return
+    is_launched = any(get_int_from_env([name], 0) for name in _SIZES)
+    if not is_launched:
+        what = (
+            f"srun started {tasks} tasks, and each would train by itself and write the same output_dir"
+            if in_step
+            else f"the SLURM allocation has {tasks} tasks, and this process would train by itself"
+        )
+        raise ValueError(f"{what}. {_SRUN}; or unset {'/'.join(_SLURM)} to train in one process")
+    groups = get_int_from_env(["GROUP_WORLD_SIZE"], 0)
+    if in_step and 0 < groups < tasks:
+        raise ValueError(
+            f"srun started {tasks} tasks, and the torchrun of this one knows of {groups}: each would train "
+            f"by itself and write the same output_dir. {_SRUN}"
+        )
 
 
 def _check_fsdp(args: TrainingArguments) -> None:
