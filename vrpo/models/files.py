@@ -92,6 +92,8 @@ def check_weight_files(folder: str | Path) -> None:
         _tensors_of(folder / _WEIGHTS)
         return
     if not (folder / _INDEX).is_file():
+        if parts := in_parts(folder):
+            raise ValueError(parts)
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
             raise ValueError(
@@ -108,6 +110,29 @@ def check_weight_files(folder: str | Path) -> None:
         missing = {name for name, place in weight_map.items() if place == file} - _tensors_of(folder / file)
         if missing:
             raise ValueError(f"{folder / file} lacks {first_few(missing)}, which {_INDEX} says it holds")
+
+
+def in_parts(folder: str | Path) -> str | None:
+    """What to say of a folder with a model in the parts of FSDP2's or DeepSpeed's processes, if it is one.
+
+    Of the folder of a checkpoint, or of that with the parts inside it.
+    """
+    folder = Path(folder)
+    for parts in (folder, *sorted(folder.glob("pytorch_model_fsdp_*"))):
+        if (parts / ".metadata").is_file() and any(parts.glob("*.distcp")):
+            whole = parts.parent if parts == folder else folder
+            return (
+                f"{folder} holds its weights in the parts of FSDP's processes: join them with accelerate "
+                f"merge-weights {parts} {whole}, and name {whole}, which needs config.json and the tokenizer"
+            )
+    whole = folder if (folder / "zero_to_fp32.py").is_file() else folder.parent
+    if any((*folder.glob("*_optim_states.pt"), *folder.glob("global_step*/*_optim_states.pt"))):
+        return (
+            f"{folder} holds its weights in the parts of DeepSpeed's processes: join them with python "
+            f"{whole / 'zero_to_fp32.py'} {whole} {whole} --safe_serialization, and name {whole}, which "
+            "needs config.json and the tokenizer"
+        )
+    return None
 
 
 def _tensors_of(path: Path) -> set[str]:

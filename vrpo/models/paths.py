@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 
 from vrpo.models.adapter_config import adapter_folder
 from vrpo.models.attention import ATTENTION_NAMES
+from vrpo.models.files import in_parts
 from vrpo.models.loading import load_config, parse_dtype
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -25,6 +26,8 @@ def check_model_path(path_or_id: str, *, argument: str, revision: str = "main") 
         raise ValueError(f"{told} must be the folder of a model, not a file")
     if path.is_dir():
         if not any((path / name).is_file() for name in _CONFIGS):
+            if parts := in_parts(path):
+                raise ValueError(f"{argument}: {parts}")
             raise ValueError(f"{told} holds no model: it has neither {' nor '.join(_CONFIGS)}")
         if (path / "adapter_config.json").is_file():
             return None
