@@ -22,7 +22,10 @@ from transformers import PreTrainedTokenizerFast
 
 from vrpo import DiffusionSFTConfig, DiffusionSFTTrainer, VRPOConfig, VRPOTrainer
 from vrpo.commands.new_model import train_tokenizer
+from vrpo.generation.callback import LogCompletionsCallback
+from vrpo.generation.config import SamplerConfig
 from vrpo.models import LLaDAForMaskedDiffusion, create_model, load_model
+from vrpo.training.trainer import DiffusionTrainer
 
 ROWS = [
     # Lengths differ, so that the token budget cuts the ranks' batches into different numbers of packs.
@@ -48,6 +51,12 @@ CASES: dict[str, dict[str, Any]] = {
     "knownbf16": {"precompute_ref_log_probs": True, "bf16": True},
     # Of two layers the lower one is frozen, and runs once for policy and reference.
     "trunk": {"train_top_layers": 1},
+    # Rows that come one after the other, shuffled and dealt out on the way.
+    "stream": {"max_eos_fill": 0, "max_steps": 4},
+    # "full", but under FSDP2 whole gradients are added up until the end of the step.
+    "summed": {},
+    # Answers to prompts before, between and after the steps.
+    "samples": {},
 }
 GLOBAL_BATCH = 8
 STEPS = 4
@@ -66,21 +75,15 @@ def first_model(num_layers: int = 1) -> LLaDAForMaskedDiffusion:
     return create_model(tokenizer_of_rows(), d_model=16, n_layers=num_layers, n_heads=2, init_std=0.2, seed=3)
 
 
-def train(engine: str, case: str, folder: Path, resume: Path | None = None, **settings: Any) -> None:
+def build(engine: str, case: str, folder: Path, **settings: Any) -> DiffusionTrainer:
+    """A trainer on the engine; `settings` as `engines.use` takes them."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     arguments = engines.use(engine, **settings)
-    is_sft = case in ("sft", "sparse")
+    is_sft = case in ("sft", "sparse", "stream")
     rows: list[dict[str, str]] = ROWS
     if is_sft:
         word = "one" if case == "sparse" else None
         rows = [{"prompt": row["prompt"], "completion": word or row["chosen"]} for row in ROWS]
-    tokenizer = tokenizer_of_rows()
-    model = first_model(2 if case == "trunk" else 1)
-    is_loaded = case in ("loaded", "known")
-    if is_loaded:
-        model = load_model(folder.parent / "start")
-    if not engine.startswith("zero") and "bf16" not in case:  # DeepSpeed trains no float64
-        model = model.double()
     fields = {
         "per_device_train_batch_size": GLOBAL_BATCH // world_size,
         "gradient_accumulation_steps": 2,
@@ -101,16 +104,38 @@ def train(engine: str, case: str, folder: Path, resume: Path | None = None, **se
         "bf16": False,
     }
     trainer_class, config = (DiffusionSFTTrainer, DiffusionSFTConfig) if is_sft else (VRPOTrainer, VRPOConfig)
-    trainer = trainer_class(
+    if case == "summed":
+        accelerator_config = {"gradient_accumulation_kwargs": {"sync_each_batch": False}}
+        arguments["accelerator_config"] = arguments["accelerator_config"] | accelerator_config
+    # Before the model: transformers loads one in parts where the arguments say ZeRO-3.
+    args = config(output_dir=str(folder), **fields | CASES[case] | arguments)
+    tokenizer, dataset = tokenizer_of_rows(), Dataset.from_list(rows)
+    model = first_model(2 if case == "trunk" else 1)
+    is_loaded = case in ("loaded", "known")
+    if is_loaded:
+        model = load_model(folder.parent / "start")
+    if not engine.startswith("zero") and "bf16" not in case:  # DeepSpeed trains no float64
+        model = model.double()
+    return trainer_class(
         model,
-        args=config(output_dir=str(folder), **fields | CASES[case] | arguments),
+        args=args,
         **({"ref_model": load_model(folder.parent / "start")} if case == "loaded" else {}),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset.to_iterable_dataset(num_shards=2) if case == "stream" else dataset,
+        callbacks=[callback(tokenizer)] if case == "samples" else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
         if case in ("lora", "replay", "bf16", "knownlora")
         else None,
     )
+
+
+def callback(tokenizer: PreTrainedTokenizerFast) -> LogCompletionsCallback:
+    prompts = [tokenizer(text)["input_ids"] for text in ("What is 1?", "What is 17?")]
+    return LogCompletionsCallback(prompts, freq=2, config=SamplerConfig(max_new_tokens=6))
+
+
+def train(engine: str, case: str, folder: Path, resume: Path | None = None, **settings: Any) -> None:
+    trainer = build(engine, case, folder, **settings)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     trainer.save_model()
     if trainer.is_world_process_zero():

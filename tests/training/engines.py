@@ -33,9 +33,10 @@ def launch(*groups: tuple[Any, ...]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-def use(engine: str, **settings: Any) -> dict[str, Any]:
+def use(engine: str, *, is_universal: bool = False, **settings: Any) -> dict[str, Any]:
     """Make this process one of the engine's; the arguments of a trainer's configuration on it.
 
+    is_universal: DeepSpeed loads checkpoints in its universal form.
     settings: of fsdp_config, or of DeepSpeed's zero_optimization.
     """
     import transformers.training_args
@@ -61,7 +62,10 @@ def use(engine: str, **settings: Any) -> dict[str, Any]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
-    return {**configured, "deepspeed": zero(int(engine[-1]), **settings)}
+    deepspeed_config = zero(int(engine[-1]), **settings)
+    if is_universal:
+        deepspeed_config["checkpoint"] = {"load_universal": True}
+    return {**configured, "deepspeed": deepspeed_config}
 
 
 def zero(stage: int, **settings: Any) -> dict[str, Any]:

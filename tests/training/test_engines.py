@@ -10,12 +10,13 @@ import shutil
 from pathlib import Path
 
 import engine_runs
-import engines
 import pytest
 import torch
+from engine_plan import CASES, FOUR_CASES, HALF_CASES
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from vrpo.generation.callback import SAMPLES_FILE
 from vrpo.models import load_model
 
 pytestmark = [
@@ -32,57 +33,6 @@ MEASURED = {
     "vrpo/peak_memory_gb",
     "vrpo/replay_drift",
 }  # of each machine and process
-CASES = ["full", "lora", "replay", "sft", "sparse"]
-ZERO_CASES = ["loaded", "known", "knownlora", "trunk"]
-HALF_CASES = ["bf16", "bf16full", "knownbf16"]
-FOUR_CASES = ["full", "lora"]
-
-
-def jobs(world_size: int) -> list[str]:
-    """What a launch of this many processes runs."""
-    zeros = ["zero2", "zero3"] if engine_runs.has_deepspeed() else []
-    found = ["ddp", "fsdp2+sharded", *zeros]
-    if world_size == 4:
-        return [f"{engine}/{case}" for engine in found for case in FOUR_CASES]
-    runs = [f"{engine}/{case}" for engine in found for case in (*CASES, *HALF_CASES)]
-    runs += [f"{engine}/{case}" for engine in zeros for case in ZERO_CASES]
-    resumed = [f"{engine}/{case}/2" for engine in found for case in ("lora", "sft")]
-    return [*runs, "fsdp2/sft", "fsdp2/lora", *resumed]
-
-
-def recipe_engines() -> dict[str, str]:
-    """The recipes for many GPUs, and the engine of each, where it is installed."""
-    found = {"full_fsdp2": "fsdp2", "full_zero3": "zero3", "lora_zero3": "zero3"}
-    return {r: e for r, e in found.items() if engine_runs.has_deepspeed() or not e.startswith("zero")}
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
-    """The folders of all runs; one process trains in here."""
-    folder = tmp_path_factory.mktemp("engines")
-    engine_runs.first_model().save_pretrained(folder / "start")
-    # The checkpoints of 2 processes go on in 4, those of 4 in 2, and both in one.
-    moved = [f"{engine}/lora" for engine in ("ddp", "fsdp2+sharded")]
-    recipes = folder / "recipes"
-    recipes.mkdir()
-    shutil.copytree(folder / "start", recipes / "start")
-    engine_runs.tokenizer_of_rows().save_pretrained(recipes / "start")
-    (recipes / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in engine_runs.ROWS))
-    engines.launch(
-        (1, "recipe_runs.py", recipes, *(f"one/{recipe}" for recipe in recipe_engines())),
-        (
-            2,
-            "recipe_runs.py",
-            recipes,
-            *(f"{engine}/{recipe}" for recipe, engine in recipe_engines().items()),
-        ),
-        (2, "engine_runs.py", folder, *jobs(2)),
-        (4, "engine_runs.py", folder, *jobs(4), *(f"{job}/2" for job in moved)),
-        (2, "engine_runs.py", folder, *(f"{job}/4" for job in moved)),
-    )
-    for case in (*CASES, *HALF_CASES, "trunk"):
-        engine_runs.train("ddp", case, folder / f"one-{case}")
-    return folder
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -163,6 +113,21 @@ def test_recipe__on_two_processes_ends_where_one_process_ends(out, recipe, engin
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", *ENGINES[3:]])
 def test_train__four_processes_of_an_engine_equal_one(out, engine, case):
     assert_equal(out / f"{engine}-{case}-4", out / f"one-{case}")
+
+
+@pytest.mark.slow
+def test_train__fsdp2_may_add_up_whole_gradients_and_ends_the_same(out):
+    """sync_each_batch: false, as accelerate has it by default."""
+    assert_equal(out / "fsdp2-summed-2", out / "one-full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", *ENGINES[3:]])
+def test_callback__answers_are_those_of_one_process(out, engine):
+    found = [(out / run / SAMPLES_FILE).read_text() for run in (f"{engine}-samples-2", "one-samples")]
+    assert found[0] == found[1]
+    steps = [json.loads(line)["step"] for line in found[0].splitlines()]
+    assert steps == [0, 0, 2, 2, 4, 4]
 
 
 @pytest.mark.slow

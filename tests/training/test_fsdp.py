@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import engines
 import pytest
 import torch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="each process is a fork")
 
 
 def run_two_processes(script: str, output_dir: Path) -> None:
@@ -53,11 +55,12 @@ def test_linear_cross_entropy__refuses_a_sharded_head_and_takes_the_gathered_one
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, dict]:
     output_dir = tmp_path_factory.mktemp("trained")
-    run_two_processes("train_sharded.py", output_dir)
+    engines.launch((2, "train_sharded.py", output_dir))
     return output_dir, torch.load(output_dir / "trained.pt")
 
 
 @pytest.mark.slow
+@FORKS
 def test_train__starts_at_margin_zero_in_bf16(trained):
     """The reference gets the mixed precision of the policy from FSDP2, and its autocast under DDP."""
     _, ends = trained
@@ -67,6 +70,7 @@ def test_train__starts_at_margin_zero_in_bf16(trained):
 
 
 @pytest.mark.slow
+@FORKS
 @pytest.mark.parametrize("reference", ["frozen", "adapter"])
 def test_train__sharded_equals_ddp(reference, trained):
     output_dir, ends = trained

@@ -1,31 +1,16 @@
 """Precomputed references on two processes, whole and sharded: the files of one process."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import engines
 import pytest
 import torch
 
 from vrpo.training.precomputed import FOLDER
 
 SCRIPT = Path(__file__).parent / "precompute_two_processes.py"
-ENV = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{SCRIPT.parents[2]}{os.pathsep}{SCRIPT.parents[1]}{os.pathsep}{SCRIPT.parent}",
-}
-
-
-def run(output_dir: Path, num_processes: int, batch_size: int) -> dict:
-    output_dir.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)]
-    launch += ["--master_addr", "127.0.0.1", "--master_port", "0", "--standalone"]
-    done = subprocess.run(
-        [*launch, SCRIPT, output_dir, str(batch_size)], env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(output_dir / "end.pt")
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="each process is a fork")
 
 
 def stored(output_dir: Path) -> dict[str, bytes]:
@@ -40,10 +25,15 @@ def stored(output_dir: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory) -> tuple[Path, dict, dict]:
     folder = tmp_path_factory.mktemp("processes")
-    return folder, run(folder / "one", 1, 4), run(folder / "two", 2, 2)
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    engines.launch((1, SCRIPT.name, folder / "one", 4), (2, SCRIPT.name, folder / "two", 2))
+    one, two = (torch.load(folder / name / "end.pt") for name in ("one", "two"))
+    return folder, one, two
 
 
 @pytest.mark.slow
+@FORKS
 def test_sync__two_processes_whole_and_sharded_equal_one(ends):
     _, one, two = ends
     expected = one["follows-VRPOTrainer"]["end"]
@@ -54,6 +44,7 @@ def test_sync__two_processes_whole_and_sharded_equal_one(ends):
 
 
 @pytest.mark.slow
+@FORKS
 def test_precompute__two_processes_whole_and_sharded_equal_one(ends):
     tmp_path, one, two = ends
     for kind in ("full", "adapter"):

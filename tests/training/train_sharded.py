@@ -66,6 +66,7 @@ def train(trainer_class: type[VRPOTrainer], output_dir: str, reference: str, bf1
             bf16=bf16,
             save_strategy="no",
             report_to="none",
+            training_report=False,
             disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,

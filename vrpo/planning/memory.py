@@ -204,10 +204,7 @@ def _gradients(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> flo
         return 2 * size  # DDP's buckets are a second copy
     if machine.is_deepspeed:
         return trained * setup.compute_bytes / machine.num_gpus
-    if packs_per_step(shape, setup, machine) > 1:
-        # FSDP2 adds up whole gradients, in the dtype it computes in, until they are to be reduced.
-        return size / machine.num_gpus + trained * (LORA_BYTES if setup.lora_rank else setup.compute_bytes)
-    return size / machine.num_gpus
+    return size / machine.num_gpus  # FSDP2: reduced after every pack, added up in the dtype of the weights
 
 
 def _gathered(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:

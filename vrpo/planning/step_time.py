@@ -124,13 +124,13 @@ def communication_seconds(shape: ModelShape, setup: TrainingSetup, machine: Mach
         moved = trained * setup.compute_bytes * (packs + 1)
     else:
         packs, passes = packs_per_step(shape, setup, machine), passes_of(setup)
-        # Weights are gathered for every forward pass and once more for the backward pass.
+        # Weights are gathered for every forward pass and once more for the backward pass, and gradients
+        # reduced after it.
         gathers = passes.reference + passes.first + 2
         gathered = shape.total_parameters * (
             setup.compute_bytes if not setup.lora_rank else weight_bytes_of(setup, machine)
         )
-        reduced = trained * setup.compute_bytes * (packs if machine.engine == "zero3" else 1)
-        moved = packs * gathers * gathered + reduced
+        moved = packs * (gathers * gathered + trained * setup.compute_bytes)
     return moved * share / machine.collective_bandwidth
 
 

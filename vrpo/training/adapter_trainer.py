@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -20,6 +19,7 @@ from vrpo.models.adapter_config import check_kind
 from vrpo.models.adapters import is_peft_model, load_adapter_weights, rename_saved_adapters
 from vrpo.models.base import keep_base
 from vrpo.training.engine_trainer import EngineTrainer
+from vrpo.training.together import on_main
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -62,19 +62,12 @@ class AdapterTrainer(EngineTrainer):
         # Once, and before anything is sharded. Under ZeRO-3 it is sharded from the start.
         if self._base_is_kept or not is_peft_model(self.model) or is_deepspeed_zero3_enabled():
             return
-        kept: list[Any] = [None]
-        if self.is_world_process_zero():
-            try:
-                kept = [keep_base(self.model, self.processing_class, self.args.output_dir)]
-            except (OSError, ValueError) as error:
-                kept = [error]
-        if self.args.world_size > 1:
-            broadcast_object_list(kept)  # an error too: the others would wait for ever
-        if isinstance(kept[0], Exception):
-            raise kept[0]
-        if kept[0] is not None:
+        kept = on_main(
+            self.accelerator, lambda: keep_base(self.model, self.processing_class, self.args.output_dir)
+        )
+        if kept is not None:
             for config in self.model.peft_config.values():
-                config.base_model_name_or_path, config.revision = str(kept[0]), None
+                config.base_model_name_or_path, config.revision = str(kept), None
         self._base_is_kept = True
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -1,8 +1,8 @@
 """EngineTrainer: transformers.Trainer on DDP, FSDP2 and DeepSpeed alike.
 
 What it adds: `save_model` writes whole weights under every engine, also where each process holds a part of
-them; a checkpoint of parts has the configuration and the tokenizer beside them; and the processes of a run
-have equally long batches (balance.py).
+them; a checkpoint of parts has the configuration and the tokenizer beside them; the processes of a run have
+equally long batches (balance.py); and FSDP2 reduces gradients after every pack.
 """
 
 import os
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,7 +20,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from vrpo.models.adapters import is_peft_model
 from vrpo.training.balance import BalancedSampler
-from vrpo.training.zero import zero_stage
+from vrpo.training.zero import loads_universal, zero_stage
 
 
 class SetEpoch(TrainerCallback):
@@ -37,12 +38,68 @@ class SetEpoch(TrainerCallback):
             sampler.set_epoch(int(state.epoch or 0))
 
 
+class MendUniversal(TrainerCallback):
+    """What DeepSpeed's loading of a universal checkpoint leaves wrong under ZeRO-3, before the first step.
+
+    It gives all groups of the optimizer the settings of the first one, so that norms decay too, and all
+    states one step counter, which each then counts up; small weights, which stay gathered, keep the values
+    that they had.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._settings: list[dict[str, Any]] = []
+
+    def remember(self, optimizer: torch.optim.Optimizer) -> None:
+        """The settings of an optimizer's groups, but for the rate, which is the schedule's."""
+        self._settings = [
+            {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+            for group in optimizer.param_groups
+        ]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if zero_stage(self.accelerator) != 3 or not loads_universal(self.accelerator):
+            return
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        if self._settings:  # else DeepSpeed made the optimizer, with one group
+            for group, settings in zip(engine.optimizer.param_groups, self._settings, strict=True):
+                group.update(settings)
+        for state in engine.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+        engine.empty_partition_cache()
+
+
 class EngineTrainer(Trainer):
     """The same files and the same batches, whatever engine holds the model."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.add_callback(SetEpoch())
+        self._mend_universal = MendUniversal(self.accelerator)
+        self.add_callback(self._mend_universal)
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            self._sync_each_batch_by_default()
+
+    def _sync_each_batch_by_default(self) -> None:
+        """FSDP2 adds up whole gradients until it may reduce them, 16 GB for 8 B weights in 16 bits.
+
+        Reduced after every pack, a process holds its part of them only, added up in the dtype of the weights.
+        """
+        asked = dict(self.args.accelerator_config.gradient_accumulation_kwargs or {})
+        settings = self.accelerator.gradient_state.plugin_kwargs
+        self.accelerator.gradient_state.plugin_kwargs = {"sync_each_batch": True} | settings
+        if asked.get("sync_each_batch") is False:
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = False
+
+    @property
+    def _syncs_each_batch(self) -> bool:
+        return self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._mend_universal.remember(optimizer)
+        return optimizer
 
     @property
     def _holds_parts(self) -> bool:

@@ -24,6 +24,7 @@ from vrpo.training.adapter_trainer import AdapterTrainer
 from vrpo.training.checks import responses_of
 from vrpo.training.finite import last_good_checkpoint
 from vrpo.training.offload import offloading_of
+from vrpo.training.together import raise_together
 
 Metrics = dict[str, Tensor]
 """Name -> one value per example of the micro-batch."""
@@ -66,6 +67,7 @@ class PackedTrainer(AdapterTrainer):
         }
         self._num_tokens = 0
         self._seconds = 0.0
+        self._bad_loss: FloatingPointError | None = None
         super().__init__(*args, **kwargs)
         # Our loss is already one mean over the optimizer step (see training_step).
         self.model_accepts_loss_kwargs = True
@@ -156,17 +158,17 @@ class PackedTrainer(AdapterTrainer):
             kind = LinearStep if self.linear_objective else ReplayStep
             yield batch, kind(parts, packs, num_shares=count)
 
-    def _raise_not_finite(self, step: JointStep | ReplayStep, batch: ResponseBatch) -> None:
-        """FloatingPointError if a loss is not finite, naming the examples."""
+    def _not_finite(self, step: JointStep | ReplayStep, batch: ResponseBatch) -> FloatingPointError | None:
+        """The error where a loss is not finite, naming the examples."""
         result = getattr(step, "result", None)
         losses = [] if result is None else result.loss_B.cpu()
         bad = ~torch.isfinite(torch.as_tensor(losses))
         if result is not None and not bad.any():
-            return
+            return None
         examples = batch.example_R[:: batch.num_sides]
         values = "" if result is None else f"{losses[bad].tolist()} for "
         named = (examples if result is None else examples[bad]).tolist()
-        raise FloatingPointError(
+        return FloatingPointError(
             f"loss is not finite at step {self.state.global_step}: {values}the examples {named} (rows of the "
             f"dataset). Stopped before another optimizer step; {last_good_checkpoint(self.args.output_dir)}. "
             "Check these rows, lower learning_rate, or train in a wider dtype."
@@ -189,7 +191,7 @@ class PackedTrainer(AdapterTrainer):
             )
         factor = self.args.world_size / num_items_in_batch
         micro_batches = self._micro_batches(batch)
-        total = torch.zeros((), device=self.args.device)
+        total, self._bad_loss = torch.zeros((), device=self.args.device), None
         for number, (part, step) in enumerate(self._steps(model, micro_batches), start=1):
             for index in range(step.num_shares):
                 is_last = number == len(micro_batches) and index == step.num_shares - 1
@@ -209,7 +211,10 @@ class PackedTrainer(AdapterTrainer):
             with self.compute_loss_context_manager(), self._offloading():
                 share = step.share(index)
             if not torch.isfinite(share.detach()):
-                self._raise_not_finite(step, batch)
+                self._bad_loss = self._bad_loss or self._not_finite(step, batch)
+            if is_last or self.args.world_size == 1:
+                # Before the last backward, which may be the optimizer step, and with all processes here.
+                raise_together(self._bad_loss, self.accelerator)
             kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
             self.accelerator.backward(share * factor, **kwargs)
 
@@ -221,8 +226,11 @@ class PackedTrainer(AdapterTrainer):
 
     @contextlib.contextmanager
     def _gradient_sync(self, model: nn.Module, is_last: bool) -> Iterator[None]:
-        """Around a forward and its backward: gradients are reduced over the processes after the last only."""
-        if is_last:
+        """Around a forward and its backward: gradients are reduced over the processes after the last only.
+
+        After every one with `sync_each_batch`, which under FSDP2 is the default (see EngineTrainer).
+        """
+        if is_last or (self._syncs_each_batch and not self.is_deepspeed_enabled):
             yield
         elif self.is_deepspeed_enabled:
             # accelerate steps DeepSpeed's engine in every backward that is to synchronise.
@@ -251,7 +259,8 @@ class PackedTrainer(AdapterTrainer):
             step = JointStep(self._parts(model, batch, pack, epoch), pack)
             with self.compute_loss_context_manager():
                 losses.append(step.losses())
-            self._raise_not_finite(step, batch)
+            if error := self._not_finite(step, batch):
+                raise error
         loss_B = torch.cat(losses)
         return (loss_B.mean(), {"loss": loss_B}) if return_outputs else loss_B.mean()
 
@@ -262,13 +271,14 @@ class PackedTrainer(AdapterTrainer):
         what compute_metrics gets, and predict() returns.
         """
         parts: dict[str, list[Tensor]] = defaultdict(list)
-        batch = self._responses(inputs, model)
+        batch, error = self._responses(inputs, model), None
         for part, step in self._steps(model, self._micro_batches(batch)):
             with torch.no_grad(), self.compute_loss_context_manager():
                 step.result = evaluate(step.parts, step.packs, num_passes=step.num_shares)
-            self._raise_not_finite(step, part)
+            error = error or self._not_finite(step, part)
             for key, value_B in {"loss": step.result.loss_B, **self._metrics(part, step.result)}.items():
                 parts[key].append(value_B)
+        raise_together(error, self.accelerator)
         values = {key: torch.cat(part) for key, part in parts.items()}
         # Ranks fill up their last batch with examples seen before; this gathers and drops them again.
         self._record("eval", self.accelerator.gather_for_metrics(values))

@@ -12,14 +12,13 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, fsdp2_prepare_model
+from accelerate.utils import fsdp2_prepare_model
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from vrpo.training.packed_trainer import ModelNLL
 from vrpo.training.precision import prepare_reference, release
 from vrpo.training.reference import build_reference, check_reference
 from vrpo.training.reference_cache import Part, ReferenceCache
+from vrpo.training.together import on_main, raise_together
 from vrpo.training.trainer import DiffusionTrainer
 from vrpo.training.used_rows import rows_of_training
 from vrpo.training.zero import leave_engine, running_engine, zero_stage
@@ -71,7 +71,7 @@ def precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownR
         starts_here=ref_model is None,
     )
     with _only_writer(trainer.accelerator, known.folder):
-        work = _on_main(trainer.accelerator, lambda: _claim(splits, fingerprints))
+        work = on_main(trainer.accelerator, lambda: _claim(splits, fingerprints))
         if work:
             with _running(trainer, ref_model) as nll:
                 _compute(trainer, nll, splits, work)
@@ -143,7 +143,7 @@ def _fingerprints(
     parameters = [(n, p) for n, p in model.named_parameters() if not (is_base and p.requires_grad)]
     hashed = functools.partial(hash_of_weights, [*parameters, *quantization_state(model)])
     weights = hashed() if any_partitioned(p for _, p in parameters) else None
-    return _on_main(
+    return on_main(
         trainer.accelerator,
         lambda: _fingerprints_of(trainer, splits, model, parameters, weights or hashed()),
     )
@@ -224,7 +224,7 @@ def _compute(trainer: DiffusionTrainer, nll: NLL, splits: list[Split], work: lis
     """
     rank, world_size = trainer.args.process_index, trainer.args.world_size
     in_step = _is_sharded(trainer)
-    rounds = range(0, len(work), world_size)
+    rounds, error = range(0, len(work), world_size), None
     examples = sum(len(part.rows) for _, part in work)
     logger.info(
         f"precomputing the reference ELBOs of {examples} examples, each epoch's counted, in {len(work)} "
@@ -242,14 +242,25 @@ def _compute(trainer: DiffusionTrainer, nll: NLL, splits: list[Split], work: lis
         if in_step:
             num_passes = trainer._largest([num_passes])[0]
         elbo_RK = _elbos(trainer, nll, batch, part.epoch, num_passes)
-        if not torch.isfinite(elbo_RK).all():
-            bad = batch.example_R[~torch.isfinite(elbo_RK).all(dim=1)].unique()
-            raise FloatingPointError(
-                f"the reference's ELBO of the examples {bad[:5].tolist()} is not finite: its weights hold "
-                "NaN or infinity, or overflow in their dtype"
-            )
+        error = _not_finite(batch, elbo_RK)
+        if in_step:
+            raise_together(error, trainer.accelerator)
+        if error is not None:
+            break
         if is_needed:
             split.cache.write(part, batch, elbo_RK)
+    raise_together(error, trainer.accelerator)  # what the others computed is kept
+
+
+def _not_finite(batch: ResponseBatch, elbo_RK: Tensor) -> FloatingPointError | None:
+    is_bad_R = ~torch.isfinite(elbo_RK).all(dim=1)
+    if not is_bad_R.any():
+        return None
+    bad = batch.example_R[is_bad_R].unique()[:5].tolist()
+    return FloatingPointError(
+        f"the reference's ELBO of the examples {bad} is not finite: its weights hold NaN or infinity, or "
+        "overflow in their dtype"
+    )
 
 
 def _cut(trainer: DiffusionTrainer, batch: ResponseBatch) -> Iterator[tuple[ResponseBatch, int]]:
@@ -289,21 +300,6 @@ def _check_first(trainer: DiffusionTrainer, nll: NLL, known: KnownReference) -> 
     known.check(_elbos(trainer, nll, batch, epoch, 1), stored_RK, "the reference now")
 
 
-def _on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """What the function gives in the main process, in all of them; an error too: the others would wait."""
-    outcome: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [function()]
-        except (OSError, ValueError) as error:
-            outcome = [error]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
-
-
 @contextlib.contextmanager
 def _only_writer(accelerator: Accelerator, folder: Path) -> Iterator[None]:
     """Holds a lock on the folder in the main process: two runs would write each other's parts."""
@@ -319,7 +315,7 @@ def _only_writer(accelerator: Accelerator, folder: Path) -> Iterator[None]:
                 "ref_log_probs_cache"
             ) from error
 
-    _on_main(accelerator, acquire)
+    on_main(accelerator, acquire)
     try:
         yield
     finally:

@@ -43,6 +43,7 @@ from vrpo.training.compiled import check_compiler, compile_layers, leave_compila
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.data_trainer import DataTrainer
 from vrpo.training.dropped import DroppedRows
+from vrpo.training.engine_checkpoints import check_engine_of, check_zero_checkpoint, engine_of
 from vrpo.training.finite import StopAtBadGradients, check_weights
 from vrpo.training.memory import peak_memory_gb
 from vrpo.training.model_card import model_card
@@ -59,7 +60,9 @@ from vrpo.training.resume import (
     write_run,
 )
 from vrpo.training.support import check_runnable
+from vrpo.training.together import on_main
 from vrpo.training.trunk import adapter_on_top_layers, train_top_layers
+from vrpo.training.zero import loads_universal, zero_stage
 
 logger = logging.get_logger(__name__)
 
@@ -302,20 +305,15 @@ class DiffusionTrainer(DataTrainer):
 
     def _check_run(self, checkpoint: str | None) -> None:
         self._changed: list[str] = []
-        if self.train_dataset is None:
-            return
-        if self.is_world_process_zero():
-            self._changed = self._check_run_here(checkpoint)
-        if self.args.world_size > 1 and checkpoint is not None:
-            told = [self._changed]
-            broadcast_object_list(told)
-            self._changed = told[0]
+        if self.train_dataset is not None:
+            self._changed = on_main(self.accelerator, lambda: self._check_run_here(checkpoint))
 
     def _check_run_here(self, checkpoint: str | None) -> list[str]:
         """The settings that the checkpoint was written with others of."""
         if checkpoint is None:
             check_output_dir(self.args.output_dir, self._run(), self.args.save_strategy)
             return []
+        self._check_engine_of(Path(checkpoint))
         return check_checkpoint(
             checkpoint,
             self._run(),
@@ -323,6 +321,19 @@ class DiffusionTrainer(DataTrainer):
             is_adapter=is_peft_model(self.model),
             is_deepspeed=self.is_deepspeed_enabled,
         )
+
+    def _check_engine_of(self, checkpoint: Path) -> None:
+        stage = zero_stage(self.accelerator)
+        sharded = "fsdp" if self.is_fsdp_enabled else "plain"
+        check_engine_of(checkpoint, "deepspeed" if stage is not None else sharded)
+        if stage is not None and engine_of(checkpoint) is not None:
+            check_zero_checkpoint(
+                checkpoint,
+                world_size=self.args.world_size,
+                stage=stage,
+                is_universal=loads_universal(self.accelerator),
+                loads_best=self.args.load_best_model_at_end,
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._changed or self.is_deepspeed_enabled:

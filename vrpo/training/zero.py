@@ -23,6 +23,14 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     return accelerator.state.deepspeed_plugin.zero_stage
 
 
+def loads_universal(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed is to load checkpoints in their universal form, for any number of processes."""
+    if zero_stage(accelerator) is None:
+        return False
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    return bool(config.get("checkpoint", {}).get("load_universal", False))
+
+
 def running_engine(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The model in an engine without an optimizer; under ZeRO-3 partitioned, else whole in each process.
 
