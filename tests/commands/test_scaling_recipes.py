@@ -33,7 +33,7 @@ def test_parse__a_recipe_for_many_gpus_says_how_to_launch_it(name, message, monk
 def test_parse__the_recipe_for_one_gpu(tmp_path):
     flags = [f"--config={FOLDER / 'lora_one_gpu.yaml'}", "--use_cpu", f"--output_dir={tmp_path}"]
     with pytest.warns(FutureWarning, match="gradient_checkpointing"):
-        (script, model, config, _), _ = parse(COMMANDS["train"], flags)
+        (script, model, config, *_), _ = parse(COMMANDS["train"], flags)
     assert model.use_peft and config.bf16 and config.max_tokens_per_pack == 16384
     assert script.dataset_name == "preferences.jsonl"
 

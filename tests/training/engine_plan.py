@@ -8,7 +8,7 @@ from typing import Any
 import engine_runs
 import engines
 
-CASES = ["full", "lora", "replay", "sft", "sparse", "stream", "samples"]
+CASES = ["full", "lora", "replay", "sft", "sparse", "stream", "samples", "evaluated"]
 ZERO_CASES = ["loaded", "known", "knownlora", "trunk"]
 HALF_CASES = ["bf16", "bf16full", "knownbf16"]
 FOUR_CASES = ["full", "lora"]

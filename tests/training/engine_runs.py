@@ -53,6 +53,8 @@ CASES: dict[str, dict[str, Any]] = {
     "trunk": {"train_top_layers": 1},
     # Rows that come one after the other, shuffled and dealt out on the way.
     "stream": {"max_eos_fill": 0, "max_steps": 4},
+    # Before, between and after the steps; the last batch of 10 rows is filled up.
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True},
     # "full", but under FSDP2 whole gradients are added up until the end of the step.
     "summed": {},
     # Answers to prompts before, between and after the steps.
@@ -86,6 +88,7 @@ def build(engine: str, case: str, folder: Path, **settings: Any) -> DiffusionTra
         rows = [{"prompt": row["prompt"], "completion": word or row["chosen"]} for row in ROWS]
     fields = {
         "per_device_train_batch_size": GLOBAL_BATCH // world_size,
+        "per_device_eval_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "num_train_epochs": 2,
         "num_samples": 2,
@@ -121,6 +124,7 @@ def build(engine: str, case: str, folder: Path, **settings: Any) -> DiffusionTra
         args=args,
         **({"ref_model": load_model(folder.parent / "start")} if case == "loaded" else {}),
         train_dataset=dataset.to_iterable_dataset(num_shards=2) if case == "stream" else dataset,
+        eval_dataset=dataset.select(range(10)) if case == "evaluated" else None,
         callbacks=[callback(tokenizer)] if case == "samples" else None,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
@@ -141,6 +145,8 @@ def train(engine: str, case: str, folder: Path, resume: Path | None = None, **se
     if trainer.is_world_process_zero():
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         (folder / "log.json").write_text(json.dumps(log))
+        log = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        (folder / "eval.json").write_text(json.dumps(log))
 
 
 def main(out: str, *jobs: str) -> None:

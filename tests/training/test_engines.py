@@ -123,6 +123,19 @@ def test_train__fsdp2_may_add_up_whole_gradients_and_ends_the_same(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", *ENGINES[3:]])
+def test_evaluate__before_between_and_after_steps_gives_what_one_process_gets(out, engine):
+    told, known = (
+        json.loads((out / run / "eval.json").read_text())
+        for run in (f"{engine}-evaluated-2", "one-evaluated")
+    )
+    assert [entry["step"] for entry in told] == [0, 2, 4]
+    for entry, other in zip(told, known, strict=True):
+        for key in (key for key in other if not key.endswith(("runtime", "per_second", "time"))):
+            assert entry[key] == pytest.approx(other[key], rel=1e-4, abs=1e-3), (key, entry["step"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", *ENGINES[3:]])
 def test_callback__answers_are_those_of_one_process(out, engine):
     found = [(out / run / SAMPLES_FILE).read_text() for run in (f"{engine}-samples-2", "one-samples")]
     assert found[0] == found[1]

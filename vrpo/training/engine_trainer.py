@@ -7,6 +7,7 @@ equally long batches (balance.py); and FSDP2 reduces gradients after every pack.
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from vrpo.models.adapters import is_peft_model
 from vrpo.training.balance import BalancedSampler
+from vrpo.training.engine_checkpoints import check_engine_of, check_zero_checkpoint, engine_of
 from vrpo.training.zero import loads_universal, zero_stage
 
 
@@ -100,6 +102,20 @@ class EngineTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         self._mend_universal.remember(optimizer)
         return optimizer
+
+    def _check_engine_of(self, checkpoint: Path) -> None:
+        """ValueError where this engine, with so many processes, cannot go on from the checkpoint."""
+        stage = zero_stage(self.accelerator)
+        sharded = "fsdp" if self.is_fsdp_enabled else "plain"
+        check_engine_of(checkpoint, "deepspeed" if stage is not None else sharded)
+        if stage is not None and engine_of(checkpoint) is not None:
+            check_zero_checkpoint(
+                checkpoint,
+                world_size=self.args.world_size,
+                stage=stage,
+                is_universal=loads_universal(self.accelerator),
+                loads_best=self.args.load_best_model_at_end,
+            )
 
     @property
     def _holds_parts(self) -> bool:

@@ -43,7 +43,6 @@ from vrpo.training.compiled import check_compiler, compile_layers, leave_compila
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.data_trainer import DataTrainer
 from vrpo.training.dropped import DroppedRows
-from vrpo.training.engine_checkpoints import check_engine_of, check_zero_checkpoint, engine_of
 from vrpo.training.finite import StopAtBadGradients, check_weights
 from vrpo.training.memory import peak_memory_gb
 from vrpo.training.model_card import model_card
@@ -62,7 +61,6 @@ from vrpo.training.resume import (
 from vrpo.training.support import check_runnable
 from vrpo.training.together import on_main
 from vrpo.training.trunk import adapter_on_top_layers, train_top_layers
-from vrpo.training.zero import loads_universal, zero_stage
 
 logger = logging.get_logger(__name__)
 
@@ -321,19 +319,6 @@ class DiffusionTrainer(DataTrainer):
             is_adapter=is_peft_model(self.model),
             is_deepspeed=self.is_deepspeed_enabled,
         )
-
-    def _check_engine_of(self, checkpoint: Path) -> None:
-        stage = zero_stage(self.accelerator)
-        sharded = "fsdp" if self.is_fsdp_enabled else "plain"
-        check_engine_of(checkpoint, "deepspeed" if stage is not None else sharded)
-        if stage is not None and engine_of(checkpoint) is not None:
-            check_zero_checkpoint(
-                checkpoint,
-                world_size=self.args.world_size,
-                stage=stage,
-                is_universal=loads_universal(self.accelerator),
-                loads_best=self.args.load_best_model_at_end,
-            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._changed or self.is_deepspeed_enabled:
