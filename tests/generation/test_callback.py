@@ -71,6 +71,9 @@ def test_callback__a_resumed_run_has_each_step_once(tmp_path, tokenizer, pair_ro
         ({"prompts": [], "freq": 1}, "prompts must have at least one"),
         ({"prompts": [[]], "freq": 1}, "empty"),
         ({"prompts": [[1]], "freq": 0}, "freq must be at least 1"),
+        ({"prompts": [[1]], "freq": 1, "config": {"max_new_tokens": 4}}, "config must be a SamplerConfig"),
+        ({"prompts": [[1]], "freq": 1, "max_pack_tokens": 0}, "max_pack_tokens must be at least 1"),
+        ({"prompts": [[1]], "freq": 1, "num_completions_to_print": -1}, "num_completions_to_print must be"),
     ],
 )
 def test_callback__refuses_what_it_cannot_ask(arguments, text):

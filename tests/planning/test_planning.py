@@ -237,6 +237,7 @@ def test_plan_command__takes_the_engine_and_the_precision_of_the_config(tmp_path
     ("flags", "message"),
     [
         (["--fsdp=true"], "ask for fsdp2: give num_gpus, at least 2"),
+        (["--num_gpus=0"], "num_gpus must be at least 1, got 0"),
         (
             ["--fsdp=true", "--num_gpus=2", "--engine=ddp"],
             "engine=ddp, but fsdp or deepspeed .* ask for fsdp2",

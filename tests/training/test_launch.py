@@ -138,3 +138,9 @@ def test_check_launch__several_processes(tmp_path, monkeypatch, settings, kind, 
         args.fsdp = True
     with pytest.raises(ValueError, match=message):
         check_launch(args)
+
+
+@pytest.mark.parametrize("name", ["nccl", "gloo", "nonsense"])
+def test_config__a_backend_is_of_several_processes(tmp_path, name):
+    with pytest.raises(ValueError, match=f"ddp_backend='{name}' is how several processes talk"):
+        config(tmp_path, ddp_backend=name)

@@ -74,6 +74,8 @@ def plan(
         raise ValueError(
             "model_name_or_path is needed: a folder with a config.json, such a file, or a hub name"
         )
+    if args.num_gpus < 1:
+        raise ValueError(f"num_gpus must be at least 1, got {args.num_gpus}")
     if args.compute_dtype not in (None, "bfloat16", "float32"):
         raise ValueError(f"compute_dtype must be bfloat16 or float32, got {args.compute_dtype!r}")
     if args.output_file is not None:

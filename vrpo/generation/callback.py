@@ -31,7 +31,7 @@ class LogCompletionsCallback(TrainerCallback):
     Args: prompts: token ids of each prompt. freq: optimizer steps between answers. config: how to decode;
         stop_ids that are empty become the tokenizer's end tokens. max_pack_tokens: tokens of one model call.
         num_completions_to_print: how many of the answers to print; None: all.
-    Errors: ValueError for no prompts, an empty one, or a freq below 1.
+    Errors: ValueError for no prompts, an empty one, a number out of range, or a config of another kind.
     """
 
     def __init__(
@@ -47,7 +47,11 @@ class LogCompletionsCallback(TrainerCallback):
             raise ValueError("prompts must have at least one prompt, got none")
         self.freq = checks.integer("freq", freq, 1)
         self.config = SamplerConfig() if config is None else config
-        self.max_pack_tokens = max_pack_tokens
+        if not isinstance(self.config, SamplerConfig):
+            raise ValueError(f"config must be a SamplerConfig, got {type(config).__name__}")
+        self.max_pack_tokens = checks.integer("max_pack_tokens", max_pack_tokens, 1)
+        if num_completions_to_print is not None:
+            checks.integer("num_completions_to_print", num_completions_to_print, 0)
         self.num_completions_to_print = num_completions_to_print
         self._last: int | None = None
 

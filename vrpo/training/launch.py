@@ -37,6 +37,11 @@ def check_engine(args: TrainingArguments) -> None:
                 f"accelerate's configuration asks for {name}, which is not supported: use DDP, FSDP or "
                 "DeepSpeed"
             )
+    if args.ddp_backend is not None and max(get_int_from_env([name], 1) for name in _SIZES) == 1:
+        raise ValueError(
+            f"ddp_backend={args.ddp_backend!r} is how several processes talk, and this run is one: launch it "
+            "with torchrun or accelerate launch, or leave ddp_backend out"
+        )
     for name in filter(None, wanted.values()):
         if args.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU"):
             raise ValueError(
