@@ -83,7 +83,7 @@ def test_config__refuses_what_would_do_nothing_or_harm(tmp_path, name, kind):
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\)"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 does nothing in hinge"),
         ({"simpo_gamma": math.inf}, "simpo_gamma must be a finite number"),
-        ({"loss_type": "simpo", "share_trunk": True}, "share_trunk=True shares layers with a reference"),
+        ({"loss_type": "simpo", "share_trunk": True}, "share_trunk=True does nothing without a loss_type"),
         ({"sft_weight": math.nan}, "sft_weight must be a finite number"),
         ({"adam_beta1": 1.0}, r"adam_beta1 must be in \[0, 1\)"),
         ({"adam_epsilon": 0.0}, "adam_epsilon must be above 0"),

@@ -10,9 +10,11 @@ from transformers.utils import cached_file
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
 from vrpo.commands.completions import CompletionArguments
 from vrpo.commands.console import say
+from vrpo.commands.idle import check_idle
 from vrpo.commands.planned_config import PlannedConfig, checkpoints
 from vrpo.data.output import check_output, to_json, write
 from vrpo.models.loading import parse_dtype
+from vrpo.models.paths import check_revision
 from vrpo.models.quantized import Quantization
 from vrpo.objectives.losses import needs_reference
 from vrpo.planning import Machine, ModelShape, Plan, TrainingSetup, advice, make_plan, read_shape
@@ -74,6 +76,7 @@ def plan(
         raise ValueError(
             "model_name_or_path is needed: a folder with a config.json, such a file, or a hub name"
         )
+    check_idle(model_args, config)
     if args.num_gpus < 1:
         raise ValueError(f"num_gpus must be at least 1, got {args.num_gpus}")
     if args.compute_dtype not in (None, "bfloat16", "float32"):
@@ -152,6 +155,7 @@ def _check_lengths(setup: TrainingSetup, config: DiffusionConfig) -> None:
 
 def _shape(model_args: ModelArguments) -> ModelShape:
     name = model_args.model_name_or_path
+    check_revision(name, model_args.model_revision)
     if Path(name).expanduser().exists():
         return read_shape(name)
     path = cached_file(name, "config.json", revision=model_args.model_revision)

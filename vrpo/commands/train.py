@@ -13,6 +13,7 @@ from vrpo.commands.arguments import ModelArguments, ScriptArguments
 from vrpo.commands.completions import CompletionArguments, completions_callback
 from vrpo.commands.console import say, say_metrics
 from vrpo.commands.dry_run import dry_run_text
+from vrpo.commands.idle import check_idle
 from vrpo.commands.new_model import NewModel, build_model, train_tokenizer, trained_tokenizer
 from vrpo.data.formats import example
 from vrpo.data.output import check_output_dir
@@ -103,6 +104,7 @@ def _run(
 ) -> None:
     """Check, load, train, save; `make` builds a new model from the training rows instead of loading one."""
     check_runnable(config)
+    check_idle(model_args, config)
     if quantization.name is not None and not model_args.use_peft:
         raise ValueError(f"{quantization.name} needs use_peft: quantized weights do not train, adapters do")
     if script.dataset_streaming and config.max_steps < 1:

@@ -20,6 +20,7 @@ def check_model_path(path_or_id: str, *, argument: str, revision: str = "main") 
         file, a folder without a model, no such hub name, or a model of another kind.
     """
     path, told = Path(path_or_id), f"{argument} {path_or_id!r}"
+    check_revision(path_or_id, revision, argument)
     if not path_or_id.strip():
         raise ValueError(f"{told} must be a folder or a hub name")
     if path.is_file():
@@ -42,6 +43,15 @@ def check_model_path(path_or_id: str, *, argument: str, revision: str = "main") 
             return None
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise OSError(f"{told} is neither a folder nor a model that the hub gives ({reason})") from error
+
+
+def check_revision(path_or_id: str, revision: str, argument: str = "model_name_or_path") -> None:
+    """ValueError for a revision of what is on this machine, and has none."""
+    if revision != "main" and Path(path_or_id).expanduser().exists():
+        raise ValueError(
+            f"model_revision={revision!r} does nothing with {argument} {path_or_id!r}, which is here and has "
+            "no revisions: leave it out, or give a hub name"
+        )
 
 
 def check_device(name: str | None) -> str:

@@ -1,7 +1,7 @@
 """What a trainer refuses before its first step because the run would end in an error, or do nothing."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -126,12 +126,23 @@ def check_batches_exist(args: TrainingArguments, train: Any, evaluation: Any) ->
             )
 
 
-def check_metric_for_best_model(args: TrainingArguments, evaluation: Any, names: Collection[str]) -> None:
-    """ValueError for a metric that no evaluation reports; otherwise a KeyError after the first one."""
+def check_metric_for_best_model(
+    args: TrainingArguments, evaluation: Any, names: Callable[[Any], Collection[str]]
+) -> None:
+    """ValueError for a metric that no evaluation reports; otherwise a KeyError after the first one.
+
+    names: of a dataset, the metrics that its evaluation reports beside the loss.
+    """
     wanted = args.metric_for_best_model
     if wanted is None or evaluation is None:
         return
-    prefixes = [f"{name}_" for name in evaluation] if isinstance(evaluation, Mapping) else [""]
-    known = [f"{prefix}{name}" for prefix in prefixes for name in ("loss", *names)]
+    sets = (
+        {f"{name}_": rows for name, rows in evaluation.items()} if isinstance(evaluation, Mapping) else None
+    )
+    sets = {"": evaluation} if sets is None else sets
+    known = [f"{prefix}{name}" for prefix, rows in sets.items() for name in ("loss", *names(rows))]
     if wanted.removeprefix("eval_") not in known:
-        raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}, got {wanted!r}")
+        raise ValueError(
+            f"metric_for_best_model must be one of {', '.join(known)}, which the evaluations of this run "
+            f"report; got {wanted!r}"
+        )

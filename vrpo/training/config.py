@@ -15,9 +15,10 @@ from transformers.integrations import is_deepspeed_available
 from transformers.trainer_utils import IntervalStrategy
 
 from vrpo.estimator.masking import check_design, check_replicates, default_replicates
-from vrpo.objectives.losses import NEEDS_REPLICATES, check_losses, needs_reference
+from vrpo.objectives.losses import NEEDS_REPLICATES, check_losses
 from vrpo.training.compiled import check_compilation
 from vrpo.training.launch import check_engine, check_launch
+from vrpo.training.no_effect import check_effects
 from vrpo.training.offload import check_offloading
 from vrpo.training.ranges import check_numbers
 from vrpo.training.reference_config import ReferenceArguments
@@ -197,6 +198,7 @@ class DiffusionConfig(TrainingArguments):
                 f"got {self.max_prompt_length}"
             )
         check_supported(self)
+        check_effects(self)
         check_launch(self)
         check_compilation(self)
         check_offloading(self)
@@ -346,10 +348,6 @@ class VRPOConfig(ReferenceConfig):
             sft_weight=self.sft_weight,
         )
         _check_ld_alpha(self.ld_alpha, self.sft_weight)
-        if self.share_trunk and not needs_reference(self.loss_type):
-            raise ValueError(
-                f"share_trunk=True shares layers with a reference, and loss_type={self.loss_type} has none"
-            )
         if needing := sorted(NEEDS_REPLICATES & set(self.loss_type)):
             num_levels = self.num_samples // self.masks_per_level
             check_replicates(needing[0], self.mask_design, num_levels, self.num_replicates)

@@ -21,6 +21,7 @@ from vrpo.models import max_positions
 from vrpo.training.checkpoint_trainer import CheckpointTrainer
 from vrpo.training.config import DiffusionConfig
 from vrpo.training.dropped import DroppedRows
+from vrpo.training.no_effect import OF_STREAMS, check_effects
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +69,8 @@ class DataTrainer(CheckpointTrainer):
             if split == "train":
                 return self._stream(dataset, tokenizer, model)
             dataset = read_stream(dataset, name, has_label=self.has_label)
+        elif split == "train":
+            check_effects(self.args, OF_STREAMS)
         dataset = as_dataset(dataset, name)
         prepared, report = self.prepare_dataset(
             dataset,

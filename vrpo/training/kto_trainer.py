@@ -64,6 +64,15 @@ class DiffusionKTOTrainer(ReferenceTrainer):
         """The metrics of each batch of the evaluation that is going on."""
         return []
 
+    def _metrics_of_evaluation(self, dataset):
+        missing = set()
+        if dataset is not None and "label" in getattr(dataset, "column_names", ()):
+            kinds = {True: "rewards/chosen", False: "rewards/rejected"}
+            missing = {name for kind, name in kinds.items() if kind not in dataset.unique("label")}
+        if missing:
+            missing.add("rewards/margins")
+        return [name for name in super()._metrics_of_evaluation(dataset) if name not in missing]
+
     def _fitting(self, prepared, tokenizer, model, split):
         prepared = super()._fitting(prepared, tokenizer, model, split)
         if split == "train" and self.gradient_mode == "joint":

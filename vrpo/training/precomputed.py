@@ -101,8 +101,6 @@ def _check_possible(trainer: DiffusionTrainer) -> None:
             "precompute_ref_log_probs does not work with model_init: each train() would have another "
             "reference; pass the model"
         )
-    if getattr(trainer.args, "share_trunk", None):
-        raise ValueError("share_trunk=True shares nothing with a precomputed reference: leave it unset")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise ValueError("precompute_ref_log_probs does not work under FSDP1: set version 2 in fsdp_config")
 

@@ -57,10 +57,6 @@ class ReferenceArguments:
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.precompute_ref_log_probs:
-            for name in ("precompute_ref_batch_size", "ref_log_probs_cache", "precompute_only"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} does nothing without precompute_ref_log_probs=True")
         if self.ref_log_probs_cache is not None:
             path = Path(self.ref_log_probs_cache)
             if path.exists() and not path.is_dir():
@@ -72,3 +68,5 @@ class ReferenceArguments:
                 "sync_ref_model and precompute_ref_log_probs exclude each other: a reference that moves "
                 "cannot be computed beforehand"
             )
+        if self.precompute_ref_log_probs and getattr(self, "share_trunk", None):
+            raise ValueError("share_trunk=True shares nothing with a precomputed reference: leave it unset")

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from vrpo.batch import PackedBatch, ResponseBatch
+from vrpo.estimator.masking import has_replicates
 from vrpo.gradient import StepResult
 from vrpo.models import load_tokenizer
 from vrpo.models.adapters import is_peft_model
 from vrpo.models.checkpoint import load_policy
+from vrpo.objectives.pairs import NOISE
 from vrpo.step import NLL, Estimator
 from vrpo.training.adapter_trainer import adapter_off
 from vrpo.training.argument_types import check_config, check_reference_argument
@@ -95,11 +97,15 @@ class ReferenceTrainer(DiffusionTrainer):
         """Whether the objective looks at a reference; without one none is copied, kept or run."""
         return True
 
+    def _metrics_of_evaluation(self, dataset):
+        args, names = self.args, super()._metrics_of_evaluation(dataset)
+        if has_replicates(args.mask_design, args.num_samples // args.masks_per_level, args.num_replicates):
+            return names
+        return [name for name in names if name.removeprefix("vrpo/") not in NOISE]
+
     def _set_reference(self) -> None:
         self._trunk_layers, self.ref_model = 0, None
         if self.args.precompute_ref_log_probs:
-            if not self.needs_reference:
-                raise ValueError("precompute_ref_log_probs is of no use to a loss without a reference")
             self.known_reference = precompute(self, self._given_reference)
             self._given_reference = None  # nobody needs it any more
             self.add_callback(CheckEpochs(self.known_reference, lambda: rows_of_training(self)))

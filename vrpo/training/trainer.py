@@ -5,7 +5,7 @@ packed_trainer.py's. This file prepares and checks model and data, and says whic
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +185,17 @@ class DiffusionTrainer(DataTrainer):
         self._frozen = self._digest_of_frozen_weights()
         check_batches_exist(args, self.train_dataset, self.eval_dataset)
         if compute_metrics is None:
-            check_metric_for_best_model(args, self.eval_dataset, self.metric_names)
+            check_metric_for_best_model(args, self.eval_dataset, self._metrics_of_evaluation)
         self.add_callback(StopAtBadGradients(self.accelerator))
         self.add_callback(Advise(self.train_dataset))
         if args.logging_strategy != IntervalStrategy.NO:
             self.add_callback(LogTheLastStep())
         keep_output_dtype(self.accelerator)
         leave_compilation_to_us(self.accelerator)
+
+    def _metrics_of_evaluation(self, dataset: Dataset) -> Collection[str]:
+        """What an evaluation of this dataset reports beside the loss."""
+        return self.metric_names
 
     def _ready(self, model: nn.Module) -> nn.Module:
         """The model checked, with its adapter, and without what an earlier trainer left on it."""
@@ -214,6 +218,11 @@ class DiffusionTrainer(DataTrainer):
             leave_adapter_inputs_to_autocast(model)
         if self.args.disable_dropout:
             switch_dropout_off(model)
+            if rate := getattr(self.peft_config, "lora_dropout", 0):
+                logger.warning(
+                    f"lora_dropout={rate} does nothing: disable_dropout=True, the default as in TRL's DPO, "
+                    "switches every dropout off; set disable_dropout=False to train with it"
+                )
         return compile_layers(release(model), self.args)
 
     def call_model_init(self, trial=None) -> nn.Module:
@@ -358,10 +367,12 @@ class DiffusionTrainer(DataTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args, dataset=None, model_name=None, dataset_name=None, **kwargs) -> None:
-        """Writes README.md to output_dir: base model, dataset, settings, last evaluation, whom to cite.
+        """Writes README.md to output_dir: base model, dataset, settings, last evaluation, whom to cite; and
+        the report of the run as far as it is now.
 
         The dataset is called `dataset` by transformers and `dataset_name` by TRL; push_to_hub passes both on.
         """
+        self._write_report(self.args.output_dir)  # an evaluation after save_model is in both
         self._write_card(self.args.output_dir, dataset=dataset or dataset_name, name=model_name, **kwargs)
 
     def _write_card(self, folder: str, dataset: str | None = None, name: str | None = None, **more) -> None:
