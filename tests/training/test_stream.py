@@ -42,7 +42,9 @@ def test_stream__gives_the_rows_of_the_dataset(tokenizer, pair_rows):
     stream = stream_of(pair_rows.to_iterable_dataset(num_shards=3), tokenizer, Deal(batch_size=5))
     rows = [row for batch in itertools.islice(stream, 3) for row in batch]
     assert [len(batch) for batch in take(stream, 4)] == [5, 5, 2, 5]
-    assert [{k: v for k, v in row.items() if k != "epoch"} for row in rows] == prepared.to_list()
+    assert [
+        {k: v for k, v in row.items() if k not in ("epoch", "past")} for row in rows
+    ] == prepared.to_list()
     assert {row["epoch"] for row in rows} == {0}
 
 
@@ -165,6 +167,33 @@ def test_train__a_stream_is_resumed_bitwise_in_any_pass(tmp_path, tiny_model, to
     rows = pair_rows.select(range(11)).to_iterable_dataset()
     with pytest.raises(ValueError, match="of another run: the training data"):
         run(str(tmp_path / "out/checkpoint-2"))
+
+
+def test_train__a_stream_that_changed_in_what_it_was_trained_on_is_refused(tmp_path, tiny_model, tokenizer):
+    rows = [{"prompt": f"{n}?", "chosen": f"one {n}", "rejected": "two"} for n in range(72)]
+    start = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
+
+    def run(checkpoint, changed=None, **more):
+        given = [row | {"chosen": "other"} if n == changed else row for n, row in enumerate(rows)]
+        tiny_model.load_state_dict(start)
+        fields = {
+            "max_steps": 3,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "per_device_train_batch_size": 36,
+        }
+        fields |= {"train_sampling_strategy": "sequential", "num_samples": 1} | more
+        stream = Dataset.from_list(given).to_iterable_dataset()
+        trainer = trainer_of(tmp_path, tiny_model, tokenizer, stream, **fields)
+        trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / "out" / checkpoint))
+        return trainer.state.global_step, parameters(tiny_model)
+
+    _, straight = run(None)
+    assert torch.equal(run("checkpoint-2")[1], straight)
+    with pytest.raises(ValueError, match=r"trained on up to step 2 the stream gives others now"):
+        run("checkpoint-2", changed=70)  # beyond the rows that say at once which stream it is
+    assert run("checkpoint-1", changed=70)[0] == 3  # its turn had not come
+    assert run("checkpoint-2", changed=70, ignore_data_skip=True)[0] == 3  # its new rows, on purpose
 
 
 def test_train__drops_rows_of_a_stream_and_lists_them(tmp_path, tiny_model, tokenizer, pair_rows, caplog):

@@ -57,7 +57,10 @@ class Deal:
 
 
 class RowStream(torch.utils.data.IterableDataset):
-    """Batches, as lists of prepared rows with "epoch", the number of the pass, in each row.
+    """Batches, as lists of prepared rows with "epoch", the number of the pass, in each row, and "past".
+
+    past is (before, after): digests of all rows that were given before this batch, and with it, the same in
+    every process. A run that goes on compares them to know that it skipped what it was trained on.
 
     The last batch of a pass may be smaller; no batch is of two passes. Of every batch of all processes,
     batch_size * num_processes rows, each process gets its own part, the same rows whatever their number; only
@@ -112,15 +115,17 @@ class RowStream(torch.utils.data.IterableDataset):
         return hashlib.sha256(repr([sorted(row.items()) for row in head]).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[list[Row]]:
+        after = ""
         for epoch in itertools.count():
-            batch = None
-            for batch in self._batches(epoch):
-                yield [row | {"epoch": epoch} for row in batch]
-            if batch is None:
+            part = None
+            for whole, part in self._batches(epoch):
+                before, after = after, _digest_of(after, whole)
+                yield [row | {"epoch": epoch, "past": (before, after)} for row in part]
+            if part is None:
                 raise ValueError("the stream has no batch: it gave too few rows in a pass")
 
-    def _batches(self, epoch: int) -> Iterator[list[Row]]:
-        """This process's part of each batch of a pass."""
+    def _batches(self, epoch: int) -> Iterator[tuple[list[Row], list[Row]]]:
+        """Each batch of a pass, and this process's part of it."""
         deal = self._deal
         first: list[Row] = []
         rows = shuffled(self._prepared(epoch), deal.buffer_size, [deal.seed, epoch])
@@ -129,14 +134,14 @@ class RowStream(torch.utils.data.IterableDataset):
             is_last = len(batch) < deal.batch_size * deal.num_processes
             if is_last and deal.drop_last:
                 return
-            fill = itertools.cycle(first)
+            whole, fill = list(batch), itertools.cycle(first)
             while len(batch) < deal.num_processes:
                 batch.append(next(fill))
             start, stop = (
                 len(batch) * index // deal.num_processes
                 for index in (deal.process_index, deal.process_index + 1)
             )
-            yield batch[start:stop]
+            yield whole, batch[start:stop]
 
     def _prepared(self, epoch: int) -> Iterator[Row]:
         """The usable rows of a pass, in the order of the stream."""
@@ -216,6 +221,15 @@ def _repeats(example_id: int, row: int) -> str:
     )
 
 
+def _digest_of(before: str, rows: list[Row]) -> str:
+    digest = hashlib.sha256(before.encode())
+    for row in rows:
+        for name, value in sorted(row.items()):
+            digest.update(name.encode())
+            digest.update(np.asarray(value, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
 def shuffled(rows: Iterator[Row], size: int, seed: list[int]) -> Iterator[Row]:
     """Each row drawn from a buffer of `size` rows, which the next one refills; below 2, the same order."""
     if size < 2:
@@ -252,9 +266,9 @@ def read_stream(data: IterableDataset, name: str, *, has_label: bool = False) ->
 
 @dataclass(frozen=True)
 class StreamCollator:
-    """Rows of a RowStream -> what `collator` makes of them, and "epoch", the pass they are of."""
+    """Rows of a RowStream -> what `collator` makes of them, and what the stream tells: epoch, past."""
 
     collator: Callable[[list[Row]], dict[str, Any]]
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        return {**self.collator(rows), "epoch": rows[0]["epoch"]}
+        return {**self.collator(rows), "epoch": rows[0]["epoch"], "past": rows[0]["past"]}

@@ -1,8 +1,10 @@
 """DataTrainer: what a trainer's datasets become before a step: token ids, checked, within the budget."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -24,6 +26,8 @@ from vrpo.training.dropped import DroppedRows
 from vrpo.training.no_effect import OF_STREAMS, check_effects
 
 logger = logging.get_logger(__name__)
+
+STREAM_FILE = "vrpo_stream.json"
 
 
 def _add_dropped(dropped: DroppedRows, row: int, reason: str) -> None:
@@ -47,6 +51,8 @@ class DataTrainer(CheckpointTrainer):
     """The responses of a row of a stream; None where the trainer reads no streams."""
     has_label = False
     _pass: int | None = None
+    _past: str | None = None
+    _wanted_past: str | None = None
 
     def _prepare_each(self, dataset, tokenizer, model):
         """A dataset, or each of a dict of them."""
@@ -155,7 +161,45 @@ class DataTrainer(CheckpointTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._pass = inputs.get("epoch")
+        if "past" in inputs:
+            self._check_past(*inputs["past"])
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _deal(self) -> list[Any]:
+        """What decides how many rows of a stream a step takes, and in which order."""
+        args = self.args
+        return [
+            args.train_batch_size * args.world_size,
+            args.gradient_accumulation_steps,
+            args.streaming_shuffle_buffer if args.train_sampling_strategy == "random" else 0,
+            args.dataloader_drop_last,
+        ]
+
+    def _check_past(self, before: str, after: str) -> None:
+        """ValueError where the stream gave other rows than those that a resumed run was trained on."""
+        wanted, self._wanted_past, self._past = self._wanted_past, None, after
+        if wanted is not None and wanted != before:
+            raise ValueError(
+                f"train_dataset: of the rows that the run was trained on up to step {self.state.global_step} "
+                "the stream gives others now: give the data as it was, or start anew in another output_dir"
+            )
+
+    def _save_extras(self, folder: str) -> None:
+        super()._save_extras(folder)
+        if self.args.should_save and isinstance(self.train_dataset, RowStream):
+            told = {"rows": self._past, "deal": self._deal()}
+            Path(folder, STREAM_FILE).write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+    def _load_extras(self, checkpoint: str | None) -> None:
+        super()._load_extras(checkpoint)
+        self._past = self._wanted_past = None
+        path = Path(checkpoint or "", STREAM_FILE)
+        if checkpoint is None or self.args.ignore_data_skip or not path.is_file():
+            return
+        told = json.loads(path.read_text(encoding="utf-8"))
+        self._past = told["rows"]
+        if told["deal"] == self._deal():  # else other rows come next, and the change is told
+            self._wanted_past = told["rows"]
 
     def _draw_epoch(self, model):
         # Of a stream, whose length is not known, the Trainer counts no epochs.
