@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny import train_flags
+from tiny import error_of, train_flags
 
 from vrpo import data
 from vrpo.batch import MaskDraw, ResponseBatch
@@ -135,3 +135,45 @@ def test_pack_text__shows_what_the_model_sees(tokenizer):
         "    sample 1: 0 of 2 masked, level 0.000, weight none\n"
         "      ' 2.'\n"
     )
+
+
+REFUSED = {
+    "loss without reference": (["--loss_type=simpo"], "does nothing without a loss_type that compares"),
+    "shared trunk": (["--share_trunk=true"], "share_trunk=True shares nothing with a precomputed reference"),
+    "other masks": (["--seed=1"], "reference ELBOs in .* are of something else; what differs: "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_train__dry_run_refuses_what_precomputing_refuses(files, model_path, tmp_path, capsys, name):
+    more, message = REFUSED[name]
+    cache = ["--precompute_ref_log_probs", f"--ref_log_probs_cache={tmp_path / 'cache'}"]
+    flags = train_flags(files, model_path, tmp_path / "out", *cache)
+    if name == "other masks":
+        assert main([*flags, "--precompute_only"]) == 0
+    real, dry = (error_of(capsys, [*flags, *more, *also]) for also in ([], ["--dry_run"]))
+    assert re.search(message, dry) and real == dry
+
+
+def test_train__dry_run_tells_what_precomputing_would_do(files, model_path, tmp_path, capsys):
+    cache = ["--precompute_ref_log_probs", f"--ref_log_probs_cache={tmp_path / 'cache'}"]
+    flags = train_flags(files, model_path, tmp_path / "out", *cache)
+    text = told(capsys, [*flags, "--dry_run", "--precompute_only"])
+    assert "steps      none: precompute_only" in text and "in total" not in text
+    assert "no estimate of memory and time: precompute_only trains nothing" in text
+    assert "ELBOs of 8 examples, each epoch's counted; 8 of them are to be computed" in text
+    assert not (tmp_path / "cache").exists()
+    assert main([*flags, "--precompute_only"]) == 0
+    text = told(capsys, [*flags, "--dry_run"])
+    assert "ELBOs of 8 examples, each epoch's counted; 0 of them are to be computed" in text
+    assert "2 in total, of 4 examples" in text
+
+
+def test_train__dry_run_refuses_the_output_dir_of_another_run(files, model_path, tmp_path, capsys):
+    flags = train_flags(files, model_path, tmp_path, "--save_strategy=steps", "--save_steps=1")
+    assert main(flags) == 0
+    real, dry = (error_of(capsys, [*flags, "--seed=1", *also]) for also in ([], ["--dry_run"]))
+    assert "holds a checkpoint of another run" in dry and real == dry
+    resumed = [*flags, "--seed=1", "--resume_from_checkpoint=true"]
+    real, dry = (error_of(capsys, [*resumed, *also]) for also in ([], ["--dry_run"]))
+    assert "is of another run" in dry and real == dry

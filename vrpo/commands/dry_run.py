@@ -9,7 +9,7 @@ from vrpo.planning import Machine, TrainingSetup, advice, make_plan
 from vrpo.planning.plan import GIB
 from vrpo.planning.shape import shape_of
 from vrpo.training.config import DiffusionConfig
-from vrpo.training.dry_run import Look, data_text, look, pack_text, steps_text
+from vrpo.training.dry_run import Look, data_text, look, pack_text, reference_text, steps_text
 from vrpo.training.trainer import DiffusionTrainer
 
 
@@ -21,16 +21,23 @@ def dry_run_text(
 ) -> str:
     """Data, steps, the estimate of `vrpo plan`, and the first pack.
 
-    config: as the user gave it; that of the trainer may leave work out which a dry run does not do.
+    Errors: those of a training before its first step.
     """
+    trains = not getattr(config, "precompute_only", False)
+    if trains:
+        trainer.check_start(config.resume_from_checkpoint)
     seen = look(trainer)
     estimate = "no estimate of memory and time: how the checkpoint is quantized is not known\n"
     if quantization.name is not None or not is_quantized(trainer.model):
         estimate = _estimate(trainer, model_args, config, quantization, seen)
+    if not trains:
+        estimate = "no estimate of memory and time: precompute_only trains nothing\n"
+    known = getattr(trainer, "known_reference", None)
+    steps = steps_text(seen, config.num_samples) if trains else "steps      none: precompute_only\n"
     return "\n".join(
         (
             data_text(seen.report, seen.lengths),
-            steps_text(seen, config.num_samples),
+            steps if known is None else steps + reference_text(known),
             estimate,
             pack_text(trainer.processing_class, seen.batch, seen.pack),
             "dry run: nothing was trained, no weights were saved\n",

@@ -1,6 +1,5 @@
 """`vrpo sft`, `vrpo train` and `vrpo kto`: check, load, build, run, save. No defaults of their own."""
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -123,9 +122,11 @@ def _run(
         _load_model(model_args, quantization, config) if make is None else make(rows, checkpoint)
     )
     callback = completions_callback(completions, rows, evaluation, model, tokenizer)
+    if script.dry_run:
+        trainer_class = type(trainer_class.__name__, (trainer_class,), {"is_dry_run": True})
     trainer = trainer_class(
         model=model,
-        args=_without_precomputing(config) if script.dry_run else config,
+        args=config,
         train_dataset=rows,
         eval_dataset=evaluation,
         processing_class=tokenizer,
@@ -140,14 +141,6 @@ def _run(
         return
     trainer.dataset_name = script.dataset_name
     _train_and_save(trainer)
-
-
-def _without_precomputing(config: DiffusionConfig) -> DiffusionConfig:
-    """A trainer of this config runs no model while it is built."""
-    config = copy.copy(config)
-    if getattr(config, "precompute_ref_log_probs", False):
-        config.precompute_ref_log_probs = False
-    return config
 
 
 def _load_data(script: ScriptArguments) -> tuple[Dataset | IterableDataset, Dataset | None]:

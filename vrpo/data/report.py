@@ -24,6 +24,7 @@ class DataReport:
     doubled: rows whose responses are plain text that begins with the prompt's, which stays.
     unrendered: rows of which the chat template left something out: a message, tools, or calls of tools.
     special_in_text: rows in whose messages special tokens are spelt out, which become those tokens.
+    examples_per_row: examples that a row becomes, 2 where pairs are taken apart.
     unusable: (row, reason) of each row that was dropped because it cannot be used (drop_unusable_rows).
     """
 
@@ -43,6 +44,7 @@ class DataReport:
     unrendered: int = 0
     special_in_text: int = 0
     unusable: tuple[tuple[int, str], ...] = ()
+    examples_per_row: int = 1
 
     @property
     def num_changed(self) -> int:

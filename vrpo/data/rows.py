@@ -93,7 +93,7 @@ def prepare_labelled(
     )
     if are_pairs(columns):
         pairs, report = prepare_pairs(dataset, tokenizer, **options)
-        return _unpaired(pairs), report
+        return _unpaired(pairs), replace(report, examples_per_row=len(PAIR_SIDES))
     return _prepare(dataset, tokenizer, COMPLETION_SIDES, has_label=True, **options)
 
 

@@ -6,18 +6,23 @@ Every function but `look` is pure: it returns lines of text. Nothing here runs a
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as compute
+import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from vrpo.batch import PackedBatch, ResponseBatch
 from vrpo.data import DataReport
 from vrpo.data.budget import SIDE_COLUMNS
+from vrpo.training.known_reference import KnownReference
 from vrpo.training.trainer import DiffusionTrainer
 
 _NUM_BATCHES = 8
+_STREAMED = 64  # batches of a stream, whose length is not known
 _NUM_SAMPLES = 2
 _PERCENTILES = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
 _LONGEST_TEXT = 1200
@@ -30,8 +35,10 @@ Lengths = Mapping[str, np.ndarray]
 class Look:
     """What a training starts with.
 
-    lengths: of the whole training set, or of the first batches of a stream. tokens_E: tokens of each example,
-        its prompt once per response, EOS fill included.
+    lengths: of the whole training set, or of the first rows of a stream, none twice. tokens_E: tokens of each
+        example, its prompt once per response, EOS fill included.
+    total_tokens: of the examples of all steps of all processes, a masked copy counted as one; is_exact:
+        whether all of them were looked at, and it is not an estimate.
     cuts: for each of the first batches, packs of each of its micro-batches. steps_per_epoch: None of a
         stream.
     batch, pack: the first micro-batch, before it is cut into packs.
@@ -44,6 +51,8 @@ class Look:
     steps_per_epoch: int | None
     max_steps: int
     examples_per_step: int
+    total_tokens: float
+    is_exact: bool
     batch: ResponseBatch
     pack: PackedBatch
 
@@ -63,28 +72,79 @@ class Look:
 
 def look(trainer: DiffusionTrainer) -> Look:
     """Reads the first batches as training would; in every process, where there are several."""
-    model, rows = trainer.model, trainer.train_dataset
-    model.train()  # EOS fill is training's alone
+    rows = trainer.train_dataset
+    trainer.model.train()  # EOS fill is training's alone
     loader = trainer.get_train_dataloader()
-    batches = []
-    for inputs in itertools.islice(loader, _NUM_BATCHES):
-        trainer._pass = inputs.get("epoch")
-        batches.append(trainer._responses(inputs, model))
-    cuts = [trainer._micro_batches(batch) for batch in batches]
-    part, _ = cuts[0][0]
     is_stream = not isinstance(rows, Dataset)
     steps = trainer.set_initial_training_values(trainer.args, loader)
+    needed = steps[-1] * trainer.args.gradient_accumulation_steps
+    passes, batches = _first_batches(trainer, loader, min(needed, _STREAMED) if is_stream else _NUM_BATCHES)
+    cuts = [trainer._micro_batches(batch) for batch in batches[:_NUM_BATCHES]]
+    part, _ = cuts[0][0]
+    once = [batch for number, batch in zip(passes, batches, strict=True) if number == 0]
+    if is_stream:
+        total = _tokens_of_stream(passes, batches, needed)
+    else:
+        total = _tokens_of_steps(trainer, loader, steps[-1])
+    of_process = torch.tensor([total], dtype=torch.float64, device=trainer.args.device)
     return Look(
         report=trainer.data_reports.get("train"),
-        lengths=_of_batches(batches) if is_stream else _of_dataset(rows),
-        tokens_E=_costs(batches) if is_stream else np.asarray(trainer._costs_of_epoch(rows, 0)),
+        lengths=_of_batches(once) if is_stream else _of_dataset(rows),
+        tokens_E=_costs(once) if is_stream else np.asarray(trainer._costs_of_epoch(rows, 0)),
         cuts=[[count for _, count in parts] for parts in cuts],
         steps_per_epoch=None if is_stream else steps[1],
         max_steps=steps[-1],
         examples_per_step=steps[4],
+        total_tokens=float(trainer.accelerator.gather(of_process).sum()),
+        is_exact=not is_stream or len(batches) >= needed,
         batch=part,
         pack=trainer.estimator.pack(part, 0, "cpu"),
     )
+
+
+def _first_batches(
+    trainer: DiffusionTrainer, loader: DataLoader, number: int
+) -> tuple[list[int], list[ResponseBatch]]:
+    """Of each of the first batches the pass over a stream that it is of (else 0), and the batch."""
+    passes, batches = [], []
+    for inputs in itertools.islice(loader, number):
+        trainer._pass = inputs.get("epoch")
+        passes.append(trainer._pass or 0)
+        batches.append(trainer._responses(inputs, trainer.model))
+    return passes, batches
+
+
+def _tokens_of_steps(trainer: DiffusionTrainer, loader: DataLoader, max_steps: int) -> int:
+    """Tokens of the examples that this process takes in all steps, as its sampler deals them out."""
+    per_step, tokens, epoch = trainer.args.gradient_accumulation_steps, 0, 0
+    while max_steps > 0:
+        costs = np.asarray(trainer._costs_of_epoch(trainer.train_dataset, epoch))
+        _set_epoch(loader.batch_sampler, epoch)
+        batches = list(itertools.islice(loader.batch_sampler, max_steps * per_step))
+        tokens += int(costs[np.concatenate(batches)].sum())
+        max_steps -= -(-len(batches) // per_step)  # the last step of an epoch may be a smaller one
+        epoch += 1
+    return tokens
+
+
+def _set_epoch(sampler: Any, epoch: int) -> None:
+    """accelerate's own reaches through two samplers, and there may be three."""
+    while sampler is not None:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
+
+
+def _tokens_of_stream(passes: Sequence[int], batches: Sequence[ResponseBatch], needed: int) -> float:
+    """Tokens of the first `needed` batches; where fewer are known, by their mean.
+
+    The last batch of a pass is a smaller one, so that the mean is that of whole passes where there are some.
+    """
+    costs = [int(batch.length_R.sum()) for batch in batches]
+    if len(costs) >= needed:
+        return sum(costs[:needed])
+    whole = [cost for number, cost in zip(passes, costs, strict=True) if number < passes[-1]]
+    return needed * float(np.mean(whole or costs))
 
 
 def _of_dataset(rows: Dataset) -> Lengths:
@@ -121,9 +181,12 @@ def data_text(report: DataReport | None, lengths: Lengths) -> str:
         lines = [f"data       a stream; of its first {kept} rows"]
     else:
         unusable, equal = len(report.unusable), report.dropped_same
-        longer = report.kept - kept
+        longer = report.kept * report.examples_per_row - kept
+        counted = f"{kept} of {report.rows} rows; dropped {report.rows - kept}"
+        if report.examples_per_row > 1:
+            counted = f"{kept} examples of {report.rows} rows, taken apart; dropped"
         lines = [
-            f"data       {kept} of {report.rows} rows; dropped {report.rows - kept}: {unusable} unusable, "
+            f"data       {counted}: {unusable} unusable, "
             f"{equal} equal after truncation, {longer} over the token budget",
             f"truncated  {report.prompts_truncated} prompts ({report.prompt_tokens_cut} tokens), "
             f"{report.responses_truncated} responses ({report.response_tokens_cut} tokens)",
@@ -137,28 +200,30 @@ def data_text(report: DataReport | None, lengths: Lengths) -> str:
 
 def steps_text(seen: Look, num_samples: int) -> str:
     """Optimizer steps, packed tokens (all masked copies, padding none) and packs."""
-    per_step = num_samples * float(seen.tokens_E.mean()) * seen.examples_per_step
-    of_run = per_step * seen.max_steps
-    if seen.steps_per_epoch is None:
-        steps = f"steps      {seen.max_steps} in total, of {seen.examples_per_step} examples"
-    else:
-        # The last step of an epoch may be a smaller one.
-        of_epoch = num_samples * float(seen.tokens_E.sum())
-        per_step = min(per_step, of_epoch)
-        of_run = of_epoch * seen.max_steps / seen.steps_per_epoch
-        steps = (
-            f"steps      {seen.steps_per_epoch} per epoch, {seen.max_steps} in total, of "
-            f"{seen.examples_per_step} examples"
-        )
+    of_run = num_samples * seen.total_tokens
+    about = "" if seen.is_exact else ", by the mean of its first batches"
+    epochs = "" if seen.steps_per_epoch is None else f"{seen.steps_per_epoch} per epoch, "
+    steps = f"steps      {epochs}{seen.max_steps} in total, of {seen.examples_per_step} examples"
     packs = [count for counts in seen.cuts for count in counts]
     lines = [
         steps,
-        f"tokens     {per_step:,.0f} packed per step, {of_run:,.0f} in total, mean; K = {num_samples}",
+        f"tokens     {of_run / seen.max_steps:,.0f} packed per step, {of_run:,.0f} in total{about}; "
+        f"K = {num_samples}",
         f"packs      {len(packs) / len(seen.cuts):.1f} micro-batches per batch of a device, "
         f"{np.mean(packs):.1f} packs per micro-batch, at most {max(packs)}; of the first "
         f"{len(seen.cuts)} batches",
     ]
     return "\n".join(lines) + "\n"
+
+
+def reference_text(known: KnownReference) -> str:
+    """Reference ELBOs that are needed beforehand, and how many of them are missing; all epochs counted."""
+    needed = sum(len(rows) for split in known.splits for rows in split.rows.values())
+    missing = sum(len(part.rows) for split in known.splits for part in split.missing())
+    return (
+        f"reference  ELBOs of {needed} examples, each epoch's counted; {missing} of them are to be computed, "
+        f"the others are in {known.folder}\n"
+    )
 
 
 def pack_text(

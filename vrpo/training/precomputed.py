@@ -58,18 +58,8 @@ def precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownR
     Errors: ValueError for stored ELBOs of something else (naming what differs), engines and datasets that it
         does not work with, a cache that another run writes to; OSError where it cannot be written.
     """
-    _check_possible(trainer)
-    check_reference(trainer, ref_model)
-    splits = _splits(trainer)
-    fingerprints = _fingerprints(trainer, ref_model, splits)
-    is_half = trainer.accelerator.mixed_precision != "no" or _is_half(ref_model or trainer.model)
-    known = KnownReference(
-        splits,
-        trainer.estimator,
-        digest=hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest(),
-        tolerance=TOLERANCE["half" if is_half else "full"],
-        starts_here=ref_model is None,
-    )
+    known, fingerprints = _described(trainer, ref_model)
+    splits = known.splits
     with _only_writer(trainer.accelerator, known.folder):
         work = on_main(trainer.accelerator, lambda: _claim(splits, fingerprints))
         if work:
@@ -85,6 +75,36 @@ def precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownR
         with _running(trainer, ref_model) as nll:
             _check_first(trainer, nll, known)
     return known
+
+
+def check_precompute(trainer: DiffusionTrainer, ref_model: nn.Module | None) -> KnownReference:
+    """What `precompute` would look after; nothing is computed or written.
+
+    Errors: ValueError for what `precompute` refuses before it computes.
+    """
+    known, fingerprints = _described(trainer, ref_model)
+    for split, fingerprint in zip(known.splits, fingerprints, strict=True):
+        split.cache.check(fingerprint)
+    return known
+
+
+def _described(
+    trainer: DiffusionTrainer, ref_model: nn.Module | None
+) -> tuple[KnownReference, list[Fingerprint]]:
+    """Which ELBOs are needed and where they lie, and what decides them, split by split."""
+    _check_possible(trainer)
+    check_reference(trainer, ref_model)
+    splits = _splits(trainer)
+    fingerprints = _fingerprints(trainer, ref_model, splits)
+    is_half = trainer.accelerator.mixed_precision != "no" or _is_half(ref_model or trainer.model)
+    known = KnownReference(
+        splits,
+        trainer.estimator,
+        digest=hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest(),
+        tolerance=TOLERANCE["half" if is_half else "full"],
+        starts_here=ref_model is None,
+    )
+    return known, fingerprints
 
 
 def _check_possible(trainer: DiffusionTrainer) -> None:

@@ -59,8 +59,16 @@ class ReferenceCache:
     def claim(self, fingerprint: Fingerprint) -> None:
         """Create the folder with this fingerprint, or check that it is the one that lies there.
 
-        Errors: ValueError naming each part that differs; OSError where nothing can be written.
+        Errors: those of `check`; OSError where nothing can be written.
         """
+        self.check(fingerprint)
+        path = self.folder / FINGERPRINT_FILE
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            disk.write_whole(path, (json.dumps(fingerprint, indent=1, sort_keys=True) + "\n").encode())
+
+    def check(self, fingerprint: Fingerprint) -> None:
+        """ValueError where something else lies in the folder, naming each part that differs."""
         path = self.folder / FINGERPRINT_FILE
         if path.is_file():
             stored = _read_json(path)
@@ -76,8 +84,6 @@ class ReferenceCache:
                 f"{self.folder} holds reference ELBOs without {FINGERPRINT_FILE}, so what they are of cannot "
                 "be checked: remove the folder to compute them again, or give another ref_log_probs_cache"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        disk.write_whole(path, (json.dumps(fingerprint, indent=1, sort_keys=True) + "\n").encode())
 
     def place(self, part: Part) -> Path:
         some = "" if part.mask == self._whole(part.block) else f"-{part.mask:x}"

@@ -23,7 +23,7 @@ from vrpo.training.checks import check_masked_diffusion
 from vrpo.training.config import ReferenceConfig
 from vrpo.training.known_reference import CheckEpochs, KnownReference
 from vrpo.training.packed_trainer import Metrics, ModelNLL
-from vrpo.training.precomputed import precompute
+from vrpo.training.precomputed import check_precompute, precompute
 from vrpo.training.reference import build_reference
 from vrpo.training.resume import digest_of_weights
 from vrpo.training.sync_reference import SyncReference
@@ -106,7 +106,8 @@ class ReferenceTrainer(DiffusionTrainer):
     def _set_reference(self) -> None:
         self._trunk_layers, self.ref_model = 0, None
         if self.args.precompute_ref_log_probs:
-            self.known_reference = precompute(self, self._given_reference)
+            known = (check_precompute if self.is_dry_run else precompute)(self, self._given_reference)
+            self.known_reference = known
             self._given_reference = None  # nobody needs it any more
             self.add_callback(CheckEpochs(self.known_reference, lambda: rows_of_training(self)))
             return

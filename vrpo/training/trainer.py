@@ -108,6 +108,8 @@ class DiffusionTrainer(DataTrainer):
     metric_names: tuple[str, ...] = ()
     method: str | None = None
     dataset_name: str | None = None
+    is_dry_run = False
+    """Whether the trainer is made to be looked at: no model runs and nothing is written when it is made."""
 
     def __init__(
         self,
@@ -309,6 +311,10 @@ class DiffusionTrainer(DataTrainer):
         kind = type(self).__name__ if self.method is None else self.method
         adapters = self.model.peft_config if is_peft_model(self.model) else None
         return run_of(kind, self.args, self.train_dataset, self._frozen, self.mask_token_id, adapters)
+
+    def check_start(self, resume_from_checkpoint: str | bool | None = None) -> None:
+        """ValueError for what `train` refuses of checkpoints and output_dir; changes nothing."""
+        self._check_run(self._checkpoint_to_resume(resume_from_checkpoint))
 
     def _check_run(self, checkpoint: str | None) -> None:
         self._changed: list[str] = []
