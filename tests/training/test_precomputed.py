@@ -178,8 +178,9 @@ def test_rows_of_training__are_those_that_training_takes(make, fields):
 
 
 def test_rows_of_training__are_all_where_the_order_is_not_known(make):
-    for fields in ({"ignore_data_skip": True}, {"accelerator_config": {"use_seedable_sampler": False}}):
-        trainer = make(precompute_ref_log_probs=False, max_steps=1, **fields)
+    for skips in (True, False):
+        trainer = make(precompute_ref_log_probs=False, max_steps=1, ignore_data_skip=skips)
+        trainer.args.accelerator_config.use_seedable_sampler = skips  # false in no configuration
         assert list(rows_of_training(trainer)[0]) == list(range(12))
 
 
