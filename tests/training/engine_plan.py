@@ -51,6 +51,7 @@ def _of_two() -> list[str]:
     found = ["ddp", "fsdp2+sharded", *zeros()]
     runs = [f"{engine}/{case}" for engine in found for case in (*CASES, *HALF_CASES)]
     runs += [f"{zero}/{case}" for zero in zeros() for case in ZERO_CASES]
+    runs += [f"{engine}/compiled" for engine in found if engine != "zero2"]
     resumed = [f"{engine}/{case}/2" for engine in found for case in RESUMED_CASES]
     return [*runs, "fsdp2/sft", "fsdp2/lora", "fsdp2/summed", *resumed]
 

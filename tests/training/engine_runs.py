@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"max_eos_fill": 9},
     # One copy of one token each: most micro-batches of a rank mask nothing.
     "sparse": {"mask_design": "t", "num_samples": 1, "max_eos_fill": 0, "max_tokens_per_pack": 20},
+    # As "full"; the backend runs what was captured as it is.
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "bf16": {"bf16": True},
     "bf16full": {"bf16": True},
     # Two models that are loaded, as the commands do it: under ZeRO-3 in parts from the start.

@@ -72,6 +72,11 @@ def test_train__two_processes_of_an_engine_equal_one(out, engine, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2sharded", ENGINES[4]])
+def test_train__compiled_layers_under_an_engine_equal_eager_ones(out, engine):
+    assert_equal(out / f"{engine}-compiled-2", out / "one-full")
+
+
 @pytest.mark.parametrize(
     ("case", "plain"),
     [("loaded", "full"), ("known", "full"), ("knownlora", "lora"), ("trunk", "trunk")],

@@ -9,7 +9,7 @@ train and once for frozen ones. No weight changes its name.
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 from transformers import TrainingArguments
 
@@ -33,10 +33,6 @@ def check_compilation(args: TrainingArguments) -> None:
             f"torch_compile_mode must be one of {_MODES[1:]}, got {args.torch_compile_mode!r}: others record "
             "a CUDA graph for every length, and each pack has another one"
         )
-    engines = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
-    engine = engines.get(args.distributed_state.distributed_type)
-    if engine is not None:
-        raise ValueError(f"torch_compile=True is not supported under {engine}: leave it out, or use DDP")
 
 
 def check_compiler(args: TrainingArguments) -> None:
