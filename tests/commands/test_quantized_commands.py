@@ -1,11 +1,16 @@
 """The commands on a base in 4 or 8 bits."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import error_of
 
+import vrpo
 from vrpo.commands.main import main
 from vrpo.models import create_model, load_model
 from vrpo.models.checkpoint import load_policy
@@ -215,3 +220,16 @@ def test_quantization__a_missing_package_is_told_before_work(monkeypatch):
     with pytest.raises(ValueError, match=r"load_in_8bit needs the package bitsandbytes: pip install"):
         Quantization(load_in_8bit=True)
     Quantization()
+
+
+@needs_bitsandbytes
+def test_train__two_processes_train_on_a_quantized_base_as_one(files):
+    more = ["--load_in_4bit", *LORA, "--logging_steps=1", "--optim=sgd"]  # Adam's first steps are signs
+    assert main(flags("train", "one", *more)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*flags("train", "two", *more), "--per_device_train_batch_size=2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(vrpo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "vrpo", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses_of(files / "two") == pytest.approx(losses_of(files / "one"), rel=1e-5)
