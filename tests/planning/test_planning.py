@@ -238,6 +238,8 @@ def test_plan_command__takes_the_engine_and_the_precision_of_the_config(tmp_path
     [
         (["--fsdp=true"], "ask for fsdp2: give num_gpus, at least 2"),
         (["--num_gpus=0"], "num_gpus must be at least 1, got 0"),
+        (["--load_in_4bit"], "load_in_4bit needs use_peft"),
+        (["--model_name_or_path=nobody/nothing"], "'nobody/nothing': no config.json could be had"),
         (
             ["--fsdp=true", "--num_gpus=2", "--engine=ddp"],
             "engine=ddp, but fsdp or deepspeed .* ask for fsdp2",
@@ -245,7 +247,10 @@ def test_plan_command__takes_the_engine_and_the_precision_of_the_config(tmp_path
         (["--fsdp=true", '--fsdp_config={"version": 1}'], "version 1 is not modelled"),
         (['--deepspeed={"zero_optimization": {"stage": 1}}'], "ZeRO stage 1 is not modelled"),
         (['--deepspeed={"zero_optimization": 3}'], "zero_optimization must be an object"),
-        (["--loss_type=simpo", "--precompute_ref_log_probs"], "is of no use to a loss without a reference"),
+        (
+            ["--loss_type=simpo", "--precompute_ref_log_probs"],
+            "does nothing without a loss_type that compares with a reference",
+        ),
         (["--sync_ref_model", "--use_peft"], "sync_ref_model needs a second model"),
         (["--max_length=512"], "prompt_length . response_length = 1024 tokens, but max_length=512"),
         (["--gradient_mode=joint", "--max_tokens_per_pack=9000"], "a pair takes 16384 tokens, but max_tok"),

@@ -36,7 +36,6 @@ CASES = {
     "hub_always_push": (True, {"push_to_hub": True}),
     "precompute_ref_batch_size": (2, {"precompute_ref_log_probs": True}),
     "ref_log_probs_cache": ("x", {"precompute_ref_log_probs": True}),
-    "precompute_only": (True, {"precompute_ref_log_probs": True}),
     "ref_model_mixup_alpha": (0.1, {"sync_ref_model": True}),
     "ref_model_sync_steps": (1, {"sync_ref_model": True}),
     "precompute_ref_log_probs": (True, {"loss_type": ["simpo", "ipo"]}),

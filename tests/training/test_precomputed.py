@@ -378,7 +378,6 @@ def test_config__refuses_what_does_nothing_or_contradicts(tmp_path):
         ({"precompute_ref_batch_size": 2}, "does nothing without precompute_ref_log_probs"),
         ({"ref_log_probs_cache": "x"}, "does nothing without precompute_ref_log_probs"),
         ({**PRECOMPUTED, "ref_log_probs_cache": str(tmp_path / "file")}, "must be a folder"),
-        ({"precompute_only": True}, "does nothing without precompute_ref_log_probs"),
         ({**PRECOMPUTED, "precompute_ref_batch_size": 0}, "precompute_ref_batch_size must be at least 1"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -422,6 +421,7 @@ def test_train__trains_nothing_where_only_references_are_wanted(make, tmp_path):
     assert files(tmp_path)
     with pytest.raises(ValueError, match="precompute_only=True trains nothing"):
         trainer.train()
+    assert config(tmp_path, precompute_only=True).precompute_ref_log_probs  # it needs no other word
 
 
 def test_precompute__refuses_model_init_and_a_trunk_to_share(tmp_path, make, tiny_model, tokenizer):

@@ -218,3 +218,9 @@ def test_sft__resumes_without_the_weights_it_started_from(tmp_path, tiny_model, 
         ends.append(parameters(trainer.model))
     assert logged(trainer, "loss") and trainer.state.global_step == 6
     assert not torch.equal(*ends)
+
+
+def test_train__does_not_begin_beside_the_checkpoints_of_a_longer_run(stopped):
+    """Its own would be mixed with them, and the next resume would take theirs."""
+    with pytest.raises(ValueError, match="holds a checkpoint of another run, checkpoint-4"):
+        stopped(max_steps=2).train()

@@ -77,6 +77,8 @@ def plan(
             "model_name_or_path is needed: a folder with a config.json, such a file, or a hub name"
         )
     check_idle(model_args, config)
+    if quantization.name is not None and not model_args.use_peft:
+        raise ValueError(f"{quantization.name} needs use_peft: quantized weights do not train, adapters do")
     if args.num_gpus < 1:
         raise ValueError(f"num_gpus must be at least 1, got {args.num_gpus}")
     if args.compute_dtype not in (None, "bfloat16", "float32"):
@@ -158,7 +160,13 @@ def _shape(model_args: ModelArguments) -> ModelShape:
     check_revision(name, model_args.model_revision)
     if Path(name).expanduser().exists():
         return read_shape(name)
-    path = cached_file(name, "config.json", revision=model_args.model_revision)
+    try:
+        path = cached_file(name, "config.json", revision=model_args.model_revision)
+    except OSError as error:
+        raise OSError(
+            f"model_name_or_path {name!r}: no config.json could be had: {' '.join(str(error).split())}. Of a "
+            "model that is not here, a folder with its config.json, or that file, will do"
+        ) from error
     return read_shape(path)
 
 

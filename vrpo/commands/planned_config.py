@@ -67,6 +67,8 @@ def _not_modelled(config: VRPOConfig) -> tuple[str, ...]:
     optim = getattr(config.optim, "value", config.optim)
     found = [] if optim in _ADAMW else [f"optim {optim} (AdamW with moments in the dtype of the weights is)"]
     found += [name for name in _NOT_MODELLED if getattr(config, name)]
+    if config.precompute_ref_log_probs or config.precompute_only:
+        found.append("the time of precomputing the reference")
     fsdp = _fsdp(config.fsdp_config)
     if _is_on(fsdp.get("cpu_offload", False)) or "offload" in str(config.fsdp):
         found.append("cpu_offload of fsdp_config")

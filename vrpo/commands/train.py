@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from vrpo import data
 from vrpo.commands.arguments import ModelArguments, ScriptArguments
@@ -229,12 +229,27 @@ def _texts(rows: Dataset) -> Iterator[str]:
             yield from (message["content"] for message in messages if message.get("content"))
 
 
+class SayWhere(TrainerCallback):
+    """Of a run that was to go on: from which step it does."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not (args.resume_from_checkpoint and state.is_world_process_zero):
+            return
+        if state.global_step >= state.max_steps:
+            say(f"the run is at its end already: step {state.global_step} of {state.max_steps}\n")
+        elif state.global_step:
+            say(f"going on from step {state.global_step} of {state.max_steps}\n")
+        else:
+            say(f"starting: no checkpoint in {args.output_dir}\n")
+
+
 def _train_and_save(trainer: DiffusionTrainer) -> None:
     output_dir = trainer.args.output_dir
     if getattr(trainer.args, "precompute_only", False):
         if trainer.is_world_process_zero():
             say(f"the reference ELBOs are in {trainer.known_reference.folder}\n")
         return
+    trainer.add_callback(SayWhere())
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     # Before the evaluation, which may fail: what was trained is not lost to it.
     trainer.save_model(output_dir)

@@ -26,7 +26,8 @@ COMMON_TRAINING_FIELDS = {
     "eval_steps": "Steps between evaluations.",
     "save_steps": "Steps between checkpoints.",
     "save_total_limit": "Checkpoints to keep.",
-    "resume_from_checkpoint": "A checkpoint folder to go on from, or true for the last one in output_dir.",
+    "resume_from_checkpoint": "A checkpoint folder to go on from, true for the last whole one in output_dir, "
+    "or auto for the same where there is one.",
     "bf16": "",
     "gradient_checkpointing": "Recompute activations in the backward pass to save memory.",
     "seed": "Seed of masks, data order and new weights.",

@@ -110,7 +110,6 @@ NEEDS: dict[str, Needs] = {
     # reference
     "precompute_ref_batch_size": _PRECOMPUTED,
     "ref_log_probs_cache": _PRECOMPUTED,
-    "precompute_only": _PRECOMPUTED,
     "ref_model_mixup_alpha": _SYNCED,
     "ref_model_sync_steps": _SYNCED,
     "precompute_ref_log_probs": _REFERENCE,
@@ -189,6 +188,7 @@ BY_ITSELF = frozenset(
         "lr_scheduler_type", "mask_design", "mask_token_id", "masks_per_level", "max_eos_fill",
         "max_grad_norm", "max_length", "max_prompt_length", "max_steps", "max_tokens_per_pack",
         "num_replicates", "num_samples", "output_dir", "pair_masks", "per_device_train_batch_size",
+        "precompute_only",
         "push_to_hub", "report_to", "resume_from_checkpoint", "seed", "sft_weight", "skip_memory_metrics",
         "tf32", "torch_compile", "train_top_layers", "training_report", "undesirable_weight", "use_cpu",
         "weight_decay",

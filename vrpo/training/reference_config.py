@@ -37,8 +37,8 @@ class ReferenceArguments:
     precompute_only: bool = field(
         default=False,
         metadata=_help(
-            "Precompute the reference ELBOs and train nothing: on other machines, or for several runs that "
-            "share ref_log_probs_cache."
+            "precompute_ref_log_probs, and train nothing: on other machines, or for several runs that share "
+            "ref_log_probs_cache."
         ),
     )
     sync_ref_model: bool = field(
@@ -56,6 +56,8 @@ class ReferenceArguments:
     )
 
     def __post_init__(self):
+        if self.precompute_only:
+            self.precompute_ref_log_probs = True
         super().__post_init__()
         if self.ref_log_probs_cache is not None:
             path = Path(self.ref_log_probs_cache)

@@ -256,7 +256,9 @@ def check_output_dir(output_dir: str, run: dict[str, Any], save_strategy: SaveSt
         return
     for folder in checkpoints(output_dir):
         saved = _read_run(folder)
-        if saved is None or _differing(saved, run) or saved.get("settings") != run["settings"]:
+        # Checkpoints of before did not say how long their run was.
+        same = saved is not None and not _differing(saved, run)
+        if not same or any(saved.get(name, run[name]) != run[name] for name in ("settings", "length")):
             raise ValueError(
                 f"output_dir {output_dir!r} holds a checkpoint of another run, {folder.name}: choose another "
                 "output_dir, remove it, or set resume_from_checkpoint to go on with it"
