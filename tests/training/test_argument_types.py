@@ -87,9 +87,7 @@ def test_evaluate__names_a_dataset_that_is_not_there(tmp_path, tiny_model, token
 
 
 def test_train__early_stopping_that_is_added_later_is_checked_too(tmp_path, tiny_model, tokenizer, pair_rows):
-    trainer = trainer_of(
-        tmp_path, tiny_model, tokenizer, pair_rows, eval_dataset=pair_rows, metric_for_best_model="loss"
-    )
+    trainer = trainer_of(tmp_path, tiny_model, tokenizer, pair_rows, eval_dataset=pair_rows)
     trainer.add_callback(EarlyStoppingCallback())
-    with pytest.raises(ValueError, match="EarlyStoppingCallback needs eval_strategy"):
+    with pytest.raises(ValueError, match="EarlyStoppingCallback needs metric_for_best_model"):
         trainer.train()
