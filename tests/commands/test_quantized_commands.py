@@ -213,6 +213,7 @@ def test_dry_run__estimates_a_quantized_base(files, capsys):
     assert small < json.loads((files / "plan.json").read_text())["memory_bytes"]["weights"]
     capsys.readouterr()
     assert "under fsdp2" in error_of(capsys, [*plan, "--num_gpus=2"])
+    assert "load_in_4bit needs use_peft" in error_of(capsys, plan[:-1])
 
 
 def test_quantization__a_missing_package_is_told_before_work(monkeypatch):

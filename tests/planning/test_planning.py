@@ -238,7 +238,6 @@ def test_plan_command__takes_the_engine_and_the_precision_of_the_config(tmp_path
     [
         (["--fsdp=true"], "ask for fsdp2: give num_gpus, at least 2"),
         (["--num_gpus=0"], "num_gpus must be at least 1, got 0"),
-        (["--load_in_4bit"], "load_in_4bit needs use_peft"),
         (["--model_name_or_path=nobody/nothing"], "'nobody/nothing': no config.json could be had"),
         (
             ["--fsdp=true", "--num_gpus=2", "--engine=ddp"],
