@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 
 from vrpo.models.adapter_config import require_peft
 
@@ -49,13 +48,11 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def check_early_stopping(args: TrainingArguments, callbacks: list[Any]) -> None:
-    """ValueError where transformers' EarlyStoppingCallback has nothing to go by."""
+    """ValueError where EarlyStoppingCallback has no metric; a metric needs evaluations (no_effect.py)."""
     if not any(one is EarlyStoppingCallback or isinstance(one, EarlyStoppingCallback) for one in callbacks):
         return
     if args.metric_for_best_model is None:
         raise ValueError("EarlyStoppingCallback needs metric_for_best_model: the metric it watches, got None")
-    if args.eval_strategy == IntervalStrategy.NO:
-        raise ValueError("EarlyStoppingCallback needs eval_strategy='steps' or 'epoch', got 'no'")
 
 
 def _check_kind(name: str, value: Any, kind: type, told: str) -> None:

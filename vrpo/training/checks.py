@@ -15,8 +15,6 @@ from vrpo.models.adapters import is_peft_model
 from vrpo.models.files import why_unsupported
 from vrpo.models.quantized import is_quantized
 
-_LOW_RANK = ("galore", "apollo")
-
 
 def check_model(model: nn.Module, args: TrainingArguments, *, gets_adapter: bool = False) -> None:
     """ValueError for a model that is not one of masked diffusion, or whose weights cannot train like this."""
@@ -62,11 +60,6 @@ def check_optimizer(args: TrainingArguments, model: nn.Module) -> None:
             kind([nn.Parameter(torch.zeros(1))], **kwargs)  # its own opinion of numbers
     except Exception as error:
         raise ValueError(f"optim={args.optim.value!r}: {' '.join(str(error).split())}") from error
-    if args.optim_target_modules is not None and not args.optim.value.startswith(_LOW_RANK):
-        raise ValueError(
-            f"optim_target_modules={args.optim_target_modules!r} does nothing with "
-            f"optim={args.optim.value!r}: only {' and '.join(_LOW_RANK)} read it"
-        )
     for argument in (args.optim_args or "").replace(" ", "").split(","):
         if argument and not _is_read(argument, args, model):
             raise ValueError(

@@ -15,7 +15,6 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 _NO_LABELS = "there are no labels: the targets are the masked tokens themselves"
 _TRIED_STEPS = 10
-_OFF = (None, False, 0, 0.0, "", "no", [], {})
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     # field: (which values are refused, why and what to do)

@@ -90,7 +90,7 @@ def _check_possible(trainer: DiffusionTrainer, reference: nn.Module | None) -> N
     if reference is None:
         raise ValueError(
             "sync_ref_model needs a second model that can follow; here the reference is the model with its "
-            "adapter switched off, or there is none: train all weights, or leave sync_ref_model unset"
+            "adapter switched off: train all weights, or leave sync_ref_model unset"
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
