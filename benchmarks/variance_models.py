@@ -90,6 +90,8 @@ class Task:
     batch_size: int
     sft_steps: int
     vrpo_steps: int
+    sft_learning_rate: float = 2e-3
+    vrpo_learning_rate: float = 5e-4
 
     def new_model(self) -> NewModel:
         names = ("vocab_size", "d_model", "n_layers", "mlp_hidden_size")
@@ -103,6 +105,16 @@ TASKS = {
     "gsm8k": Task(gsm8k, 1024, 160, 2, 432, max_length=160, batch_size=8, sft_steps=2000, vrpo_steps=75),
     "gsm8k-long": Task(
         gsm8k_long, 1024, 160, 2, 432, max_length=1024, batch_size=4, sft_steps=400, vrpo_steps=40
+    ),
+    "gsm8k-10m": Task(
+        gsm8k,
+        *(1024, 320, 8, 864),
+        max_length=160,
+        batch_size=8,
+        sft_steps=600,
+        vrpo_steps=75,
+        sft_learning_rate=1e-3,
+        vrpo_learning_rate=2e-4,
     ),
 }
 
@@ -143,6 +155,8 @@ def train_reference(args: argparse.Namespace) -> dict:
         model = build_model(task.new_model(), tokenizer, max_length=task.max_length, seed=args.seed)
     else:
         model, tokenizer = load_model(str(args.start)), load_tokenizer(str(args.start))
+        # Rotary positions know no length: a model of short texts goes on with longer ones.
+        model.config.max_sequence_length = task.max_length
     sft_steps = args.sft_steps or task.sft_steps
     model.save_pretrained(args.out / "random")
     started = time.monotonic()
@@ -153,7 +167,7 @@ def train_reference(args: argparse.Namespace) -> dict:
             mask_design="coupled",
             num_samples=2,
             per_device_train_batch_size=task.batch_size,
-            learning_rate=2e-3,
+            learning_rate=task.sft_learning_rate,
             lr_scheduler_type="constant_with_warmup",
             max_steps=sft_steps,
             max_eos_fill=0,  # the committed figures are of models that end where their answers do
@@ -190,7 +204,7 @@ def train_policies(args: argparse.Namespace) -> dict:
             num_samples=2,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=1,
-            learning_rate=5e-4,
+            learning_rate=task.vrpo_learning_rate,
             lr_scheduler_type="constant_with_warmup",
             max_steps=steps,
         ),

@@ -11,20 +11,24 @@ from vrpo.estimator.designs import DESIGNS
 
 
 class EveryInteger:
-    """Stands in for Uniform: response r sees the r-th point of the product of all integer ranges."""
+    """Stands in for Uniform: response r sees the r-th point of the product of all ranges of random words.
+
+    bounds: of every index the ranges of the integers asked for. All come from the same word, as floor(word *
+    bound / number of words): with a multiple of all bounds every integer of each range is equally likely.
+    """
 
     def __init__(self, bounds, num_permutations):
-        points = list(itertools.product(*map(range, bounds)))
+        self.num_words = [math.lcm(*asked) for asked in bounds]
+        points = list(itertools.product(*map(range, self.num_words)))
         self.num_levels = len(points)
         self.table_RI = torch.tensor(points).reshape(len(points), len(bounds))
         self.table_RI = self.table_RI.repeat_interleave(num_permutations, dim=0)
         self.bounds = bounds
 
     def integers(self, index, bound_R):
-        assert self.bounds[index] == int(bound_R[0]), (
-            "the test enumerates another range than the design draws"
-        )
-        return self.table_RI[:, index]
+        bound = int(bound_R[0])
+        assert bound in self.bounds[index], "the test enumerates another range than the design draws"
+        return self.table_RI[:, index] * bound // self.num_words[index]
 
 
 def random_table(length, seed=0):
@@ -50,12 +54,12 @@ def level_bounds(design, length, num_samples):
 
     class Recorder:
         def integers(self, index, bound_R):
-            bounds[index] = int(bound_R[0])
+            bounds.setdefault(index, set()).add(int(bound_R[0]))
             return torch.zeros_like(bound_R)
 
     levels = DESIGNS[design].levels(Recorder(), torch.tensor([length]), num_samples)
     last = max(bounds, default=-1)
-    return [bounds.get(index, 1) for index in range(last + 1)], levels.stream_RK[0]
+    return [bounds.get(index, {1}) for index in range(last + 1)], levels.stream_RK[0]
 
 
 def every_draw(design, length, num_samples):

@@ -62,6 +62,17 @@ CASES = [
     ("mirrored-balanced", 3, 4),
     ("mirrored-balanced", 3, 5),
     ("mirrored-balanced", 2, 6),
+    ("graded", 1, 3),
+    ("graded", 3, 1),
+    ("graded", 4, 2),
+    ("graded", 3, 4),
+    ("graded", 2, 5),
+    ("graded-balanced", 1, 2),
+    ("graded-balanced", 4, 2),
+    ("graded-balanced", 4, 3),
+    ("graded-balanced", 3, 4),
+    ("graded-balanced", 3, 5),
+    ("graded-balanced", 2, 6),
 ]
 IDS = [f"{design}-L{length}-K{num_samples}" for design, length, num_samples in CASES]
 

@@ -39,6 +39,7 @@ T_FLOOR = 1e-3
 
 _GRID = 2**31
 _COUPLES_PER_CIRCLE = 4
+_SAMPLES_PER_CIRCLE = 4
 
 
 def _streams(length_R: Tensor, num_samples: int) -> Tensor:
@@ -274,6 +275,45 @@ def mirrored(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
     return _couples(uniform, length_R, num_samples, small_RC, share_RC, tiled=True, mirrored=True)
 
 
+def _antithetic_signs(squares: list[int]) -> list[int]:
+    """Signs under which the squares of the strata's widths nearly cancel: the largest first, against the sum."""
+    signs, total = [0] * len(squares), 0
+    for k in sorted(range(len(squares)), key=lambda k: -squares[k]):
+        signs[k] = -1 if total > 0 else 1
+        total += signs[k] * squares[k]
+    return signs
+
+
+def graded(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
+    """One level in each of K strata that are narrow at small levels; antithetic inside them, tiled.
+
+    Stratum k is [k^1.5, (k+1)^1.5) / K^1.5 of the levels 1..L. Its sample stands for the stratum's width w_k
+    and masks a number of tokens uniform inside it. Rows of small levels, which weigh L/l, so weigh less and
+    come more often, as in `inverse-root`, but every sample keeps a fixed total: constant log p has no noise.
+    One random number places all levels, from below in some strata and from above in the others. A log p that
+    is linear in the level then errs by (u - 1/2) sum_k +-w_k^2, and signs are chosen to make that sum small.
+    Masks lie one after the other on a permutation, as in `tiled`.
+    """
+    bounds, grid = _spaced_bounds(num_samples)
+    width_K = [high - low for low, high in pairwise(bounds)]
+    levels = []
+    for low, width, sign in zip(bounds, width_K, _antithetic_signs([w * w for w in width_K]), strict=False):
+        size_R = width * length_R
+        point_R = uniform.integers(0, size_R)
+        point_R = low * length_R + (point_R if sign > 0 else size_R - 1 - point_R)
+        levels.append(1 + point_R.div(grid, rounding_mode="floor"))
+    count_RK = torch.stack(levels, dim=1)
+    share_K = torch.tensor(width_K, dtype=torch.float64) / grid
+    circle_K = torch.arange(num_samples) % math.ceil(num_samples / _SAMPLES_PER_CIRCLE)
+    return Levels(
+        stream_RK=circle_K.expand_as(count_RK),
+        first_RK=_circles(length_R, count_RK, circle_K),
+        count_RK=count_RK,
+        weight_RK=num_samples * share_K * length_R[:, None] / count_RK.double(),
+        replicate_K=(0,) * num_samples,
+    )
+
+
 def _inverse_cdf(chance_RV: Tensor, point_RK: Tensor) -> tuple[Tensor, Tensor]:
     """Index drawn from unnormalised chances (R, V) by points in [0, 2**31), and its exact probability."""
     cumulative_RV = (chance_RV.cumsum(1) / chance_RV.sum(1, keepdim=True) * _GRID).round().long()
@@ -382,5 +422,7 @@ DESIGNS: dict[str, Design] = {
     "balanced": Design(spaced, balanced),
     "mirrored": Design(mirrored),
     "mirrored-balanced": Design(mirrored, balanced),
+    "graded": Design(graded),
+    "graded-balanced": Design(graded, balanced),
     "ratio": Design(spaced, token_ratio, unbiased=False),
 }
