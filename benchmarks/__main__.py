@@ -16,7 +16,7 @@ BENCHMARKS = {
     "compare": ("benchmarks.bench_compare", "every op against another revision, in turns"),
     "designs": ("benchmarks.bench_designs", "draw and step time of every mask design"),
     "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),
-    "elbo": ("benchmarks.bench_elbo", "variance of ELBOs by themselves under every mask design"),
+    "variance": ("benchmarks.variance.command", "variance under every mask design, over trained models"),
     "step": ("benchmarks.bench_step", "the whole VRPO step at LLaDA-8B's shape on one GPU"),
     "trainer": ("benchmarks.bench_trainer", "a step of the trainer with each of its options"),
     "gpu-table": ("benchmarks.gpu_table", "Markdown tables of what `make gpu` measured"),

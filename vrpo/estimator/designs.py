@@ -39,7 +39,7 @@ T_FLOOR = 1e-3
 
 _GRID = 2**31
 _COUPLES_PER_CIRCLE = 4
-_SAMPLES_PER_CIRCLE = 4
+_SAMPLES_PER_CIRCLE = 8
 
 
 def _streams(length_R: Tensor, num_samples: int) -> Tensor:

@@ -1,16 +1,14 @@
 """Train the small models on which the estimators are compared: a reference and policies at three drifts.
 
-    python benchmarks/variance_models.py arithmetic --out runs/variance/arithmetic
-    python benchmarks/variance_models.py gsm8k --out runs/variance/gsm8k
-    python benchmarks/variance_models.py gsm8k-long --out runs/variance/gsm8k-long \
-        --start runs/variance/gsm8k/reference
+    python -m benchmarks.variance.models arithmetic --seed 1 --out runs/variance/arithmetic-1
+    python -m benchmarks.variance.models gsm8k-long --seed 1 --out runs/variance/gsm8k-long-1 \
+        --start runs/variance/gsm8k-1/reference
 
 GSM8K comes from `--data` (default ../shared/data/gsm8k). Writes <out>/reference (masked-diffusion SFT) and,
 on the way to it, <out>/random (0 steps) and <out>/sft-early (a tenth of them); <out>/small, <out>/early and
 <out>/late (VRPO checkpoints), <out>/pairs.jsonl (held-out pairs) and <out>/training.json (what was done, and
-how long it took).
-`--stage sft` and `--stage vrpo` run the two halves one at a time. Lengths of training are steps, so that
-another machine makes the same models. `--seed` moves weights, order of the data and masks.
+how long it took). Lengths of training are steps, so that another machine makes like models. `--seed` moves
+weights, order of the data and masks.
 """
 
 import argparse
@@ -79,7 +77,10 @@ def gsm8k_long(data: Path) -> tuple[Dataset, Dataset, Dataset]:
 
 @dataclass(frozen=True)
 class Task:
-    """Data and sizes of a model. batch_size counts rows of SFT; VRPO always takes 8 pairs a step."""
+    """Data and sizes of a model. batch_size counts rows of SFT; VRPO always takes 8 pairs a step.
+
+    start: the task whose reference the SFT goes on from; None: from random weights.
+    """
 
     rows: Callable[[Path], tuple[Dataset, Dataset, Dataset]]
     vocab_size: int
@@ -92,6 +93,7 @@ class Task:
     vrpo_steps: int
     sft_learning_rate: float = 2e-3
     vrpo_learning_rate: float = 5e-4
+    start: str | None = None
 
     def new_model(self) -> NewModel:
         names = ("vocab_size", "d_model", "n_layers", "mlp_hidden_size")
@@ -104,7 +106,13 @@ TASKS = {
     ),
     "gsm8k": Task(gsm8k, 1024, 160, 2, 432, max_length=160, batch_size=8, sft_steps=2000, vrpo_steps=75),
     "gsm8k-long": Task(
-        gsm8k_long, 1024, 160, 2, 432, max_length=1024, batch_size=4, sft_steps=400, vrpo_steps=40
+        gsm8k_long,
+        *(1024, 160, 2, 432),
+        max_length=1024,
+        batch_size=4,
+        sft_steps=400,
+        vrpo_steps=40,
+        start="gsm8k",
     ),
     "gsm8k-10m": Task(
         gsm8k,
@@ -157,7 +165,6 @@ def train_reference(args: argparse.Namespace) -> dict:
         model, tokenizer = load_model(str(args.start)), load_tokenizer(str(args.start))
         # Rotary positions know no length: a model of short texts goes on with longer ones.
         model.config.max_sequence_length = task.max_length
-    sft_steps = args.sft_steps or task.sft_steps
     model.save_pretrained(args.out / "random")
     started = time.monotonic()
     trainer = DiffusionSFTTrainer(
@@ -169,12 +176,12 @@ def train_reference(args: argparse.Namespace) -> dict:
             per_device_train_batch_size=task.batch_size,
             learning_rate=task.sft_learning_rate,
             lr_scheduler_type="constant_with_warmup",
-            max_steps=sft_steps,
+            max_steps=task.sft_steps,
             max_eos_fill=0,  # the committed figures are of models that end where their answers do
         ),
         train_dataset=completions,
         processing_class=tokenizer,
-        callbacks=[SaveAt(args.out, {max(sft_steps // 10, 1): "sft-early"})],
+        callbacks=[SaveAt(args.out, {max(task.sft_steps // 10, 1): "sft-early"})],
     )
     trainer.train()
     trainer.model.save_pretrained(args.out / "reference")
@@ -193,7 +200,7 @@ def train_reference(args: argparse.Namespace) -> dict:
 
 def train_policies(args: argparse.Namespace) -> dict:
     task, out = TASKS[args.task], args.out
-    steps = args.steps or task.vrpo_steps
+    steps = task.vrpo_steps
     _, pairs, _ = task.rows(args.data)
     started = time.monotonic()
     trainer = VRPOTrainer(
@@ -225,21 +232,13 @@ def main() -> None:
     parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", choices=("sft", "vrpo", "both"), default="both")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from in the SFT stage")
-    parser.add_argument("--sft-steps", type=int, help="unset: the task's")
-    parser.add_argument("--steps", type=int, help="VRPO steps; unset: the task's")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    log_file = args.out / "training.json"
-    log = json.loads(log_file.read_text()) if log_file.exists() else {}
-    if args.stage in ("sft", "both"):
-        log |= train_reference(args)
-    if args.stage in ("vrpo", "both"):
-        log |= train_policies(args)
-    log_file.write_text(json.dumps(log, indent=1))
+    log = train_reference(args) | train_policies(args)
+    (args.out / "training.json").write_text(json.dumps(log, indent=1))
     print(json.dumps({key: value for key, value in log.items() if key != "vrpo_log"}, indent=1))
 
 

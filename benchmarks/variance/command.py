@@ -1,0 +1,33 @@
+"""Variance of scores, losses, gradients and ELBOs under the mask designs, on independently trained models.
+
+python -m benchmarks variance run --train          # hours on two cores; goes on where it stopped
+python -m benchmarks variance run --tasks gsm8k --models 3 --kinds scores
+python -m benchmarks variance report               # every table and figure from the result files
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.variance import run
+from benchmarks.variance.models import TASKS
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks variance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("run", help="train and measure", description=run.__doc__)
+    command.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS))
+    command.add_argument("--models", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="their seeds")
+    command.add_argument("--kinds", nargs="+", choices=sorted(run.KINDS), default=list(run.KINDS))
+    command.add_argument("--train", action="store_true", help="make the models that are not there")
+    command.add_argument("--folder", type=Path, default=Path("runs/variance"), help="of the trained models")
+    command.add_argument("--data", type=Path, default=Path("../shared/data/gsm8k"), help="GSM8K text")
+    command.add_argument("--seed", type=int, default=0, help="of the masks")
+    command.add_argument("--threads", type=int, default=1)
+    command.set_defaults(run=run.run)
+    args = parser.parse_args(arguments)
+    return args.run(args)

@@ -1,0 +1,233 @@
+"""Measure the trained models, one result file per model; a run that was cut goes on where it stopped.
+
+Every row is written as soon as it is known, and rows that a file has are not measured again. --train makes a
+model that is not there (benchmarks/variance/models.py says how), each in a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+
+from benchmarks.record import RESULTS, provenance
+from benchmarks.variance import measure
+from benchmarks.variance.models import TASKS
+from vrpo import data
+from vrpo.batch import ResponseBatch
+from vrpo.evaluation import noise
+from vrpo.evaluation.variance import Scheme
+from vrpo.models import load_model, load_tokenizer
+
+FOLDER = RESULTS / "variance"
+DRIFTS = ("small", "early", "late")
+SCORED = ["late", "early"]
+STAGES = ["reference", "sft-early"]
+
+# Pairs to measure on and a factor for the number of draws: what a model costs decides.
+EFFORT = {"arithmetic": (32, 1.0), "gsm8k": (32, 1.0), "gsm8k-long": (12, 0.5), "gsm8k-10m": (16, 0.5)}
+
+PREDICTED = ["paper", "stratified", "tiled", "coupled", "folded-loo", "folded-balanced", "spaced", "balanced"]
+PREDICTED += ["mirrored-balanced", "inverse-root", "graded", "graded-balanced"]
+
+
+def load_pairs(models: Path, num_pairs: int) -> tuple[ResponseBatch, int]:
+    """The first held-out pairs, and the id of the mask token."""
+    tokenizer = load_tokenizer(str(models / "reference"))
+    config = load_model(str(models / "reference")).config
+    max_length = json.loads((models / "training.json").read_text())["max_length"]
+    rows = load_dataset("json", data_files=str(models / "pairs.jsonl"), split="train")
+    prepared, _ = data.prepare_pairs(
+        rows.select(range(min(num_pairs, len(rows)))),
+        tokenizer,
+        max_length=max_length,
+        max_prompt_length=max_length // 4,
+        vocab_size=config.vocab_size,
+    )
+    return data.PairCollator()(list(prepared))["responses"], config.mask_token_id
+
+
+class Model:
+    """A trained model's folder, its pairs, and the file its rows go to."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.seed = folder, seed
+        self.task, _, number = folder.name.rpartition("-")
+        self.number = int(number)
+        self.num_pairs, self.effort = EFFORT[self.task]
+        self.file = FOLDER / f"{folder.name}.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.known = {key(json.loads(line)) for line in lines}
+
+    def load(self, name: str) -> torch.nn.Module:
+        return load_model(str(self.folder / name)).eval().requires_grad_(False)
+
+    def pairs(self, share: float = 1.0) -> tuple[ResponseBatch, int]:
+        return load_pairs(self.folder, max(4, round(self.num_pairs * share)))
+
+    def has(self, **names: object) -> bool:
+        return key(names) in self.known
+
+    def write(self, rows: Iterator[dict], seconds: float) -> None:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        facts = provenance("cpu")
+        with self.file.open("a") as file:
+            for row in rows:
+                file.write(json.dumps(facts | {"task": self.task, "model": self.number} | row) + "\n")
+                self.known.add(key(row))
+        print(
+            f"{self.folder.name} {row['kind']} {row['design']} K={row['num_samples']}: {seconds:.0f} s",
+            flush=True,
+        )
+
+
+def key(row: dict) -> tuple:
+    """What makes a measurement: rows with equal keys are the same figure."""
+    return tuple(row.get(name) for name in ("kind", "drift", "design", "pair_masks", "num_samples"))
+
+
+def scores(model: Model) -> None:
+    """Fresh draws, K = 4 first; the reference's ELBOs by themselves come from the same forward passes."""
+    drifts = [name for name in SCORED if (model.folder / name).exists()]
+    loaded = None
+    for draw in measure.score_draws(model.effort):
+        last = list(draw.weightings)[-1]
+        if model.has(kind="score", drift=drifts[-1], design=last, num_samples=draw.num_samples):
+            continue
+        loaded = loaded or [model.load(name) for name in ["reference", *drifts]]
+        batch, mask_token_id = model.pairs()
+        started = time.perf_counter()
+        found = measure.elbos(loaded, batch, draw, mask_token_id=mask_token_id, seed=model.seed)
+        reference = {name: by_model[:1] for name, by_model in found.items() if name != "ratio"}
+        rows = [
+            *measure.absolute_rows(draw, reference, ["reference"]),
+            *measure.score_rows(draw, found, drifts),
+        ]
+        model.write(rows, time.perf_counter() - started)
+
+
+def absolute(model: Model) -> None:
+    """The designs that are for ELBOs by themselves, and all of them on the model early in its training."""
+    for stage in STAGES:
+        if not (model.folder / stage).exists():
+            continue
+        draws = measure.absolute_draws(model.effort)
+        if stage != "reference":
+            draws += [draw for draw in measure.score_draws(model.effort / 2) if draw.design != "inverse-root"]
+        for draw in draws:
+            first = next(iter(draw.weightings))
+            if model.has(kind="absolute", drift=stage, design=first, num_samples=draw.num_samples):
+                continue
+            batch, mask_token_id = model.pairs()
+            started = time.perf_counter()
+            found = measure.elbos(
+                [model.load(stage)], batch, draw, mask_token_id=mask_token_id, seed=model.seed
+            )
+            found.pop("ratio", None)
+            model.write(measure.absolute_rows(draw, found, [stage]), time.perf_counter() - started)
+
+
+def gradients(model: Model) -> None:
+    """Half of the pairs: a backward pass costs two forward passes."""
+    for drift in SCORED:
+        for design, pair_masks, num_samples in measure.GRADIENTS:
+            if num_samples == 8 and (drift == "early" or model.effort < 1):
+                continue
+            named = {"drift": drift, "design": design, "pair_masks": pair_masks, "num_samples": num_samples}
+            if model.has(kind="gradient", **named):
+                continue
+            batch, mask_token_id = model.pairs(0.75)
+            started = time.perf_counter()
+            row = measure.gradient_row(
+                model.load(drift),
+                model.load("reference"),
+                batch,
+                Scheme(design, num_samples, pair_masks=pair_masks),
+                mask_token_id=mask_token_id,
+                repeats=max(3, round(6 * model.effort)),
+                seed=model.seed,
+            )
+            model.write([row | named], time.perf_counter() - started)
+
+
+def predictions(model: Model) -> None:
+    """Variances that the moments of other draws predict for every exact design, and the bound of any weights.
+
+    Seeds differ from those of the other measurements: what is predicted is not what the moments come from.
+    """
+    drifts = [name for name in DRIFTS if (model.folder / name).exists()]
+    for drift in [*drifts, "reference"]:
+        first = {"design": PREDICTED[0], "pair_masks": "positions", "num_samples": 8}
+        if model.has(kind="predicted", drift=drift, **first):
+            continue
+        batch, mask_token_id = model.pairs()
+        started = time.perf_counter()
+        policy, reference = model.load(drift), None if drift == "reference" else model.load("reference")
+        found = noise.measure(
+            policy,
+            reference,
+            batch,
+            mask_token_id=mask_token_id,
+            num_repeats=max(3, round(6 * model.effort)),
+            seed=model.seed + 1,
+            max_tokens_per_pack=measure.MAX_TOKENS,
+        )
+        rows = [
+            {
+                "kind": "predicted",
+                "drift": drift,
+                "design": name,
+                "pair_masks": pair_masks,
+                "num_samples": number,
+            }
+            | {part: float(f"{x:.4g}") for part, x in predicted.items()}
+            for number in (8, 4)
+            for name in PREDICTED
+            for pair_masks in ("positions", "independent")
+            for predicted in [
+                noise.predict(found, Scheme(name, number, pair_masks=pair_masks), beta=measure.BETA)
+            ]
+        ]
+        model.write(rows, time.perf_counter() - started)
+
+
+KINDS: dict[str, Callable[[Model], None]] = {
+    "scores": scores,
+    "predictions": predictions,
+    "gradients": gradients,
+    "absolute": absolute,
+}
+
+
+def train(folder: Path, task: str, number: int, data_folder: Path) -> None:
+    """Make the model in a process of its own, unless it is there."""
+    if (folder / "training.json").exists():
+        return
+    command = [sys.executable, "-m", "benchmarks.variance.models", task, "--out", str(folder)]
+    command += ["--seed", str(number), "--data", str(data_folder)]
+    if TASKS[task].start:
+        start = folder.parent / f"{TASKS[task].start}-{number}"
+        train(start, TASKS[task].start, number, data_folder)
+        command += ["--start", str(start / "reference")]
+    subprocess.run(command, check=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    for task in args.tasks:
+        for number in args.models:
+            folder = args.folder / f"{task}-{number}"
+            if args.train:
+                train(folder, task, number, args.data)
+            if not (folder / "training.json").exists():
+                print(f"{folder.name}: not trained, left out")
+                continue
+            model = Model(folder, args.seed)
+            for kind in args.kinds:
+                KINDS[kind](model)
+    return 0
