@@ -21,6 +21,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from transformers import TrainerCallback, set_seed
 
+from examples.arithmetic import all_problems, write_corpus
 from vrpo import DiffusionSFTTrainer, VRPOTrainer
 from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
 from vrpo.models import load_model, load_tokenizer
@@ -75,6 +76,17 @@ def gsm8k_long(data: Path) -> tuple[Dataset, Dataset, Dataset]:
     return tuple(join(rows) for rows in gsm8k(data))
 
 
+def carrying(_: Path) -> tuple[Dataset, Dataset, Dataset]:
+    """The quickstart's sums: half of the corpus forgets to carry, and pairs prefer the half that does not."""
+    problems = all_problems(seed=0)
+    pairs = [
+        {"prompt": p.prompt, "chosen": p.working(carries=True), "rejected": p.working(carries=False)}
+        for p in problems[4000:5700]
+    ]
+    completions = write_corpus(problems[:4000], careful_share=0.5, seed=0)
+    return tuple(map(Dataset.from_list, (completions, pairs[:1500], pairs[1500:])))
+
+
 @dataclass(frozen=True)
 class Task:
     """Data and sizes of a model. batch_size counts rows of SFT; VRPO always takes 8 pairs a step.
@@ -103,6 +115,15 @@ class Task:
 TASKS = {
     "arithmetic": Task(
         arithmetic, 300, 96, 3, 256, max_length=160, batch_size=8, sft_steps=4000, vrpo_steps=100
+    ),
+    "carrying": Task(
+        carrying,
+        *(265, 64, 4, 128),
+        max_length=64,
+        batch_size=64,
+        sft_steps=800,
+        vrpo_steps=40,
+        vrpo_learning_rate=1e-4,
     ),
     "gsm8k": Task(gsm8k, 1024, 160, 2, 432, max_length=160, batch_size=8, sft_steps=2000, vrpo_steps=75),
     "gsm8k-long": Task(
@@ -139,14 +160,15 @@ class SaveAt(TrainerCallback):
             model.save_pretrained(self.out / drift)
 
 
-def common(args: argparse.Namespace, max_length: int) -> dict:
+def settings(out: Path, seed: int, max_length: int) -> dict:
+    """What every training here has in common."""
     return dict(
-        output_dir=str(args.out / "runs"),
+        output_dir=str(out / "runs"),
         max_length=max_length,
         max_prompt_length=max_length // 4,
         report_to=[],
         save_strategy="no",
-        seed=args.seed,
+        seed=seed,
         use_cpu=True,
         disable_tqdm=True,
         logging_steps=50,
@@ -170,7 +192,7 @@ def train_reference(args: argparse.Namespace) -> dict:
     trainer = DiffusionSFTTrainer(
         model,
         DiffusionSFTConfig(
-            **common(args, task.max_length),
+            **settings(args.out, args.seed, task.max_length),
             mask_design="coupled",
             num_samples=2,
             per_device_train_batch_size=task.batch_size,
@@ -206,7 +228,7 @@ def train_policies(args: argparse.Namespace) -> dict:
     trainer = VRPOTrainer(
         load_model(str(out / "reference")),
         args=VRPOConfig(
-            **common(args, task.max_length),
+            **settings(args.out, args.seed, task.max_length),
             mask_design="paper",
             num_samples=2,
             per_device_train_batch_size=8,

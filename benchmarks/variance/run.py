@@ -30,7 +30,13 @@ SCORED = ["late", "early"]
 STAGES = ["reference", "sft-early"]
 
 # Pairs to measure on and a factor for the number of draws: what a model costs decides.
-EFFORT = {"arithmetic": (32, 1.0), "gsm8k": (32, 1.0), "gsm8k-long": (12, 0.5), "gsm8k-10m": (16, 0.5)}
+EFFORT = {
+    "arithmetic": (32, 1.0),
+    "carrying": (32, 1.0),
+    "gsm8k": (32, 1.0),
+    "gsm8k-long": (12, 0.5),
+    "gsm8k-10m": (16, 0.5),
+}
 
 PREDICTED = ["paper", "stratified", "tiled", "coupled", "folded-loo", "folded-balanced", "spaced", "balanced"]
 PREDICTED += ["mirrored-balanced", "inverse-root", "graded", "graded-balanced"]

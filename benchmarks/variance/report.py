@@ -1,0 +1,387 @@
+"""Tables and figures of all result files: ratios to `paper` at equal forwards, over models and pairs.
+
+A ratio is the mean variance over a model's pairs over that of `paper` with independent sides on the same
+pairs. The mean over models stands beside the worst and the best model; its 95 % interval resamples models
+and, within each, pairs. Writes variance.csv (every design), prediction.csv (predicted beside measured) and a
+figure of each into benchmarks/results, and prints the tables of README in Markdown.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from benchmarks.record import RESULTS
+from benchmarks.variance.run import FOLDER, key
+from benchmarks.variance.training import paired_table
+from vrpo.estimator.designs import DESIGNS
+
+NUM_RESAMPLES = 2000
+TASKS = {
+    "arithmetic": "sums",
+    "gsm8k": "GSM8K",
+    "gsm8k-10m": "GSM8K, 11 M parameters",
+    "gsm8k-long": "five GSM8K problems",
+}
+
+Rows = dict[tuple, dict]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """mean over models of ratios, its 95 % interval, the ratio of every model."""
+
+    mean: float
+    low: float
+    high: float
+    models: dict[int, float]
+    pairs: int
+
+    @property
+    def worst(self) -> float:
+        return max(self.models.values())
+
+    @property
+    def best(self) -> float:
+        return min(self.models.values())
+
+    def __str__(self) -> str:
+        return f"{two(self.mean)} [{two(self.low)}, {two(self.high)}]"
+
+
+def two(value: float) -> str:
+    """Two digits, no zero before the point."""
+    return f"{value:.2f}".removeprefix("0") if value < 9.995 else f"{value:.0f}"
+
+
+def load(folder: Path = FOLDER) -> dict[str, dict[int, Rows]]:
+    """task -> model -> key -> row. Of rows with one key the last counts."""
+    found: dict[str, dict[int, Rows]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            found.setdefault(row["task"], {}).setdefault(row["model"], {})[key(row)] = row
+    return found
+
+
+def over_models(pairs: Iterable[tuple[int, list[float], list[float]]]) -> Ratio | None:
+    """Ratio of means per model, and their mean. pairs: (model, variances, variances of the baseline)."""
+    measured = [(model, np.array(value), np.array(base)) for model, value, base in pairs]
+    if not measured:
+        return None
+    models = {model: float(value.mean() / base.mean()) for model, value, base in measured}
+    generator = np.random.default_rng(0)
+    by_model = []
+    for _, value, base in measured:
+        pick = generator.integers(len(value), size=(NUM_RESAMPLES, len(value)))
+        by_model.append(value[pick].mean(1) / base[pick].mean(1))
+    chosen = generator.integers(len(measured), size=(NUM_RESAMPLES, len(measured)))
+    means = np.array(by_model)[chosen, np.arange(NUM_RESAMPLES)[:, None]].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Ratio(float(np.mean(list(models.values()))), float(low), float(high), models, len(measured[0][1]))
+
+
+QUANTITIES = ("score", "loss", "gradient", "absolute")
+
+
+def variances(rows: Rows, quantity: str, drift: str, design: str, pair_masks: str, number: int):
+    """Per pair (of absolute ELBOs: per response), or None where it was not measured."""
+    if quantity == "gradient":
+        row = rows.get(("gradient", drift, design, pair_masks, number))
+        return row and row["gradient"]
+    if quantity == "absolute":
+        row = rows.get(("absolute", drift, design, None, number))
+        return row and row["response"]
+    row = rows.get(("score", drift, design, None, number))
+    return row and row[quantity + ("" if pair_masks == "positions" else "_independent")]
+
+
+def ratio(
+    models: dict[int, Rows], quantity: str, drift: str, design: str, pair_masks: str, number: int
+) -> Ratio | None:
+    """Of a design to `paper` with independent sides at equal forwards; None where no model has both."""
+    found = []
+    for model, rows in models.items():
+        value = variances(rows, quantity, drift, design, pair_masks, number)
+        base = variances(rows, quantity, drift, "paper", "independent", number)
+        if value and base:
+            found.append((model, value, base))
+    return over_models(found)
+
+
+def summaries(found: dict[str, dict[int, Rows]]) -> Iterator[dict]:
+    """Every ratio as a row of variance.csv."""
+    for task, models in found.items():
+        keys = {known for rows in models.values() for known in rows}
+        drifts = sorted({drift for kind, drift, *_ in keys if kind != "predicted"})
+        designs = sorted({known[2] for known in keys if known[0] in ("score", "gradient", "absolute")})
+        for quantity in QUANTITIES:
+            for drift in drifts:
+                for number in (4, 8):
+                    for design in designs:
+                        for pair_masks in ("independent", "positions"):
+                            if quantity == "absolute" and pair_masks == "positions":
+                                continue
+                            told = ratio(models, quantity, drift, design, pair_masks, number)
+                            if told:
+                                yield {
+                                    "task": task,
+                                    "drift": drift,
+                                    "quantity": quantity,
+                                    "design": design,
+                                    "pair_masks": pair_masks,
+                                    "num_samples": number,
+                                    "unbiased": DESIGNS[design].unbiased if design in DESIGNS else True,
+                                    "models": len(told.models),
+                                    "pairs": told.pairs,
+                                    **{name: f"{getattr(told, name):.4g}" for name in FIGURES},
+                                    "each": " ".join(f"{m}:{x:.4g}" for m, x in told.models.items()),
+                                }
+
+
+FIGURES = ("mean", "low", "high", "worst", "best")
+
+
+def predictions(found: dict[str, dict[int, Rows]]) -> Iterator[dict]:
+    """Predicted beside measured ratios, per model. Nothing is fitted: every model is one left out."""
+    for task, models in found.items():
+        for model, rows in models.items():
+            for (kind, drift, design, pair_masks, number), row in rows.items():
+                if kind != "predicted" or drift == "reference":
+                    continue
+                base = rows[("predicted", drift, "paper", "independent", number)]
+                told = ratio({model: rows}, "score", drift, design, pair_masks, number)
+                yield {
+                    "task": task,
+                    "model": model,
+                    "drift": drift,
+                    "design": design,
+                    "pair_masks": pair_masks,
+                    "num_samples": number,
+                    "predicted": f"{row['total'] / base['total']:.4g}",
+                    **{part: f"{row[part] / base['total']:.3g}" for part in PARTS},
+                    "measured": told and f"{told.mean:.4g}",
+                    "low": told and f"{told.low:.4g}",
+                    "high": told and f"{told.high:.4g}",
+                }
+
+
+PARTS = ("levels", "tokens", "masks", "samples")
+
+
+def write(rows: Iterable[dict], path: Path) -> list[dict]:
+    rows = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def table(header: list[str], lines: Iterable[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
+COLUMNS = [
+    ("arithmetic", "late"),
+    ("arithmetic", "early"),
+    ("gsm8k", "late"),
+    ("gsm8k", "early"),
+    ("gsm8k-10m", "late"),
+    ("gsm8k-long", "late"),
+    ("gsm8k-long", "early"),
+]
+
+
+def label(design: str, pair_masks: str) -> str:
+    biased = design in DESIGNS and not DESIGNS[design].unbiased
+    return (
+        f"`{design}`" + (" (biased)" if biased else "") + (", positions" if pair_masks == "positions" else "")
+    )
+
+
+def cell(told: Ratio | None) -> str:
+    if told is None:
+        return "-"
+    spread = f"; {two(told.best)} to {two(told.worst)}" if len(told.models) > 1 else ""
+    return f"{told}{spread}"
+
+
+def design_table(found: dict, quantity: str, number: int, columns: list[tuple[str, str]]) -> str:
+    """Designs sorted by their mean over all models and drifts shown: mean [interval]; best to worst model."""
+    names = {(known[2], known[3]) for models in found.values() for rows in models.values() for known in rows}
+    designs = {design for design, _ in names}
+    lines = []
+    for design in designs:
+        for pair_masks in ("independent",) if quantity == "absolute" else ("independent", "positions"):
+            told = [
+                ratio(found.get(task, {}), quantity, drift, design, pair_masks, number)
+                for task, drift in columns
+            ]
+            each = [x for one in told if one for x in one.models.values()]
+            if len(each) and all(one is not None for one in told[:1]):
+                lines.append((float(np.mean(each)), max(each), design, pair_masks, told))
+    lines.sort(key=lambda line: line[0])
+    return table(
+        ["design", "mean, worst", *(f"{TASKS[task]}, {drift}" for task, drift in columns)],
+        (
+            [label(design, pair_masks), f"{two(mean)}, {two(worst)}", *map(cell, told)]
+            for mean, worst, design, pair_masks, told in lines
+        ),
+    )
+
+
+def paper_table(found: dict) -> str:
+    """How noisy the paper's score is by itself: standard deviation at K = 4, per task and drift."""
+    lines = []
+    for task, drift in COLUMNS:
+        values = []
+        for rows in found.get(task, {}).values():
+            value = variances(rows, "score", drift, "paper", "independent", 4)
+            if value:
+                values.append(float(np.sqrt(np.mean(value))))
+        if values:
+            lines.append([f"{TASKS[task]}, {drift}", f"{np.mean(values):.2f}", str(len(values))])
+    return table(["", "standard deviation of the score, `paper`, K = 4", "models"], lines)
+
+
+def plot(found: dict, path: Path) -> None:
+    """Every model a dot, mean over models and its interval a bar: score variance relative to `paper`."""
+    shown = [
+        ("paper", "positions"),
+        ("inverse-root", "positions"),
+        ("balanced", "independent"),
+        ("balanced", "positions"),
+        ("graded-balanced", "independent"),
+        ("graded-balanced", "positions"),
+        ("ratio", "positions"),
+    ]
+    columns = [
+        column
+        for column in COLUMNS
+        if ratio(found.get(column[0], {}), "score", column[1], "paper", "positions", 4)
+    ]
+    figure, axes = plt.subplots(
+        2,
+        len(columns),
+        figsize=(2.3 * len(columns) + 2, 6.4),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for row, number in zip(axes, (4, 8), strict=True):
+        for axis, (task, drift) in zip(row, columns, strict=True):
+            for place, (design, pair_masks) in enumerate(reversed(shown)):
+                told = ratio(found[task], "score", drift, design, pair_masks, number)
+                if told is None:
+                    continue
+                color = "tab:red" if (design, pair_masks) == ("graded-balanced", "positions") else "tab:gray"
+                axis.plot(
+                    list(told.models.values()), [place] * len(told.models), "o", ms=4, color=color, alpha=0.6
+                )
+                axis.plot([told.low, told.high], [place] * 2, "-", color=color, lw=2)
+                axis.plot([told.mean], [place], "|", color="black", ms=12)
+            axis.axvline(1, color="black", lw=0.8)
+            axis.axvline(0.5, color="black", lw=0.5, ls=":")
+            axis.set_yticks(
+                range(len(shown)),
+                [f"{d}, {p}" if p == "positions" else d for d, p in reversed(shown)],
+                fontsize=8,
+            )
+            axis.set(xlim=(0, 1.3))
+            axis.set_title(f"{TASKS[task]}\n{drift}, K = {number}", fontsize=8)
+            axis.grid(alpha=0.3, axis="x")
+    figure.supxlabel("score variance / the paper's at equal forwards; a dot is a model", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_predictions(rows: list[dict], path: Path) -> None:
+    """Measured against predicted ratio, one dot per model, drift, design and K."""
+    figure, axis = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
+    for task, name in TASKS.items():
+        known = [row for row in rows if row["task"] == task and row["measured"]]
+        axis.plot(
+            [float(row["predicted"]) for row in known],
+            [float(row["measured"]) for row in known],
+            "o",
+            ms=3,
+            alpha=0.6,
+            label=name,
+        )
+    axis.plot([0, 1.2], [0, 1.2], color="black", lw=0.8)
+    axis.set(xlabel="predicted from other masks", ylabel="measured", xlim=(0, 1.2), ylim=(0, 1.2))
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def say_predictions(rows: list[dict]) -> str:
+    """Errors of the predicted ratio: of one model's, and of the mean over the models of a task and drift."""
+    lines = []
+    by_design: dict = {}
+    for row in rows:
+        if row["measured"] and row["design"] != "paper":
+            name = (row["task"], row["drift"], row["design"], row["pair_masks"], row["num_samples"])
+            by_design.setdefault(name, []).append((float(row["predicted"]), float(row["measured"])))
+    for name in (
+        ("graded-balanced", "positions"),
+        ("balanced", "positions"),
+        ("graded-balanced", "independent"),
+    ):
+        for number in (4, 8):
+            apart = [np.array(v) for k, v in by_design.items() if k[2:] == (*name, number)]
+            if not apart:
+                continue
+            each = np.concatenate(apart)
+            error = each[:, 0] - each[:, 1]
+            means = np.array([group.mean(0) for group in apart])
+            lines.append(
+                [
+                    label(*name),
+                    str(number),
+                    str(len(each)),
+                    f"{np.abs(error).mean():.3f}",
+                    f"{np.abs(error).max():.3f}",
+                    f"{np.abs(means[:, 0] - means[:, 1]).max():.3f}",
+                ]
+            )
+    header = ["design", "K", "models and drifts", "mean error", "largest error", "largest, mean over models"]
+    return table(header, lines)
+
+
+def report(args: argparse.Namespace) -> int:
+    found = load(args.results)
+    write(summaries(found), args.results.parent / "variance.csv")
+    predicted = list(predictions(found))
+    if predicted:
+        write(predicted, args.results.parent / "prediction.csv")
+        plot_predictions(predicted, args.results.parent / "prediction.png")
+        print(say_predictions(predicted), "\n")
+    plot(found, args.results.parent / "variance.png")
+    print(paper_table(found), "\n")
+    for number in (4, 8):
+        print(f"score, K = {number}\n")
+        print(design_table(found, "score", number, COLUMNS), "\n")
+    for quantity in ("loss", "gradient"):
+        for number in (4, 8):
+            print(f"{quantity}, K = {number}\n")
+            print(design_table(found, quantity, number, COLUMNS), "\n")
+    stages = [(task, stage) for stage in ("reference", "sft-early") for task in TASKS]
+    for number in (4, 8):
+        print(f"ELBOs by themselves, K = {number}\n")
+        print(design_table(found, "absolute", number, stages), "\n")
+    print(paired_table())
+    return 0
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--results", type=Path, default=RESULTS / "variance", help="folder of result files")
+    command.set_defaults(run=report)
