@@ -23,7 +23,7 @@ VOCABULARY = 1024
 DRAWS = ((64, 8, 128), (16, 8, 512), (16, 8, 4096))
 """(responses R, samples K, mean response length) of the draws that are timed alone."""
 STEP = (8, 8, 128)
-KINDS = [(name, "independent") for name in DESIGNS] + [("balanced", "positions")]
+KINDS = [(name, "independent") for name in DESIGNS] + [("graded-balanced", "positions")]
 
 
 def make_pairs(num_responses: int, mean_length: int) -> ResponseBatch:

@@ -160,6 +160,36 @@ def test_row_weights__calibration_tells_exact_from_nearly_unbiased(design):
         assert deviation > 0.05
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 1000])
+def test_graded__is_the_paper_draw_for_one_sample(length):
+    batch = same_length_batch(length, 50)
+    ours, paper = (
+        masking.draw(batch, design=design, num_samples=1, seed=3, epoch=5)
+        for design in ("graded-balanced", "paper")
+    )
+    assert torch.equal(ours.position_N, paper.position_N) and torch.equal(ours.weight_N, paper.weight_N)
+
+
+@pytest.mark.parametrize("num_samples", [3, 4, 5, 8, 16, 64])
+def test_graded__cancels_what_is_linear_in_the_level(num_samples, monkeypatch):
+    """A log p that grows with the level errs by less than a tenth of what independent strata would."""
+    monkeypatch.undo()
+    bounds, grid = designs._spaced_bounds(num_samples)
+    square_K = torch.tensor([(high - low) / grid for low, high in pairwise(bounds)]).square()
+    signs_K = torch.tensor(designs._antithetic_signs(square_K.tolist()))
+    assert abs((signs_K * square_K).sum()) < 0.35 * square_K.norm()
+    length, num_draws = 100_000, 400
+    batch = same_length_batch(length, num_draws)
+    uniform = masking.Uniform(0, 0, batch.example_R, batch.side_R)
+    levels = designs.graded(uniform, batch.response_length_R, num_samples)
+    level_RK = levels.count_RK / length
+    value_R = (levels.weight_RK * levels.count_RK * level_RK).mean(1) / length
+    independent = (square_K.square().sum() / 12).sqrt()
+    assert value_R.mean() == pytest.approx(0.5, abs=0.01)
+    assert value_R.std() == pytest.approx(float(abs((signs_K * square_K).sum()) / 12**0.5), rel=0.1, abs=1e-5)
+    assert value_R.std() < 0.35 * independent
+
+
 def test_online_covariance__is_exact_whatever_tables_it_has_learnt():
     """The benchmark's rival of `balanced`: tables from other draws, of levels that matter, leave B exact."""
     table, online = random_table(3), OnlineCovariance()

@@ -45,6 +45,8 @@ def one_length(length, num_responses):
         ("mirrored", 2, 2),
         ("mirrored", 3, 2),
         ("mirrored-balanced", 2, 4),
+        ("graded-balanced", 2, 4),
+        ("graded", 3, 3),
         ("mirrored", 3, 3),
         ("balanced", 2, 4),
         ("stratified", 3, 2),
@@ -71,6 +73,7 @@ def test_elbo_std__square_averages_to_the_variance_over_all_draws(design, length
     ("design", "num_samples", "num_replicates"),
     [
         ("mirrored-balanced", 8, 2),
+        ("graded-balanced", 8, 2),
         ("mirrored", 6, 3),
         ("balanced", 8, 2),
         ("paper", 5, 1),
@@ -141,7 +144,15 @@ def constant_spread(design, length, num_samples, num_replicates=1):
 @pytest.mark.parametrize("length", [1, 2, 3, 50])
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 8])
 def test_designs__of_constant_total_have_no_noise_for_constant_log_p(length, num_samples):
-    for design in ("paper", "stratified", "tiled", "mirrored", "mirrored-balanced"):
+    for design in (
+        "paper",
+        "stratified",
+        "tiled",
+        "mirrored",
+        "mirrored-balanced",
+        "graded",
+        "graded-balanced",
+    ):
         assert constant_spread(design, length, num_samples) < 1e-5
 
 

@@ -381,7 +381,11 @@ def test_config__defaults_are_the_recipe_of_the_paper_but_for_the_mask_draw(tmp_
     )
     assert (recipe.lr_scheduler_type, recipe.warmup_steps, recipe.num_train_epochs) == ("cosine", 15, 1.0)
     assert recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps == 64
-    assert (recipe.mask_design, recipe.pair_masks, recipe.num_replicates) == ("balanced", "positions", 2)
+    assert (recipe.mask_design, recipe.pair_masks, recipe.num_replicates) == (
+        "graded-balanced",
+        "positions",
+        2,
+    )
 
 
 @pytest.mark.parametrize("kind", [VRPOTrainer, DiffusionKTOTrainer])

@@ -241,10 +241,10 @@ def folded(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
     return _couples(uniform, length_R, num_samples, small_RC, share_RC)
 
 
-def _spaced_bounds(num_couples: int) -> tuple[tuple[int, ...], int]:
+def _spaced_bounds(num_strata: int) -> tuple[tuple[int, ...], int]:
     """Strata of [0, 1) in steps of 1 / grid, bounded by about (c / C)**1.5, none of them empty."""
-    grid = max(2**12, 16 * num_couples)
-    bounds = [max(c, round(grid * (c / num_couples) ** 1.5)) for c in range(num_couples + 1)]
+    grid = max(2**12, 16 * num_strata)
+    bounds = [max(c, round(grid * (c / num_strata) ** 1.5)) for c in range(num_strata + 1)]
     return tuple(bounds), grid
 
 
@@ -276,7 +276,7 @@ def mirrored(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
 
 
 def _antithetic_signs(squares: list[int]) -> list[int]:
-    """Signs under which the squares of the strata's widths nearly cancel: the largest first, against the sum."""
+    """Signs under which the squares of the strata's widths nearly cancel: largest first, against the sum."""
     signs, total = [0] * len(squares), 0
     for k in sorted(range(len(squares)), key=lambda k: -squares[k]):
         signs[k] = -1 if total > 0 else 1
@@ -288,17 +288,18 @@ def graded(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
     """One level in each of K strata that are narrow at small levels; antithetic inside them, tiled.
 
     Stratum k is [k^1.5, (k+1)^1.5) / K^1.5 of the levels 1..L. Its sample stands for the stratum's width w_k
-    and masks a number of tokens uniform inside it. Rows of small levels, which weigh L/l, so weigh less and
-    come more often, as in `inverse-root`, but every sample keeps a fixed total: constant log p has no noise.
-    One random number places all levels, from below in some strata and from above in the others. A log p that
-    is linear in the level then errs by (u - 1/2) sum_k +-w_k^2, and signs are chosen to make that sum small.
-    Masks lie one after the other on a permutation, as in `tiled`.
+    and masks a number of tokens that is uniform inside it. Rows of small levels, which weigh L/l, so weigh
+    less and come more often, as in `inverse-root`, but every sample keeps a fixed total: constant log p has no
+    noise. One random number places all levels, from below in some strata and from above in the others. A log p
+    that is linear in the level then errs by (u - 1/2) sum_k +-w_k^2, and signs make that sum small. Masks lie
+    one after the other on a permutation, as in `tiled`, up to eight on one. K = 1 is `paper`.
     """
     bounds, grid = _spaced_bounds(num_samples)
-    width_K = [high - low for low, high in pairwise(bounds)]
+    strata = list(pairwise(bounds))
+    width_K = [high - low for low, high in strata]
     levels = []
-    for low, width, sign in zip(bounds, width_K, _antithetic_signs([w * w for w in width_K]), strict=False):
-        size_R = width * length_R
+    for (low, high), sign in zip(strata, _antithetic_signs([w * w for w in width_K]), strict=True):
+        size_R = (high - low) * length_R
         point_R = uniform.integers(0, size_R)
         point_R = low * length_R + (point_R if sign > 0 else size_R - 1 - point_R)
         levels.append(1 + point_R.div(grid, rounding_mode="floor"))

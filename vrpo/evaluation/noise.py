@@ -232,7 +232,9 @@ def _simulate(length_B2: Tensor, scheme: Scheme, seed: int) -> tuple[_Weights, _
     basis_RKA = basis(masked_RKL.sum(2) / length_R[:, None])
     sides = []
     for side in range(2):
-        omega_BDKL, basis_BDKA = (x[side::2].unflatten(0, (num_pairs, num_draws)) for x in (omega_RKL, basis_RKA))
+        omega_BDKL, basis_BDKA = (
+            x[side::2].unflatten(0, (num_pairs, num_draws)) for x in (omega_RKL, basis_RKA)
+        )
         sides.append(_Weights(omega_BDKL, basis_BDKA, length_B2[:, side]))
     return sides[0], sides[1]
 

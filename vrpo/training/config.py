@@ -49,9 +49,10 @@ class DiffusionConfig(TrainingArguments):
         default="paper",
         metadata=_help(
             "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'paper' is the l-form "
-            "of LLaDA 1.5 with independent levels. 'balanced' has about half its variance with 4 or more "
-            "samples and no bias; 'ratio' has less still and a bias, small but for very short answers: 12 % "
-            "of the ELBO at 2 tokens with 4 samples. `vrpo variance` measures them on your model."
+            "of LLaDA 1.5 with independent levels. 'graded-balanced' is the same draw for num_samples=1 and "
+            "has about half its variance with 4 or more, without bias; 'ratio' has less still and a bias, "
+            "small but for very short answers: 12 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` "
+            "measures them on your model."
         ),
     )
     max_length: int = field(
@@ -219,10 +220,10 @@ class ReferenceConfig(ReferenceArguments, DiffusionConfig):
     """What trainers with a reference need beside; not used by itself."""
 
     mask_design: str = field(
-        default="balanced",
+        default="graded-balanced",
         metadata=_help(
-            "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'balanced' has the "
-            "least variance of the exactly unbiased ones; 'paper' is the l-form of LLaDA 1.5 with "
+            "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'graded-balanced' has "
+            "the least variance of the exactly unbiased ones; 'paper' is the l-form of LLaDA 1.5 with "
             "independent levels; 'ratio' has less variance still and a bias, small but for very short "
             "answers: 12 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` measures them on your "
             "own model."
