@@ -147,7 +147,7 @@ def gradients(model: Model) -> None:
             named = {"drift": drift, "design": design, "pair_masks": pair_masks, "num_samples": num_samples}
             if model.has(kind="gradient", **named):
                 continue
-            batch, mask_token_id = model.pairs(0.75)
+            batch, mask_token_id = model.pairs(0.5)
             started = time.perf_counter()
             row = measure.gradient_row(
                 model.load(drift),
@@ -155,7 +155,7 @@ def gradients(model: Model) -> None:
                 batch,
                 Scheme(design, num_samples, pair_masks=pair_masks),
                 mask_token_id=mask_token_id,
-                repeats=max(3, round(6 * model.effort)),
+                repeats=max(4, round(6 * model.effort)),
                 seed=model.seed,
             )
             model.write([row | named], time.perf_counter() - started)

@@ -289,10 +289,10 @@ def graded(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
 
     Stratum k is [k^1.5, (k+1)^1.5) / K^1.5 of the levels 1..L. Its sample stands for the stratum's width w_k
     and masks a number of tokens that is uniform inside it. Rows of small levels, which weigh L/l, so weigh
-    less and come more often, as in `inverse-root`, but every sample keeps a fixed total: constant log p has no
-    noise. One random number places all levels, from below in some strata and from above in the others. A log p
-    that is linear in the level then errs by (u - 1/2) sum_k +-w_k^2, and signs make that sum small. Masks lie
-    one after the other on a permutation, as in `tiled`, up to eight on one. K = 1 is `paper`.
+    less and come more often, as in `inverse-root`, but every sample keeps a fixed total: constant log p has
+    no noise. One random number places all levels, from below in some strata and from above in the others. A
+    log p that is linear in the level then errs by (u - 1/2) sum_k +-w_k^2, and signs make that sum small.
+    Masks lie one after the other on a permutation, as in `tiled`, up to eight on one. K = 1 is `paper`.
     """
     bounds, grid = _spaced_bounds(num_samples)
     strata = list(pairwise(bounds))
