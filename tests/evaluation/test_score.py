@@ -10,7 +10,7 @@ from enumeration import estimates, every_draw, exact_elbo, random_table
 from torch import nn
 
 from vrpo.estimator import designs, masking
-from vrpo.evaluation.score import ABSOLUTE_DESIGN, ScoreArguments, Scorer, mask_options, summarise
+from vrpo.evaluation.score import ScoreArguments, Scorer, mask_options, summarise
 from vrpo.step import Estimator
 from vrpo.training.config import VRPOConfig
 
@@ -22,16 +22,15 @@ def options(**given):
     return mask_options(ScoreArguments("model", "data", "out.jsonl", **given))
 
 
-def test_mask_options__follow_the_purpose():
-    """Margins have the masks of training, ELBOs by themselves those that suit them; what is given stays."""
-    assert options(num_samples=4) == {
-        "mask_design": ABSOLUTE_DESIGN,
-        "pair_masks": VRPOConfig.pair_masks,
-        "num_replicates": 1,
-    }
-    assert options(num_samples=8)["num_replicates"] == 2
-    assert options(ref_model_name_or_path="base")["mask_design"] == VRPOConfig.mask_design
+def test_mask_options__are_those_of_training():
+    """For margins and for ELBOs by themselves; what is given stays."""
     for reference in (None, "base"):
+        assert options(ref_model_name_or_path=reference, num_samples=4) == {
+            "mask_design": VRPOConfig.mask_design,
+            "pair_masks": VRPOConfig.pair_masks,
+            "num_replicates": 1,
+        }
+        assert options(ref_model_name_or_path=reference, num_samples=8)["num_replicates"] == 2
         given = options(ref_model_name_or_path=reference, mask_design="tiled", pair_masks="levels")
         assert (given["mask_design"], given["pair_masks"]) == ("tiled", "levels")
 
@@ -86,7 +85,7 @@ def triangular(num_couples):
 
 CASES = [
     (design, length, num_samples)
-    for design in (ABSOLUTE_DESIGN, "paper", VRPOConfig.mask_design)
+    for design in ("mirrored-balanced", "paper", "balanced", VRPOConfig.mask_design)
     for length in (1, 2, 3)
     for num_samples in (1, 2, 3, 4, 5)
     if (design, length) != ("paper", 3) or num_samples < 3
@@ -124,7 +123,7 @@ def test_score__elbo_std_is_the_spread_between_rows():
 
 @pytest.mark.parametrize("num_samples", [1, 2, 5])
 def test_score__elbo_std_is_nan_where_the_draw_has_no_replicates(num_samples):
-    scorer = table_scorer(random_table(3)[:, :, 0], ABSOLUTE_DESIGN, num_samples)
+    scorer = table_scorer(random_table(3)[:, :, 0], VRPOConfig.mask_design, num_samples)
     (row,) = scorer.score(to_batch([(PROMPT, [0, 1, 2])]))
     assert math.isnan(row["elbo_std_completion"])
 

@@ -27,16 +27,6 @@ from vrpo.objectives import preference
 from vrpo.step import Estimator, split_by_tokens
 from vrpo.training.config import VRPOConfig
 
-ABSOLUTE_DESIGN = "mirrored-balanced"
-"""The mask design of ELBOs that are not compared with a reference's on the same masks.
-
-The noise of an ELBO is another one than that of a score: what a level is worth, and what a token is worth
-whatever the level. Mirrored couples in strata take the former away (for constant log p all of it, where the
-couples of `balanced` add noise), best linear row weights the latter. Measured at K = 8, variance relative to
-`paper`: .15 on GSM8K, .02 early in its training, .52 and .15 on sums, .35 and .36 for untrained models
-(benchmarks/results/elbo.csv; in two replicates .14, .11, .61, .26, .60 and .49).
-"""
-
 _ROWS_AT_ONCE = 64
 
 
@@ -65,16 +55,14 @@ class ScoreArguments:
     num_samples: int = _field(
         VRPOConfig.num_samples, "Masked copies of each response per estimate; more is more exact."
     )
-    mask_design: str | None = _field(
-        None,
-        "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. Unset: by purpose. With a "
-        f"reference, where margins count, that of training, '{VRPOConfig.mask_design}'; without one, where "
-        f"ELBOs count by themselves, '{ABSOLUTE_DESIGN}'. Of the others 'ratio' is biased: by 12 % of the "
-        "ELBO at answers of 2 tokens with 4 samples.",
+    mask_design: str = _field(
+        VRPOConfig.mask_design,
+        "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. The default is that of "
+        "training: of the exactly unbiased ones it has the least variance for margins and for ELBOs by "
+        "themselves. Of the others 'ratio' is biased: by 12 % of the ELBO at answers of 2 tokens with 4 "
+        "samples.",
     )
-    pair_masks: str | None = _field(
-        None, f"What the masks of a pair share, as in training. Unset: '{VRPOConfig.pair_masks}'."
-    )
+    pair_masks: str = _field(VRPOConfig.pair_masks, "What the masks of a pair share, as in training.")
     num_replicates: int | None = _field(
         VRPOConfig.num_replicates,
         "Independent repetitions of the design, whose spread gives elbo_std_* and margin_std. Unset: as in "
@@ -206,25 +194,20 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def mask_options(args: ScoreArguments) -> dict[str, Any]:
-    """mask_design, pair_masks and num_replicates; what is unset is chosen by what the scores are for.
+    """mask_design, pair_masks and num_replicates, the last as in training where it is not given.
 
-    With a reference both models see the same masks, most of their noise cancels in rewards and margins, and
-    the masks are those of training, chosen for the noise of margins. Without one an ELBO stands by itself,
-    and the design is ABSOLUTE_DESIGN. elbo_* and ref_elbo_* of a run with a reference come from the masks
-    that favour its margin: unbiased as well, but noisier, for an untrained model many times (elbo_std_* says
-    how noisy). For ELBOs alone score each model by itself, or give the design.
+    One design for margins and for ELBOs by themselves. The noise of an ELBO is another one than that of a
+    margin, what a level is worth beside what a token is worth, and `graded-balanced` takes away both: every
+    sample keeps a fixed total, so that a constant log p has none, levels are antithetic in their strata, and
+    row weights are balanced (benchmarks/results/variance.csv, "absolute").
 
     Errors: ValueError naming the argument.
     """
-    design = args.mask_design
-    if design is None:
-        design = VRPOConfig.mask_design if args.ref_model_name_or_path else ABSOLUTE_DESIGN
-    pair_masks = VRPOConfig.pair_masks if args.pair_masks is None else args.pair_masks
     num_replicates = args.num_replicates
     if num_replicates is None:
-        num_replicates = default_replicates(design, args.num_samples)
-    check_design(design, args.num_samples, 1, num_replicates, pair_masks)
-    return {"mask_design": design, "pair_masks": pair_masks, "num_replicates": num_replicates}
+        num_replicates = default_replicates(args.mask_design, args.num_samples)
+    check_design(args.mask_design, args.num_samples, 1, num_replicates, args.pair_masks)
+    return {"mask_design": args.mask_design, "pair_masks": args.pair_masks, "num_replicates": num_replicates}
 
 
 def score_file(
