@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from vrpo.batch import ResponseBatch
+from vrpo.estimator.elbo import elbo
 from vrpo.estimator.packing import pack
 from vrpo.estimator.row_weights import RowWeights, balanced, token_ratio
 from vrpo.evaluation import variance
 from vrpo.evaluation.variance import Scheme
+from vrpo.objectives.preference import denoising_loss
 from vrpo.step import split_by_tokens
 from vrpo_kernels import segment_sum
 
@@ -180,7 +183,50 @@ def gradient_row(
         max_tokens_per_pack=MAX_TOKENS,
         probe=policy.model.layers[0].mlp.up_proj,
     )
-    return {"kind": "gradient", "repeats": repeats, "gradient": short(sampled.gradient_B)}
+    return {
+        "kind": "gradient",
+        "repeats": repeats,
+        "gradient": short(sampled.gradient_B),
+        "score": short(variance.score_variance(sampled)),
+        "loss": short(variance.loss_variance(sampled)),
+    }
+
+
+TABLE2 = {
+    "paper, 4 x 1": Scheme("paper", 4),
+    "paper, 1 x 1": Scheme("paper", 1),
+    "paper, 8 x 1": Scheme("paper", 8),
+    "paper, 1 x 4": Scheme("paper", 4, masks_per_level=4),
+    "paper, 2 x 2": Scheme("paper", 4, masks_per_level=2),
+    "paper, 4 x 1, not shared": Scheme("paper", 4, shared=False),
+}
+"""The rows of the paper's Table 2: levels x masks per level, masks shared by policy and reference or not."""
+
+SFT_DESIGNS = ("paper", "coupled", "mirrored-balanced", "graded-balanced")
+
+
+def sft_row(model: nn.Module, batch: ResponseBatch, scheme: Scheme, **options: Any) -> dict:
+    """Trace of the variance of the SFT gradient, -B / L of the chosen responses, at the same layer.
+
+    options: mask_token_id, repeats, seed.
+    """
+    probe = variance.Probe(model.model.layers[0].mlp.up_proj)
+    total_RG, square_R = 0.0, 0.0
+    for repeat in range(options["repeats"]):
+        found = []
+        for part in split_by_tokens(batch, scheme.num_samples, MAX_TOKENS):
+            packed = pack(part, scheme.draw(part, options["seed"], repeat), options["mask_token_id"])
+            with probe.attached():
+                nll_N = model(**packed.model_inputs()).nll
+            loss_R = denoising_loss(elbo(nll_N, packed), part.response_length_R)
+            bounds = packed.cu_seqlens_S1[:: scheme.num_samples].tolist()
+            found += probe.gradients(loss_R[0::2].sum(), bounds)
+        gradient_RG = torch.stack(found[0::2]).double()
+        total_RG = total_RG + gradient_RG
+        square_R = square_R + gradient_RG.square().sum(1)
+    repeats = options["repeats"]
+    variance_R = (square_R - (total_RG / repeats).square().sum(1) * repeats) / (repeats - 1)
+    return {"kind": "sft", "repeats": repeats, "gradient": short(variance_R)}
 
 
 def short(values: Tensor) -> list[float]:

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from benchmarks.record import RESULTS
+from benchmarks.variance.measure import SFT_DESIGNS, TABLE2
 from benchmarks.variance.run import FOLDER, key
 from benchmarks.variance.training import paired_table
 from vrpo.estimator.designs import DESIGNS
@@ -250,6 +251,80 @@ def paper_table(found: dict) -> str:
     return table(["", "standard deviation of the score, `paper`, K = 4", "models"], lines)
 
 
+def table2(found: dict) -> str:
+    """The paper's Table 2 in kind: variances of score, loss and gradient, means over models."""
+    tasks = [
+        task
+        for task in TASKS
+        if any(known[0] == "table2" for rows in found.get(task, {}).values() for known in rows)
+    ]
+    lines = []
+    for design, scheme in TABLE2.items():
+        cells = []
+        for name in ("score", "loss", "gradient"):
+            for task in tasks:
+                rows = [
+                    model.get(("table2", "late", design, None, scheme.num_samples))
+                    for model in found[task].values()
+                ]
+                each = [float(np.mean(row[name])) for row in rows if row]
+                cells.append(f"{np.mean(each):.3g}" if each else "-")
+        lines.append([design, *cells])
+    return table(
+        [
+            "n_t x n_y",
+            *(f"{name}, {TASKS[task]}" for name in ("score", "loss", "gradient") for task in tasks),
+        ],
+        lines,
+    )
+
+
+def sft_table(found: dict) -> str:
+    """Variance of the SFT gradient relative to `paper` at equal K."""
+    lines = []
+    for number in (2, 4):
+        for design in SFT_DESIGNS:
+            cells = []
+            for task, stage in SFT_COLUMNS:
+                names = [("sft", stage, name, None, number) for name in (design, "paper")]
+                rows = [
+                    (m, *(r[n]["gradient"] for n in names))
+                    for m, r in found.get(task, {}).items()
+                    if all(n in r for n in names)
+                ]
+                cells.append(cell(over_models(rows)))
+            lines.append([f"`{design}`", str(number), *cells])
+    return table(["design", "K", *(f"{TASKS[task]}, {stage}" for task, stage in SFT_COLUMNS)], lines)
+
+
+SFT_COLUMNS = [(task, stage) for task in ("arithmetic", "gsm8k") for stage in ("reference", "sft-early")]
+
+
+def bound_table(found: dict) -> str:
+    """Predicted ratios of the flat weights and of the best ones on the same masks, means over models."""
+    lines = []
+    for number in (4, 8):
+        for name, kind, design in (
+            ("`balanced`", "predicted", "balanced"),
+            ("the best weights on its masks", "bound", "spaced"),
+            ("`graded-balanced`", "predicted", "graded-balanced"),
+            ("the best weights on its masks", "bound", "graded"),
+        ):
+            cells = []
+            for task, drift in COLUMNS:
+                each = []
+                for rows in found.get(task, {}).values():
+                    row = rows.get((kind, drift, design, "positions", number))
+                    base = rows.get(("predicted", drift, "paper", "independent", number))
+                    if row and base:
+                        each.append(row["total"] / base["total"])
+                cells.append(
+                    f"{two(float(np.mean(each)))}; {two(min(each))} to {two(max(each))}" if each else "-"
+                )
+            lines.append([name, str(number), *cells])
+    return table(["positions shared", "K", *(f"{TASKS[task]}, {drift}" for task, drift in COLUMNS)], lines)
+
+
 def plot(found: dict, path: Path) -> None:
     """Every model a dot, mean over models and its interval a bar: score variance relative to `paper`."""
     shown = [
@@ -378,6 +453,9 @@ def report(args: argparse.Namespace) -> int:
     for number in (4, 8):
         print(f"ELBOs by themselves, K = {number}\n")
         print(design_table(found, "absolute", number, stages), "\n")
+    print(bound_table(found), "\n")
+    print(sft_table(found), "\n")
+    print(table2(found), "\n")
     print(paired_table())
     return 0
 

@@ -161,6 +161,47 @@ def gradients(model: Model) -> None:
             model.write([row | named], time.perf_counter() - started)
 
 
+def table2(model: Model) -> None:
+    """The rows of the paper's Table 2, late drift."""
+    for design, scheme in measure.TABLE2.items():
+        named = {"drift": "late", "design": design, "num_samples": scheme.num_samples}
+        if model.has(kind="table2", **named):
+            continue
+        batch, mask_token_id = model.pairs()
+        started = time.perf_counter()
+        row = measure.gradient_row(
+            model.load("late"),
+            model.load("reference"),
+            batch,
+            scheme,
+            mask_token_id=mask_token_id,
+            repeats=max(4, round(6 * model.effort)),
+            seed=model.seed,
+        )
+        model.write([row | named | {"kind": "table2"}], time.perf_counter() - started)
+
+
+def sft(model: Model) -> None:
+    """The SFT loss with several samples, half of the pairs."""
+    for stage in STAGES:
+        for number in (4, 2):
+            for design in measure.SFT_DESIGNS:
+                named = {"drift": stage, "design": design, "num_samples": number}
+                if model.has(kind="sft", **named):
+                    continue
+                batch, mask_token_id = model.pairs(0.5)
+                started = time.perf_counter()
+                row = measure.sft_row(
+                    model.load(stage),
+                    batch,
+                    Scheme(design, number),
+                    mask_token_id=mask_token_id,
+                    repeats=max(4, round(6 * model.effort)),
+                    seed=model.seed,
+                )
+                model.write([row | named], time.perf_counter() - started)
+
+
 def predictions(model: Model) -> None:
     """Variances that the moments of other draws predict for every exact design, and the bound of any weights.
 
@@ -207,6 +248,8 @@ KINDS: dict[str, Callable[[Model], None]] = {
     "predictions": predictions,
     "gradients": gradients,
     "absolute": absolute,
+    "sft": sft,
+    "table2": table2,
 }
 
 
