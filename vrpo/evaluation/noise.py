@@ -1,11 +1,11 @@
 """What the noise of an ELBO or a score is made of, and what every mask design would make of it.
 
-From a few draws of one design this predicts the variance of all of them: masks of another design cost no
-forward pass. Let d_i(M) be what token i is worth under mask M (log p, or log p_theta - log p_ref), and omega_ki
-what its row in sample k counts, so that B_hat = sum_ki omega_ki d_i(M_k). Masks are uniform given their level
+A few draws of one design predict the variance of all of them: masks of another design cost no forward pass.
+Let d_i(M) be what token i is worth under mask M (log p, or log p_theta - log p_ref), and omega_ki what its
+row in sample k counts, so that B_hat = sum_ki omega_ki d_i(M_k). Masks are uniform given their level
 t = |M| / L, so second moments of d depend on levels alone: of one token under two masks, A(t, t'), of two
 tokens under two masks, A'(t, t'), and the same under one mask, own(t) and own'(t). With C = A - A' and
-Abar = A / L + (1 - 1/L) A', the mean over all tokens, likewise for own, T_k = sum_i omega_ki, and
+Abar = A / L + (1 - 1/L) A', the mean over all tokens, likewise ownbar, T_k = sum_i omega_ki, and
 q_kk' = sum_i omega_ki omega_k'i,
 
     Var B_hat =  sum over t, t' of Cov[T_k at t, T_k' at t'] Abar(t, t')             levels
@@ -14,10 +14,14 @@ q_kk' = sum_i omega_ki omega_k'i,
                + E sum over k of T_k^2 (ownbar - Abar)(t_k)                          samples
 
 *levels*: at which levels was masked. *tokens*: which tokens were masked, as far as a token is worth the same
-under every mask. *masks*: what else was masked beside a token. *samples*: what a mask does to all its tokens at
-once. Designs differ in what they do to each: strata and antithetic levels lower the first, balanced row weights
-the second, more samples of small levels the third, and the fourth is lowest for uniform levels. The covariance
-of the two responses of a pair that share their positions has the same four parts.
+under every mask of a level. *masks*: what else was masked beside a token. *samples*: what a mask does to all
+its tokens at once. Designs differ in what they do to each: strata and antithetic levels lower the first,
+balanced row weights the second, more samples of small levels the third, and the fourth is lowest for uniform
+levels. The covariance of the two responses of a pair that share their positions has the same four parts.
+
+Exact if the masks of a response are independent given their levels. Where they share a permutation, or the
+weights of one sample depend on the masks of another, it is taken that what a mask does to a token beyond its
+level says nothing of what another mask does: masks that avoid each other by design are treated like others.
 """
 
 from collections.abc import Sequence
@@ -25,37 +29,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from vrpo.batch import ResponseBatch
+from vrpo.batch import MaskDraw, PackedBatch, ResponseBatch
 from vrpo.estimator.packing import pack
 from vrpo.estimator.row_weights import dense
+from vrpo.evaluation.moments import Moments, Seen, basis, fit
 from vrpo.evaluation.variance import Scheme
-from vrpo.step import split_by_tokens
+from vrpo.step import split_by_tokens, split_segments
 
 PARTS = ("levels", "tokens", "masks", "samples")
-DEGREE = 3
-"""Moments are polynomials of this degree in the levels: smooth, as what a level is worth is, and few numbers."""
 
 _MEASURED = Scheme("inverse-root", 8, pair_masks="positions")
 """Independent masks at every level, small ones more often: few rows, and most of the noise."""
 
-_RIDGE = 1e-6
 _PAIRS_PER_GROUP = 12
 _MAX_GROUPS = 4
-_SIMULATED = 384
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of two responses' values at NODES (a, b): the four of the module docstring, raw.
-
-    same_AB, different_AB: one or two positions, two masks. own_A, own_different_A: the same under one mask.
-    """
-
-    same_AB: Tensor
-    different_AB: Tensor
-    own_A: Tensor
-    own_different_A: Tensor
+_NUM_SIMULATED = 384
 
 
 @dataclass(frozen=True)
@@ -70,14 +60,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Noise:
-    """What `measure` found: moments of differences of two models (or of one model's log p), per length."""
+    """What `measure` found: moments of differences of two models, or of one model's log p, by length."""
 
     groups: tuple[Group, ...]
 
 
 @torch.no_grad()
 def measure(
-    policy: nn.Module,
+    policies: Sequence[nn.Module],
     reference: nn.Module | None,
     batch: ResponseBatch,
     *,
@@ -86,36 +76,52 @@ def measure(
     seed: int = 0,
     max_tokens_per_pack: int = 16_384,
     device: torch.device | str = "cpu",
-) -> Noise:
-    """Second moments of log p_theta - log p_ref over masks, or of log p_theta alone without a reference.
+) -> list[Noise]:
+    """Second moments of log p_theta - log p_ref over masks, of every policy against one reference.
 
     Costs 8 num_repeats forward passes per response and model. Repeat q of the draw is epoch q, as in
-    `variance.sample`. batch: pairs. Errors: ValueError without pairs, or with fewer than two masks.
+    `variance.sample`.
+
+    Args: reference: None for the moments of log p_theta itself. batch: pairs.
+    Errors: ValueError without pairs or without repeats.
     """
     if batch.num_sides != 2:
-        raise ValueError(f"noise is measured on pairs, got examples of {batch.num_sides}")
+        raise ValueError(f"batch must hold pairs, got examples of {batch.num_sides}")
     if num_repeats < 1:
         raise ValueError(f"num_repeats must be at least 1, got {num_repeats}")
     length_B2 = batch.response_length_R.view(-1, 2)
-    longest = int(length_B2.max())
-    values, masks = [], []
+    masked: list[Tensor] = []
+    values: list[list[Tensor]] = [[] for _ in policies]
     for repeat in range(num_repeats):
-        value_parts, mask_parts = [], []
         for part in split_by_tokens(batch, _MEASURED.num_samples, max_tokens_per_pack):
             drawn = _MEASURED.draw(part, seed, repeat)
-            packed = pack(part, drawn, mask_token_id).to(device)
-            value_N = -policy(**packed.model_inputs()).nll.double().cpu()
-            if reference is not None:
-                value_N += reference(**packed.model_inputs()).nll.double().cpu()
-            for parts, row_N in ((value_parts, value_N), (mask_parts, torch.ones_like(value_N))):
-                cells_RKL = dense(drawn, part.response_length_R, row_N)
-                padding = longest - cells_RKL.shape[2]
-                parts.append(torch.nn.functional.pad(cells_RKL, (0, padding)))
-        values.append(torch.cat(value_parts))
-        masks.append(torch.cat(mask_parts))
-    value_B2KL = torch.cat(values, dim=1).unflatten(0, (-1, 2))
-    mask_B2KL = torch.cat(masks, dim=1).unflatten(0, (-1, 2))
-    return Noise(tuple(_group(value_B2KL, mask_B2KL, length_B2, rows) for rows in _by_length(length_B2)))
+            packs = split_segments(pack(part, drawn, mask_token_id), max_tokens_per_pack)
+            packs = [packed.to(device) for packed in packs]
+            base_N = 0.0 if reference is None else _log_p(reference, packs)
+            masked.append(_dense(drawn, part, torch.ones(len(drawn.position_N)), length_B2))
+            for found, policy in zip(values, policies, strict=True):
+                found.append(_dense(drawn, part, _log_p(policy, packs) - base_N, length_B2))
+    masked_B2KL = _join(masked, num_repeats)
+    groups = _by_length(length_B2)
+    return [
+        Noise(tuple(_group(_join(found, num_repeats), masked_B2KL, length_B2, rows) for rows in groups))
+        for found in values
+    ]
+
+
+def _log_p(model: nn.Module, packs: Sequence[PackedBatch]) -> Tensor:
+    return -torch.cat([model(**packed.model_inputs()).nll.double().cpu() for packed in packs])
+
+
+def _dense(drawn: MaskDraw, part: ResponseBatch, row_N: Tensor, length_B2: Tensor) -> Tensor:
+    cell_RKL = dense(drawn, part.response_length_R, row_N)
+    return pad(cell_RKL, (0, int(length_B2.max()) - cell_RKL.shape[2]))
+
+
+def _join(parts: list[Tensor], num_repeats: int) -> Tensor:
+    """Parts of the batch, repeat after repeat, as (B, 2, K of all repeats, L)."""
+    cell_QRKL = torch.cat(parts).unflatten(0, (num_repeats, -1))
+    return cell_QRKL.transpose(0, 1).flatten(1, 2).unflatten(0, (-1, 2))
 
 
 def _by_length(length_B2: Tensor) -> Sequence[Tensor]:
@@ -123,99 +129,51 @@ def _by_length(length_B2: Tensor) -> Sequence[Tensor]:
     return order_B.tensor_split(max(1, min(_MAX_GROUPS, len(order_B) // _PAIRS_PER_GROUP)))
 
 
-def _group(value_B2KL: Tensor, mask_B2KL: Tensor, length_B2: Tensor, rows: Tensor) -> Group:
-    length_B2, value_2BKL, mask_2BKL = length_B2[rows], value_B2KL[rows], mask_B2KL[rows]
-    sides = [(value_2BKL[:, side], mask_2BKL[:, side], length_B2[:, side]) for side in range(2)]
-    return Group(
-        length_B2, _moments(sides[0], sides[0]), _moments(sides[1], sides[1]), _moments(sides[0], sides[1])
-    )
+def _group(value_B2KL: Tensor, masked_B2KL: Tensor, length_B2: Tensor, rows: Tensor) -> Group:
+    length_B2, value_B2KL, masked_B2KL = length_B2[rows], value_B2KL[rows], masked_B2KL[rows]
+    chosen, rejected = (Seen(value_B2KL[:, s], masked_B2KL[:, s], length_B2[:, s]) for s in range(2))
+    return Group(length_B2, fit(chosen, chosen), fit(rejected, rejected), fit(chosen, rejected))
 
 
-def basis(level: Tensor) -> Tensor:
-    """Shifted Legendre polynomials of levels in [0, 1], degrees 0 .. DEGREE: (..., A)."""
-    x = 2 * level.double() - 1
-    values = [torch.ones_like(x), x]
-    for n in range(1, DEGREE):
-        values.append(((2 * n + 1) * x * values[n] - n * values[n - 1]) / (n + 1))
-    return torch.stack(values[: DEGREE + 1], dim=-1)
+def predict(noise: Noise, scheme: Scheme, *, beta: float = 1.0, seed: int = 0) -> dict[str, float]:
+    """Variances under a scheme, averaged over pairs; masks are drawn, no model is run.
 
+    A biased design gives the variance about its own mean.
 
-Responses = tuple[Tensor, Tensor, Tensor]
-"""value_BKL, mask_BKL and length_B of one side."""
-
-
-def _moments(first: Responses, second: Responses) -> Moments:
-    """Least squares of all products on the interpolation weights of their levels, every response alike."""
-    (value_BKL, mask_BKL, length_B), (other_BKL, other_mask_BKL, other_length_B) = first, second
-    count_BK, other_count_BK = mask_BKL.sum(2), other_mask_BKL.sum(2)
-    basis_BKA = basis(count_BK / length_B[:, None])
-    other_basis_BKA = basis(other_count_BK / other_length_B[:, None])
-    size_B11 = (length_B * other_length_B).double()[:, None, None]
-    # Sums over pairs of positions, and how many there are: at one position, and at two.
-    same_BKK = value_BKL @ other_BKL.transpose(1, 2) / size_B11
-    num_same_BKK = mask_BKL @ other_mask_BKL.transpose(1, 2) / size_B11
-    all_BKK = value_BKL.sum(2)[:, :, None] * other_BKL.sum(2)[:, None] / size_B11
-    num_all_BKK = count_BK[:, :, None] * other_count_BK[:, None] / size_B11
-    apart_KK = ~torch.eye(mask_BKL.shape[1], dtype=torch.bool)
-    feature_NF = (basis_BKA[:, :, None, :, None] * other_basis_BKA[:, None, :, None]).flatten(3)[:, apart_KK]
-
-    def apart(sum_BKK: Tensor, number_BKK: Tensor) -> Tensor:
-        fitted = _fit(feature_NF.flatten(0, 1), sum_BKK[:, apart_KK], number_BKK[:, apart_KK])
-        return fitted.view(DEGREE + 1, DEGREE + 1)
-
-    def own(sum_BKK: Tensor, number_BKK: Tensor) -> Tensor:
-        return _fit(basis_BKA.flatten(0, 1), *(x.diagonal(dim1=1, dim2=2) for x in (sum_BKK, number_BKK)))
-
-    different = (all_BKK - same_BKK, num_all_BKK - num_same_BKK)
-    return Moments(
-        same_AB=apart(same_BKK, num_same_BKK),
-        different_AB=apart(*different),
-        own_A=own(same_BKK, num_same_BKK),
-        own_different_A=own(*different),
-    )
-
-
-def _fit(feature_NF: Tensor, sum_N: Tensor, number_N: Tensor) -> Tensor:
-    """Weighted least squares of the means sum / number, weighted by number; nearly 0 where nothing was seen."""
-    gram = feature_NF.T @ (feature_NF * number_N.flatten()[:, None])
-    ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram + ridge, feature_NF.T @ sum_N.flatten())
+    Args: scheme: shared, its sides independent or sharing positions.
+    Returns: the PARTS of the score's variance and their sum, "total"; the variance of beta B_hat of a single
+        response, either side alike, "response".
+    Errors: ValueError for other schemes.
+    """
+    if not scheme.shared or scheme.pair_masks == "levels":
+        raise ValueError(f"scheme must share masks, its sides independent or by positions, got {scheme}")
+    told = dict.fromkeys((*PARTS, "total", "response"), 0.0)
+    num_pairs = sum(len(group.length_B2) for group in noise.groups)
+    for group in noise.groups:
+        share = beta**2 * len(group.length_B2) / num_pairs
+        chosen, rejected = _simulate(group.length_B2, scheme, seed)
+        parts_P = _covariance(group.chosen, chosen, chosen) + _covariance(group.rejected, rejected, rejected)
+        told["response"] += share * float(parts_P.sum()) / 2
+        if scheme.pair_masks == "positions":
+            parts_P = parts_P - 2 * _covariance(group.both, chosen, rejected)
+        told["total"] += share * float(parts_P.sum())
+        for name, value in zip(PARTS, parts_P.tolist(), strict=True):
+            told[name] += share * value
+    return told
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """Row weights of simulated draws, D draws of each of B pairs, one side: omega_BDKL and levels as hats."""
+    """Row weights omega / K of D draws of each of B responses, and the basis at the levels of the masks."""
 
     omega_BDKL: Tensor
     basis_BDKA: Tensor
     length_B: Tensor
 
 
-def predict(noise: Noise, scheme: Scheme, *, beta: float = 1.0, seed: int = 0) -> dict[str, float]:
-    """Mean variance of the score over pairs under a scheme, by its parts (PARTS) and in all ("total").
-
-    Masks are drawn, no model is run. scheme: shared, with independent sides or shared positions; a biased
-    design gives the variance about its own mean. Errors: ValueError for other schemes.
-    """
-    if not scheme.shared or scheme.pair_masks == "levels":
-        raise ValueError(f"only shared masks, independent or by positions, can be predicted, got {scheme}")
-    totals = dict.fromkeys(PARTS, 0.0)
-    num_pairs = sum(len(group.length_B2) for group in noise.groups)
-    for group in noise.groups:
-        chosen, rejected = _simulate(group.length_B2, scheme, seed)
-        found = [(1, _covariance(group.chosen, chosen, chosen))]
-        found.append((1, _covariance(group.rejected, rejected, rejected)))
-        if scheme.pair_masks == "positions":
-            found.append((-2, _covariance(group.both, chosen, rejected)))
-        for factor, part_of in found:
-            for name, value in part_of.items():
-                totals[name] += factor * beta**2 * value * len(group.length_B2) / num_pairs
-    return totals | {"total": sum(totals.values())}
-
-
 def _simulate(length_B2: Tensor, scheme: Scheme, seed: int) -> tuple[_Weights, _Weights]:
     num_pairs = len(length_B2)
-    num_draws = max(8, -(-_SIMULATED // num_pairs))
+    num_draws = max(8, -(-_NUM_SIMULATED // num_pairs))
     length_R = length_B2.repeat_interleave(num_draws, dim=0).flatten()
     num_examples = num_pairs * num_draws
     lengths = ResponseBatch(
@@ -228,47 +186,48 @@ def _simulate(length_B2: Tensor, scheme: Scheme, seed: int) -> tuple[_Weights, _
     )
     drawn = scheme.draw(lengths, seed, 0)
     omega_RKL = dense(drawn, length_R, drawn.weight_N) / scheme.num_samples
-    masked_RKL = dense(drawn, length_R, torch.ones_like(drawn.weight_N))
-    basis_RKA = basis(masked_RKL.sum(2) / length_R[:, None])
+    size_RK = dense(drawn, length_R, torch.ones_like(drawn.weight_N)).sum(2)
+    basis_RKA = basis(size_RK / length_R[:, None])
     sides = []
     for side in range(2):
-        omega_BDKL, basis_BDKA = (
-            x[side::2].unflatten(0, (num_pairs, num_draws)) for x in (omega_RKL, basis_RKA)
-        )
-        sides.append(_Weights(omega_BDKL, basis_BDKA, length_B2[:, side]))
+        draws = (x[side::2].unflatten(0, (num_pairs, num_draws)) for x in (omega_RKL, basis_RKA))
+        sides.append(_Weights(*draws, length_B2[:, side]))
     return sides[0], sides[1]
 
 
-def _covariance(moments: Moments, first: _Weights, second: _Weights) -> dict[str, float]:
-    """Covariance of two estimates from masks of one draw by its parts, mean over pairs and draws."""
-    size_B = (first.length_B * second.length_B).double()
-    # The chance that a position of one is the same position of the other, 1 / L in one response.
-    same_B = torch.minimum(first.length_B, second.length_B) / size_B
-    basis_BDKA, other_basis_BDKA = first.basis_BDKA, second.basis_BDKA
+def _covariance(moments: Moments, first: _Weights, second: _Weights) -> Tensor:
+    """The PARTS of the covariance of two estimates by masks of one draw, means over responses: (P,)."""
+    # The chance that two positions are one, 1 / L in one response.
+    chance_B = torch.minimum(first.length_B, second.length_B) / (first.length_B * second.length_B).double()
+    chance_B11, chance_B111 = chance_B[:, None, None], chance_B[:, None, None, None]
 
-    def at_levels(table_AB: Tensor) -> Tensor:
-        return torch.einsum("bdka,ac,bdjc->bdkj", basis_BDKA, table_AB, other_basis_BDKA)
+    def at_levels(moment_AA: Tensor) -> Tensor:
+        return torch.einsum("bdka,ae,bdje->bdkj", first.basis_BDKA, moment_AA, second.basis_BDKA)
 
-    token_AB = moments.same_AB - moments.different_AB
-    token_A = moments.own_A - moments.own_different_A
+    def by_sample(value_BDKK: Tensor) -> Tensor:
+        return value_BDKK.diagonal(dim1=2, dim2=3)
+
+    contrast_AA = moments.same_AA - moments.different_AA
+    own_contrast_A = moments.own_A - moments.own_different_A
+    contrast_BDKK = at_levels(contrast_AA)
+    mean_BDKK = at_levels(moments.different_AA) + chance_B111 * contrast_BDKK
+    own_contrast_BDK = first.basis_BDKA @ own_contrast_A
+    own_mean_BDK = first.basis_BDKA @ moments.own_different_A + chance_B11 * own_contrast_BDK
+
     total_BDK, other_total_BDK = first.omega_BDKL.sum(3), second.omega_BDKL.sum(3)
     product_BDKK = total_BDK[..., :, None] * other_total_BDK[..., None, :]
-    overlap_BDKK = first.omega_BDKL @ second.omega_BDKL.transpose(2, 3)
-    excess_BDKK = overlap_BDKK - product_BDKK * same_B[:, None, None, None]
-    token_BDKK = at_levels(token_AB)
-    tokens = (excess_BDKK * token_BDKK).sum((2, 3)).mean()
-    own_BDK = basis_BDKA @ token_A - token_BDKK.diagonal(dim1=2, dim2=3)
-    masks = (excess_BDKK.diagonal(dim1=2, dim2=3) * own_BDK).sum(2).mean()
-    ownbar_BDK = basis_BDKA @ moments.own_different_A + (basis_BDKA @ token_A) * same_B[:, None, None]
-    abar_BDKK = at_levels(moments.different_AB) + token_BDKK * same_B[:, None, None, None]
-    square_BDK = product_BDKK.diagonal(dim1=2, dim2=3)
-    samples = (square_BDK * (ownbar_BDK - abar_BDKK.diagonal(dim1=2, dim2=3))).sum(2).mean()
-    level_BDA, other_level_BDA = (
-        torch.einsum("bdk,bdka->bda", x, y)
-        for x, y in ((total_BDK, basis_BDKA), (other_total_BDK, other_basis_BDKA))
-    )
+    excess_BDKK = first.omega_BDKL @ second.omega_BDKL.transpose(2, 3) - chance_B111 * product_BDKK
+
+    level_BDA = (total_BDK[..., None] * first.basis_BDKA).sum(2)
+    other_level_BDA = (other_total_BDK[..., None] * second.basis_BDKA).sum(2)
     level_BDA, other_level_BDA = (x - x.mean(1, keepdim=True) for x in (level_BDA, other_level_BDA))
-    covariance_BAC = level_BDA.transpose(1, 2) @ other_level_BDA / (level_BDA.shape[1] - 1)
-    mean_BAC = moments.different_AB + token_AB * same_B[:, None, None]
-    levels = (covariance_BAC * mean_BAC).sum((1, 2)).mean()
-    return {name: float(x) for name, x in zip(PARTS, (levels, tokens, masks, samples), strict=True)}
+    covariance_BAA = level_BDA.transpose(1, 2) @ other_level_BDA / (level_BDA.shape[1] - 1)
+    mean_BAA = moments.different_AA + chance_B11 * contrast_AA
+    return torch.stack(
+        [
+            (covariance_BAA * mean_BAA).sum((1, 2)).mean(),
+            (excess_BDKK * contrast_BDKK).sum((2, 3)).mean(),
+            (by_sample(excess_BDKK) * (own_contrast_BDK - by_sample(contrast_BDKK))).sum(2).mean(),
+            (by_sample(product_BDKK) * (own_mean_BDK - by_sample(mean_BDKK))).sum(2).mean(),
+        ]
+    )
