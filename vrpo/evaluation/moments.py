@@ -14,7 +14,8 @@ from torch import Tensor
 DEGREE = 3
 """Of the polynomials, in each level: exact for up to DEGREE + 1 tokens, which have no more levels."""
 
-_RIDGE = 1e-6
+_RIDGE = 1e-9
+"""Per degree: next to nothing, but where levels are too few to tell polynomials apart, the lower is taken."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,22 @@ def fit(first: Seen, second: Seen) -> Moments:
     feature_BKKAA = first.basis_BKA[:, :, None, :, None] * second.basis_BKA[:, None, :, None]
     feature_NF = feature_BKKAA[:, apart_KK].flatten(2).flatten(0, 1)
 
+    degree_A = torch.arange(DEGREE + 1)
+    degree_F = (degree_A[:, None] + degree_A).flatten()
+
     def apart(sum_BKK: Tensor, number_BKK: Tensor) -> Tensor:
-        coefficient_F = _least_squares(feature_NF, sum_BKK[:, apart_KK], number_BKK[:, apart_KK])
+        coefficient_F = _least_squares(feature_NF, degree_F, sum_BKK[:, apart_KK], number_BKK[:, apart_KK])
         return coefficient_F.view(DEGREE + 1, DEGREE + 1)
 
     def own(sum_BKK: Tensor, number_BKK: Tensor) -> Tensor:
         sum_BK, number_BK = (x.diagonal(dim1=1, dim2=2) for x in (sum_BKK, number_BKK))
-        return _least_squares(first.basis_BKA.flatten(0, 1), sum_BK, number_BK)
+        return _least_squares(first.basis_BKA.flatten(0, 1), degree_A, sum_BK, number_BK)
 
     return Moments(apart(*same), apart(*different), own(*same), own(*different))
 
 
-def _least_squares(feature_NF: Tensor, sum_N: Tensor, number_N: Tensor) -> Tensor:
-    """Fit of the means sum / number, weighted by number: coefficients (F,), near 0 where nothing was seen."""
+def _least_squares(feature_NF: Tensor, degree_F: Tensor, sum_N: Tensor, number_N: Tensor) -> Tensor:
+    """Fit of the means sum / number, weighted by number: coefficients (F,), 0 where nothing was seen."""
     gram_FF = feature_NF.T @ (feature_NF * number_N.flatten()[:, None])
-    ridge = _RIDGE * gram_FF.diagonal().mean().clamp(min=1e-30)
-    gram_FF = gram_FF + ridge * torch.eye(len(gram_FF), dtype=gram_FF.dtype)
-    return torch.linalg.solve(gram_FF, feature_NF.T @ sum_N.flatten())
+    ridge_F = _RIDGE * gram_FF.diagonal().mean().clamp(min=1.0) * degree_F.clamp(min=1e-6)
+    return torch.linalg.solve(gram_FF + ridge_F.diag(), feature_NF.T @ sum_N.flatten())

@@ -1,0 +1,257 @@
+"""Predicted variances against enumerated draws, against sampled ones and against a model's."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from batches import make_pairs, to_batch
+from enumeration import estimates, every_draw, random_table
+
+from vrpo.batch import ResponseBatch
+from vrpo.estimator import designs
+from vrpo.estimator.designs import DESIGNS
+from vrpo.estimator.row_weights import dense
+from vrpo.evaluation import variance
+from vrpo.evaluation.moments import DEGREE, Moments, Seen, basis, fit
+from vrpo.evaluation.noise import PARTS, Group, Noise, measure, predict
+from vrpo.evaluation.variance import Scheme
+from vrpo.models import create_model
+
+LENGTH = DEGREE + 1
+NUM_PAIRS = 2_000
+NUM_DRAWS = 8 * NUM_PAIRS
+
+# A permutation for every sample and no row weights: K = 2 is as much as can be enumerated.
+INDEPENDENT = ["paper", "stratified", "cyclic", "inverse-root", "time-free"]
+EXACT = [name for name, design in DESIGNS.items() if design.unbiased]
+CASES = [(name, 2 if name in INDEPENDENT else 4) for name in EXACT]
+
+
+def triangular(num_strata):
+    """Strata of widths 1, 2, 3, .."""
+    bounds = tuple(c * (c + 1) // 2 for c in range(num_strata + 1))
+    return bounds, bounds[-1]
+
+
+@pytest.fixture
+def coarse_grid(monkeypatch):
+    """Grids that can be enumerated; predictions draw from the same."""
+    monkeypatch.setattr(designs, "_GRID", 12)
+    monkeypatch.setattr(designs, "_spaced_bounds", triangular)
+
+
+def moments_of(table):
+    """Exact moments of a table of values: all pairs of masks, each pair once in either order."""
+    length = table.shape[1]
+    masks = torch.tensor(list(itertools.product((0.0, 1.0), repeat=length))[1:], dtype=torch.float64)
+    bits_M = (masks @ 2 ** torch.arange(length).double()).long()
+    pair_B2 = torch.cartesian_prod(torch.arange(len(masks)), torch.arange(len(masks)))
+    masked_BKL = masks[pair_B2]
+    seen = Seen(masked_BKL * table[bits_M[pair_B2], :, 0], masked_BKL, torch.full((len(pair_B2),), length))
+    return fit(seen, seen)
+
+
+def coefficients(value_of_level):
+    """Of a function of levels that is a polynomial, in the basis."""
+    node_N = torch.linspace(0, 1, DEGREE + 1, dtype=torch.float64)
+    return torch.linalg.solve(basis(node_N), value_of_level(node_N))
+
+
+def pairs_of(moments, length=LENGTH):
+    length_B2 = torch.full((NUM_PAIRS, 2), length)
+    return Noise((Group(length_B2, moments, moments, moments),))
+
+
+def tolerance(value_R):
+    """Five standard errors of a variance that is estimated from NUM_DRAWS draws, their spread enumerated."""
+    deviation_R = (value_R - value_R.mean()).square()
+    return 5 * float(deviation_R.std()) / math.sqrt(7 / 8 * NUM_DRAWS)
+
+
+@pytest.mark.parametrize("design", INDEPENDENT)
+def test_predict__is_exact_for_any_table_where_masks_are_independent(coarse_grid, design):
+    """Values differ by token, level and mask; moments that average over tokens and masks are enough."""
+    table = random_table(LENGTH, seed=7)[:, :, :1] * torch.linspace(0.2, 3, LENGTH)[:, None]
+    drawn, _ = every_draw(design, LENGTH, 2)
+    value_R = estimates(drawn, LENGTH, table)[:, 0]
+    told = predict(pairs_of(moments_of(table)), Scheme(design, 2))
+    assert told["response"] == pytest.approx(float(value_R.var(correction=0)), abs=tolerance(value_R))
+
+
+@pytest.mark.parametrize(("design", "num_samples"), CASES, ids=[case[0] for case in CASES])
+def test_predict__is_exact_where_masks_say_nothing_of_each_other(coarse_grid, design, num_samples):
+    """Values are f_i(level) + g + e_i: noise of a sample and of a token, new in every mask."""
+    generator = torch.Generator().manual_seed(3)
+    by_level = torch.randn(LENGTH + 1, LENGTH, generator=generator, dtype=torch.float64) - 1.0
+    size_M = torch.tensor([bits.bit_count() for bits in range(2**LENGTH)])
+    table = by_level[size_M][:, :, None]
+
+    def of_sample(level):
+        return 0.3 + 0.5 * level
+
+    def of_token(level):
+        return 2.0 - level
+
+    moments = moments_of(table)
+    moments = Moments(
+        moments.same_AA,
+        moments.different_AA,
+        moments.own_A + coefficients(lambda level: of_sample(level) + of_token(level)),
+        moments.own_different_A + coefficients(of_sample),
+    )
+    drawn, length_R = every_draw(design, LENGTH, num_samples)
+    omega_RKL = dense(drawn, length_R, drawn.weight_N) / num_samples
+    level_RK = dense(drawn, length_R, torch.ones_like(drawn.weight_N)).sum(2) / LENGTH
+    noise_R = (of_sample(level_RK) * omega_RKL.sum(2).square()).sum(1)
+    noise_R += (of_token(level_RK) * omega_RKL.square().sum(2)).sum(1)
+    value_R = estimates(drawn, LENGTH, table)[:, 0]
+    told = predict(pairs_of(moments), Scheme(design, num_samples))
+    want = float(value_R.var(correction=0) + noise_R.mean())
+    spread = tolerance(value_R) + 5 * float(noise_R.std()) / math.sqrt(NUM_DRAWS)
+    assert told["response"] == pytest.approx(want, abs=spread)
+    assert told["total"] == pytest.approx(sum(told[part] for part in PARTS))
+    assert told["total"] == pytest.approx(2 * told["response"])
+
+
+def test_predict__sides_that_are_alike_in_everything_cancel():
+    noise = pairs_of(moments_of(random_table(LENGTH, seed=7)))
+    told = predict(noise, Scheme("graded-balanced", 4, pair_masks="positions"), beta=0.3)
+    assert told["response"] > 0.1
+    assert all(abs(told[name]) < 1e-9 for name in (*PARTS, "total"))
+
+
+@pytest.mark.parametrize("design", ["stratified", "tiled", "graded", "graded-balanced", "mirrored-balanced"])
+def test_predict__constant_log_p_has_no_noise_under_fixed_totals(design):
+    constant = moments_of(torch.full((2**LENGTH, LENGTH, 1), -2.0, dtype=torch.float64))
+    for part, value in predict(pairs_of(constant, length=7), Scheme(design, 4)).items():
+        assert abs(value) < 1e-5, part
+    told = predict(pairs_of(constant, length=7), Scheme("coupled", 4))
+    assert told["levels"] == pytest.approx(told["total"], rel=1e-4) and told["levels"] > 1
+
+
+def lengths_only(length_B2):
+    num_pairs = len(length_B2)
+    return ResponseBatch(
+        tokens_U=torch.zeros(0, dtype=torch.int64),
+        prompt_length_R=torch.ones(2 * num_pairs, dtype=torch.int64),
+        response_length_R=length_B2.flatten(),
+        example_R=torch.arange(num_pairs).repeat_interleave(2),
+        side_R=torch.arange(2).repeat(num_pairs),
+        num_sides=2,
+    )
+
+
+@pytest.mark.parametrize("design", ["paper", "tiled", "balanced"])
+@pytest.mark.parametrize("lengths", [(8, 5), (3, 6)])
+def test_predict__covariance_of_sides_of_unequal_lengths(design, lengths):
+    """Tokens are worth slope(level) x_i + g + e_i, x_i and noises shared where the sides share positions."""
+    num_pairs, slopes, mean = 20_000, (lambda t: 1.0 + t, lambda t: 0.8 - 0.3 * t), 0.5
+    shared = 0.6  # of the second side's values and noises
+    length_B2 = torch.tensor(lengths).expand(num_pairs, 2).contiguous()
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    worth_BL = mean + normal(num_pairs, 1, max(lengths))
+    scheme = Scheme(design, 4, pair_masks="positions")
+    scores = []
+    for epoch in (0, 1):
+        drawn = scheme.draw(lengths_only(length_B2), 11, epoch)
+        omega_RKL = dense(drawn, length_B2.flatten(), drawn.weight_N) / 4
+        masked_RKL = dense(drawn, length_B2.flatten(), torch.ones_like(drawn.weight_N))
+        level_RK1 = (masked_RKL.sum(2) / length_B2.flatten()[:, None])[:, :, None]
+        noise_BKL = normal(num_pairs, 4, 1) + normal(num_pairs, 4, max(lengths))
+        sides = [
+            (omega_RKL[s::2] * (slopes[s](level_RK1[s::2]) * worth_BL + noise_BKL)).sum((1, 2))
+            for s in range(2)
+        ]
+        scores.append(sides[0] - shared * sides[1])
+    square_B = (scores[0] - scores[1]).square() / 2
+
+    def moments(first, second, scale):
+        def own(square, noise):
+            return coefficients(lambda t: scale * (square * slopes[first](t) * slopes[second](t) + noise))
+
+        both_AA = scale * torch.outer(coefficients(slopes[first]), coefficients(slopes[second]))
+        square = mean**2 + 1
+        return Moments(square * both_AA, mean**2 * both_AA, own(square, 2), own(mean**2, 1))
+
+    few_B2 = length_B2[:NUM_PAIRS]
+    noise = Noise((Group(few_B2, moments(0, 0, 1), moments(1, 1, shared**2), moments(0, 1, shared)),))
+    told = predict(noise, scheme)
+    spread = 5 * float(square_B.std()) * math.sqrt(1 / num_pairs + 1 / NUM_DRAWS)
+    assert told["total"] == pytest.approx(float(square_B.mean()), abs=spread)
+    # What the sides share is far more than the tolerance.
+    assert 2 * told["response"] - told["total"] > 3 * spread
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    """Three fp64 models that differ, and twelve pairs."""
+    sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "init_std": 0.3, "dtype": "float32"}
+    three = [create_model(tokenizer, seed=seed, **sizes).double() for seed in range(3)]
+    lengths = [(2, 5 + b % 4, 4 + b % 3) for b in range(12)]
+    return *three, to_batch(make_pairs(lengths, vocab_size=three[0].config.vocab_size))
+
+
+def measured(models, policies, reference, **options):
+    mask_id = models[0].config.mask_token_id
+    return measure(policies, reference, models[3], mask_token_id=mask_id, **options)
+
+
+def test_measure__predicts_the_variance_that_is_measured(models):
+    policy, reference, _, batch = models
+    (noise,) = measured(models, [policy], reference, num_repeats=8)
+    for pair_masks in ("independent", "positions"):
+        scheme = Scheme("paper", 2, pair_masks=pair_masks)
+        sampled = variance.sample(
+            policy,
+            reference,
+            batch,
+            scheme,
+            mask_token_id=policy.config.mask_token_id,
+            beta=0.2,
+            num_repeats=60,
+            seed=99,
+        )
+        want = float(variance.score_variance(sampled).mean())
+        assert predict(noise, scheme, beta=0.2)["total"] == pytest.approx(want, rel=0.25)
+
+
+def test_measure__of_several_policies_is_that_of_each(models):
+    policy, reference, other, _ = models
+    together = measured(models, [policy, other], reference, num_repeats=1)
+    scheme = Scheme("paper", 2)
+    told = [predict(noise, scheme)["total"] for noise in together]
+    alone = [
+        predict(noise, scheme)["total"]
+        for model in (policy, other)
+        for noise in measured(models, [model], reference, num_repeats=1, max_tokens_per_pack=40)
+    ]
+    assert told == pytest.approx(alone, rel=1e-6) and told[0] != pytest.approx(told[1], rel=1e-3)
+
+
+def test_measure__equal_models_have_no_noise_but_log_p_has(models):
+    policy = models[0]
+    (nothing,) = measured(models, [policy], policy, num_repeats=1)
+    assert all(value == 0 for value in predict(nothing, Scheme("paper", 2)).values())
+    (alone,) = measured(models, [policy], None, num_repeats=1)
+    assert predict(alone, Scheme("paper", 2))["response"] > 0
+
+
+def test_measure__checks_its_arguments(models):
+    policy, reference = models[:2]
+    with pytest.raises(ValueError, match="num_repeats must be at least 1"):
+        measured(models, [policy], reference, num_repeats=0)
+    single = to_batch([(prompt, chosen) for prompt, chosen, _ in make_pairs([(2, 3, 4)])])
+    with pytest.raises(ValueError, match="batch must hold pairs"):
+        measure([policy], reference, single, mask_token_id=policy.config.mask_token_id)
+
+
+@pytest.mark.parametrize("options", [{"shared": False}, {"pair_masks": "levels"}], ids=["unshared", "levels"])
+def test_predict__refuses_schemes_that_it_cannot_tell(options):
+    noise = pairs_of(moments_of(random_table(LENGTH)))
+    with pytest.raises(ValueError, match="scheme must share masks"):
+        predict(noise, Scheme("paper", 2, **options))
