@@ -77,6 +77,7 @@ BAD_NUMBERS = {
         "--target_variance=-1": "target_variance must be positive",
         "--target_variance=nan": "target_variance",
         "--num_repeats=1": "num_repeats must be at least 2",
+        "--noise_repeats=-1": "noise_repeats must be at least 0",
         "--num_pairs=0": "num_pairs must be at least 1",
         "--num_samples=0": "num_samples must be at least 1",
         "--max_tokens_per_pack=-5": "max_tokens_per_pack must be at least 1",
@@ -178,7 +179,8 @@ def test_variance__equal_models_get_no_advice(files, model_path, tmp_path, capsy
     def refuse(word):
         raise AssertionError(word)
 
-    assert json.loads(output.read_text(), parse_constant=refuse)["target"] == 0
+    told = json.loads(output.read_text(), parse_constant=refuse)
+    assert told["target"] == 0 and told["noise"] is None
 
 
 def test_train__output_dir_never_is_the_model_or_the_data(files, model_path, tmp_path, capsys):

@@ -14,7 +14,7 @@ from vrpo.estimator.designs import DESIGNS
 from vrpo.estimator.row_weights import dense
 from vrpo.evaluation import variance
 from vrpo.evaluation.moments import DEGREE, Moments, Seen, basis, fit
-from vrpo.evaluation.noise import PARTS, Group, Noise, measure, predict
+from vrpo.evaluation.noise import PARTS, Group, Noise, measure, measure_all, predict
 from vrpo.evaluation.variance import Scheme
 from vrpo.models import create_model
 
@@ -75,7 +75,7 @@ def test_predict__is_exact_for_any_table_where_masks_are_independent(coarse_grid
     table = random_table(LENGTH, seed=7)[:, :, :1] * torch.linspace(0.2, 3, LENGTH)[:, None]
     drawn, _ = every_draw(design, LENGTH, 2)
     value_R = estimates(drawn, LENGTH, table)[:, 0]
-    told = predict(pairs_of(moments_of(table)), Scheme(design, 2))
+    told = predict(pairs_of(moments_of(table)), Scheme(design, 2), num_draws=NUM_DRAWS)
     assert told["response"] == pytest.approx(float(value_R.var(correction=0)), abs=tolerance(value_R))
 
 
@@ -106,7 +106,7 @@ def test_predict__is_exact_where_masks_say_nothing_of_each_other(coarse_grid, de
     noise_R = (of_sample(level_RK) * omega_RKL.sum(2).square()).sum(1)
     noise_R += (of_token(level_RK) * omega_RKL.square().sum(2)).sum(1)
     value_R = estimates(drawn, LENGTH, table)[:, 0]
-    told = predict(pairs_of(moments), Scheme(design, num_samples))
+    told = predict(pairs_of(moments), Scheme(design, num_samples), num_draws=NUM_DRAWS)
     want = float(value_R.var(correction=0) + noise_R.mean())
     spread = tolerance(value_R) + 5 * float(noise_R.std()) / math.sqrt(NUM_DRAWS)
     assert told["response"] == pytest.approx(want, abs=spread)
@@ -180,7 +180,7 @@ def test_predict__covariance_of_sides_of_unequal_lengths(design, lengths):
 
     few_B2 = length_B2[:NUM_PAIRS]
     noise = Noise((Group(few_B2, moments(0, 0, 1), moments(1, 1, shared**2), moments(0, 1, shared)),))
-    told = predict(noise, scheme)
+    told = predict(noise, scheme, num_draws=NUM_DRAWS)
     spread = 5 * float(square_B.std()) * math.sqrt(1 / num_pairs + 1 / NUM_DRAWS)
     assert told["total"] == pytest.approx(float(square_B.mean()), abs=spread)
     # What the sides share is far more than the tolerance.
@@ -196,14 +196,13 @@ def models(tokenizer):
     return *three, to_batch(make_pairs(lengths, vocab_size=three[0].config.vocab_size))
 
 
-def measured(models, policies, reference, **options):
-    mask_id = models[0].config.mask_token_id
-    return measure(policies, reference, models[3], mask_token_id=mask_id, **options)
+def measured(models, policy, reference, **options):
+    return measure(policy, reference, models[3], mask_token_id=policy.config.mask_token_id, **options)
 
 
 def test_measure__predicts_the_variance_that_is_measured(models):
     policy, reference, _, batch = models
-    (noise,) = measured(models, [policy], reference, num_repeats=8)
+    noise = measured(models, policy, reference, num_repeats=8)
     for pair_masks in ("independent", "positions"):
         scheme = Scheme("paper", 2, pair_masks=pair_masks)
         sampled = variance.sample(
@@ -220,34 +219,33 @@ def test_measure__predicts_the_variance_that_is_measured(models):
         assert predict(noise, scheme, beta=0.2)["total"] == pytest.approx(want, rel=0.25)
 
 
-def test_measure__of_several_policies_is_that_of_each(models):
-    policy, reference, other, _ = models
-    together = measured(models, [policy, other], reference, num_repeats=1)
-    scheme = Scheme("paper", 2)
+def test_measure_all__of_several_policies_is_that_of_each(models):
+    policy, reference, other, batch = models
+    mask_id, scheme = policy.config.mask_token_id, Scheme("paper", 2)
+    together = measure_all([policy, other], reference, batch, mask_token_id=mask_id, num_repeats=1)
     told = [predict(noise, scheme)["total"] for noise in together]
     alone = [
-        predict(noise, scheme)["total"]
-        for model in (policy, other)
-        for noise in measured(models, [model], reference, num_repeats=1, max_tokens_per_pack=40)
+        measured(models, model, reference, num_repeats=1, max_tokens_per_pack=40) for model in (policy, other)
     ]
-    assert told == pytest.approx(alone, rel=1e-6) and told[0] != pytest.approx(told[1], rel=1e-3)
+    assert told == pytest.approx([predict(noise, scheme)["total"] for noise in alone], rel=1e-6)
+    assert told[0] != pytest.approx(told[1], rel=1e-3)
 
 
 def test_measure__equal_models_have_no_noise_but_log_p_has(models):
     policy = models[0]
-    (nothing,) = measured(models, [policy], policy, num_repeats=1)
+    nothing = measured(models, policy, policy, num_repeats=1)
     assert all(value == 0 for value in predict(nothing, Scheme("paper", 2)).values())
-    (alone,) = measured(models, [policy], None, num_repeats=1)
+    alone = measured(models, policy, None, num_repeats=1)
     assert predict(alone, Scheme("paper", 2))["response"] > 0
 
 
 def test_measure__checks_its_arguments(models):
     policy, reference = models[:2]
     with pytest.raises(ValueError, match="num_repeats must be at least 1"):
-        measured(models, [policy], reference, num_repeats=0)
+        measured(models, policy, reference, num_repeats=0)
     single = to_batch([(prompt, chosen) for prompt, chosen, _ in make_pairs([(2, 3, 4)])])
     with pytest.raises(ValueError, match="batch must hold pairs"):
-        measure([policy], reference, single, mask_token_id=policy.config.mask_token_id)
+        measure(policy, reference, single, mask_token_id=policy.config.mask_token_id)
 
 
 @pytest.mark.parametrize("options", [{"shared": False}, {"pair_masks": "levels"}], ids=["unshared", "levels"])

@@ -1,5 +1,6 @@
 """The paper's theorems on tables of known values, and the measurement of models."""
 
+import json
 import math
 
 import pytest
@@ -11,9 +12,11 @@ from enumeration import estimates, every_draw, random_table
 from vrpo.batch import ResponseBatch
 from vrpo.commands.main import main
 from vrpo.estimator import masking
+from vrpo.estimator.designs import DESIGNS
 from vrpo.estimator.elbo import elbo
 from vrpo.estimator.packing import pack
-from vrpo.evaluation import variance
+from vrpo.evaluation import noise_report, variance
+from vrpo.evaluation.noise import PARTS
 from vrpo.evaluation.variance import Estimate, Sampled, Scheme
 from vrpo.evaluation.variance_report import advise, table
 from vrpo.models import create_model
@@ -220,6 +223,31 @@ def test_table__has_one_line_per_scheme():
     assert len(table(figures(paper_2=1.0, balanced_2=0.5)).splitlines()) == 3
 
 
+def test_noise_report__says_what_pays():
+    """Everything as noisy as the paper's score but for positions, and for the balanced weights of graded."""
+    parts = dict(zip(PARTS, (1.0, 2.0, 3.0, 4.0), strict=True))
+    predicted = {}
+    for number in (2, 8):
+        for name in (name for name, design in DESIGNS.items() if design.unbiased):
+            for pair_masks, factor in (("positions", 0.5), ("independent", 1.0)):
+                total = 10.0 * factor * {"graded-balanced": 1.2, "graded": 0.98}.get(name, 1.0)
+                told = {**parts, "total": total, "response": 5.0}
+                predicted[Scheme(name, number, pair_masks=pair_masks)] = told
+    content = noise_report.content(predicted)
+    assert content["paper"] == dict(zip(PARTS, (0.1, 0.2, 0.3, 0.4), strict=True)) | {"correlation": 0.5}
+    assert [(best["design"], best["num_samples"]) for best in content["best"]] == [
+        ("graded", 2),
+        ("graded", 8),
+    ]
+    assert [best["score_ratio"] for best in content["best"]] == pytest.approx([0.49, 0.49])
+    text = "\n".join(noise_report.lines(content))
+    assert "sharing positions pays: at K=8, graded, positions, has 0.50 times" in text
+    assert "balancing row weights costs: at K=8, graded-balanced, positions, has 1.22 times" in text
+    assert (
+        "masking few tokens more often makes little difference: at K=8, graded, positions, has 0.98" in text
+    )
+
+
 def test_cli_variance__writes_figures_and_plot(tmp_path, capsys, tokenizer, pair_rows):
     for name, seed in (("policy", 0), ("reference", 1)):
         model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.3, seed=seed)
@@ -234,6 +262,14 @@ def test_cli_variance__writes_figures_and_plot(tmp_path, capsys, tokenizer, pair
     shown = capsys.readouterr().out
     assert "recommended, exactly unbiased: mask_design=" in shown and "gradient_ratio" in shown
     assert "score_bias" in shown and "sign_flips" in shown and "positions" in shown
+    assert "noise of the paper's score: levels" in shown and "best predicted, K=2: mask_design=" in shown
+    assert all(f"\n{what}" in shown for what in ("sharing positions", "balancing row", "masking few tokens"))
     assert (tmp_path / "v.json").exists() and (tmp_path / "v.png").exists()
+    told = json.loads((tmp_path / "v.json").read_text())["noise"]
+    assert sum(told["paper"][part] for part in PARTS) == pytest.approx(1)
+    assert {row["design"] for row in told["predicted"]} == {n for n, d in DESIGNS.items() if d.unbiased}
+    assert main([*command, "--designs", "balanced", "--noise_repeats", "0"]) == 0
+    assert "best predicted" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "v.json").read_text())["noise"] is None
     assert main([*command, "--designs", "nothing"]) == 2
     assert "mask_design must be one of" in capsys.readouterr().err

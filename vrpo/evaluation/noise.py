@@ -26,6 +26,7 @@ level says nothing of what another mask does: masks that avoid each other by des
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ _MEASURED = Scheme("inverse-root", 8, pair_masks="positions")
 
 _PAIRS_PER_GROUP = 12
 _MAX_GROUPS = 4
-_NUM_SIMULATED = 384
+_DRAWS_PER_PAIR = 8
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,13 @@ class Noise:
     groups: tuple[Group, ...]
 
 
+def measure(policy: nn.Module, reference: nn.Module | None, batch: ResponseBatch, **options: Any) -> Noise:
+    """`measure_all` of a single policy."""
+    return measure_all([policy], reference, batch, **options)[0]
+
+
 @torch.no_grad()
-def measure(
+def measure_all(
     policies: Sequence[nn.Module],
     reference: nn.Module | None,
     batch: ResponseBatch,
@@ -135,12 +141,17 @@ def _group(value_B2KL: Tensor, masked_B2KL: Tensor, length_B2: Tensor, rows: Ten
     return Group(length_B2, fit(chosen, chosen), fit(rejected, rejected), fit(chosen, rejected))
 
 
-def predict(noise: Noise, scheme: Scheme, *, beta: float = 1.0, seed: int = 0) -> dict[str, float]:
+def predict(
+    noise: Noise, scheme: Scheme, *, beta: float = 1.0, num_draws: int = 384, seed: int = 0
+) -> dict[str, float]:
     """Variances under a scheme, averaged over pairs; masks are drawn, no model is run.
 
     A biased design gives the variance about its own mean.
 
-    Args: scheme: shared, its sides independent or sharing positions.
+    Args:
+        scheme: shared, its sides independent or sharing positions.
+        num_draws: how many draws of masks predict each group of similar lengths, with an error of a few
+            percent, most of which two designs have in common.
     Returns: the PARTS of the score's variance and their sum, "total"; the variance of beta B_hat of a single
         response, either side alike, "response".
     Errors: ValueError for other schemes.
@@ -151,7 +162,7 @@ def predict(noise: Noise, scheme: Scheme, *, beta: float = 1.0, seed: int = 0) -
     num_pairs = sum(len(group.length_B2) for group in noise.groups)
     for group in noise.groups:
         share = beta**2 * len(group.length_B2) / num_pairs
-        chosen, rejected = _simulate(group.length_B2, scheme, seed)
+        chosen, rejected = _simulate(group.length_B2, scheme, num_draws, seed)
         parts_P = _covariance(group.chosen, chosen, chosen) + _covariance(group.rejected, rejected, rejected)
         told["response"] += share * float(parts_P.sum()) / 2
         if scheme.pair_masks == "positions":
@@ -171,9 +182,11 @@ class _Weights:
     length_B: Tensor
 
 
-def _simulate(length_B2: Tensor, scheme: Scheme, seed: int) -> tuple[_Weights, _Weights]:
-    num_pairs = len(length_B2)
-    num_draws = max(8, -(-_NUM_SIMULATED // num_pairs))
+def _simulate(length_B2: Tensor, scheme: Scheme, num_draws: int, seed: int) -> tuple[_Weights, _Weights]:
+    # Of many pairs some are enough, evenly spaced: they are in the order of their lengths, all that matters.
+    num_pairs = min(len(length_B2), max(1, num_draws // _DRAWS_PER_PAIR))
+    length_B2 = length_B2[torch.arange(num_pairs) * len(length_B2) // num_pairs]
+    num_draws = max(_DRAWS_PER_PAIR, -(-num_draws // num_pairs))
     length_R = length_B2.repeat_interleave(num_draws, dim=0).flatten()
     num_examples = num_pairs * num_draws
     lengths = ResponseBatch(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -16,7 +17,7 @@ from vrpo.batch import ResponseBatch
 from vrpo.data.output import check_output, to_json, write
 from vrpo.estimator.designs import DESIGNS
 from vrpo.estimator.masking import PAIR_MASKS, check_design
-from vrpo.evaluation import variance
+from vrpo.evaluation import noise, noise_report, variance
 from vrpo.evaluation.inputs import Models, check_numbers, check_positive, load_models
 from vrpo.evaluation.variance import Estimate, Sampled, Scheme
 from vrpo.training.config import VRPOConfig
@@ -35,7 +36,7 @@ class VarianceArguments:
     dataset_name: str | list[str] = field(metadata={"help": "Preference pairs: files, folder or hub name."})
     output_file: str = field(metadata={"help": "JSON file of all figures; the plot goes beside it, .png."})
     designs: list[str] = field(
-        default_factory=lambda: ["paper", "folded", "balanced", "ratio"],
+        default_factory=lambda: ["paper", "balanced", "graded-balanced", "ratio"],
         metadata={"help": f"Mask designs to compare: {', '.join(DESIGNS)}."},
     )
     num_samples: list[int] = field(
@@ -50,6 +51,13 @@ class VarianceArguments:
     )
     num_pairs: int = field(default=32, metadata={"help": "Pairs to measure on, the first of the data."})
     num_repeats: int = field(default=8, metadata={"help": "Fresh draws per pair and design, at least 2."})
+    noise_repeats: int = field(
+        default=4,
+        metadata={
+            "help": "Draws of 8 masks that measure what the noise is made of and predict every unbiased "
+            "design; 0 for none."
+        },
+    )
     target_variance: float | None = field(
         default=None,
         metadata={"help": "Score variance to reach. Unset: that of the paper's design with 8 forwards."},
@@ -126,7 +134,7 @@ def check_arguments(args: VarianceArguments) -> list[Scheme]:
     """The schemes to measure. ValueError naming the first argument that is out of range."""
     schemes = schemes_of(args.designs, args.num_samples, args.pair_masks)
     check_numbers(args)
-    for name, smallest in (("num_pairs", 1), ("num_repeats", 2)):
+    for name, smallest in (("num_pairs", 1), ("num_repeats", 2), ("noise_repeats", 0)):
         value = getattr(args, name)
         if not smallest <= value < 2**31:
             raise ValueError(f"{name} must be at least {smallest} and below 2**31, got {value}")
@@ -135,11 +143,9 @@ def check_arguments(args: VarianceArguments) -> list[Scheme]:
     return schemes
 
 
-def measure(args: VarianceArguments) -> dict[Scheme, Sampled]:
-    """Load models and pairs, and sample every scheme with a progress bar."""
+def measure(args: VarianceArguments, models: Models, batch: ResponseBatch) -> dict[Scheme, Sampled]:
+    """Sample every scheme with a progress bar."""
     schemes = check_arguments(args)
-    models = load_models(args)
-    batch = _pairs(args, models)
     probe = models.model.model.layers[0].mlp.up_proj if args.gradient else None
     found = {}
     for scheme in (bar := tqdm(schemes, desc="Designs", unit="design")):
@@ -163,6 +169,23 @@ def measure(args: VarianceArguments) -> dict[Scheme, Sampled]:
                 "overflow in their dtype; look at the checkpoints, or give dtype=float32"
             )
     return found
+
+
+def measure_noise(args: VarianceArguments, models: Models, batch: ResponseBatch) -> dict[str, Any] | None:
+    """The figures of noise_report; None where they are not asked for, or where nothing is noisy."""
+    if args.noise_repeats == 0:
+        return None
+    found = noise.measure(
+        models.model,
+        models.reference,
+        batch,
+        mask_token_id=models.mask_token_id,
+        num_repeats=args.noise_repeats,
+        seed=args.seed,
+        max_tokens_per_pack=args.max_tokens_per_pack,
+        device=models.device,
+    )
+    return noise_report.content(noise_report.predictions(found, args.num_samples, beta=args.beta))
 
 
 def _pairs(args: VarianceArguments, models: Models) -> ResponseBatch:
@@ -192,7 +215,10 @@ def report(args: VarianceArguments) -> str:
         data={"dataset_name": args.dataset_name},
         beside=(".png",),
     )
-    found = measure(args)
+    models = load_models(args)
+    batch = _pairs(args, models)
+    found = measure(args, models, batch)
+    made_of = measure_noise(args, models, batch)
     true_B = variance.true_scores(found)
     figures = {scheme: variance.summarise(scheme, found, true_B) for scheme in found}
     target = args.target_variance
@@ -214,7 +240,9 @@ def report(args: VarianceArguments) -> str:
                 f"recommended, {label}: mask_design={advice.design} pair_masks={advice.pair_masks} "
                 f"num_samples={advice.num_samples} num_replicates=1 (variance {advice.variance:.4g}, {how})"
             )
-    write({output: _content(args, figures, target)})
+    if made_of is not None:
+        lines += ["", *noise_report.lines(made_of), ""]
+    write({output: _content(args, figures, target, made_of)})
     if _can_plot():
         write({plot_output: plot(figures)})
         lines.append(f"saved {args.output_file} and {Path(args.output_file).with_suffix('.png')}")
@@ -263,12 +291,20 @@ def _cell(estimate: Estimate | None) -> str:
     return "" if estimate is None else f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
-def _content(args: VarianceArguments, figures: Figures, target: float) -> str:
+def _content(
+    args: VarianceArguments, figures: Figures, target: float, made_of: Mapping[str, Any] | None
+) -> str:
     rows = [
         asdict(scheme) | {name: asdict(estimate) for name, estimate in told.items()}
         for scheme, told in figures.items()
     ]
-    content = {"arguments": asdict(args), "torch": torch.__version__, "target": target, "figures": rows}
+    content = {
+        "arguments": asdict(args),
+        "torch": torch.__version__,
+        "target": target,
+        "figures": rows,
+        "noise": made_of,
+    }
     return to_json(content, indent=1) + "\n"
 
 
