@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from vrpo.estimator.designs import DESIGNS
 from vrpo.estimator.row_weights import dense
 from vrpo.evaluation import variance
 from vrpo.evaluation.moments import DEGREE, Moments, Seen, basis, fit
-from vrpo.evaluation.noise import PARTS, Group, Noise, measure, measure_all, predict
+from vrpo.evaluation.noise import PARTS, Noise, measure, measure_all, predict
 from vrpo.evaluation.variance import Scheme
 from vrpo.models import create_model
 
 LENGTH = DEGREE + 1
-NUM_PAIRS = 2_000
+NUM_PAIRS = 4_000
 NUM_DRAWS = 8 * NUM_PAIRS
 
 # A permutation for every sample and no row weights: K = 2 is as much as can be enumerated.
@@ -41,15 +42,28 @@ def coarse_grid(monkeypatch):
     monkeypatch.setattr(designs, "_spaced_bounds", triangular)
 
 
+MASKS = torch.tensor(list(itertools.product((0.0, 1.0), repeat=LENGTH))[1:], dtype=torch.float64)
+BITS = (MASKS @ 2 ** torch.arange(LENGTH).double()).long()
+SIZE = MASKS.sum(1).long()
+APART = 1 - torch.eye(LENGTH, dtype=torch.float64)
+
+
 def moments_of(table):
-    """Exact moments of a table of values: all pairs of masks, each pair once in either order."""
-    length = table.shape[1]
-    masks = torch.tensor(list(itertools.product((0.0, 1.0), repeat=length))[1:], dtype=torch.float64)
-    bits_M = (masks @ 2 ** torch.arange(length).double()).long()
-    pair_B2 = torch.cartesian_prod(torch.arange(len(masks)), torch.arange(len(masks)))
-    masked_BKL = masks[pair_B2]
-    seen = Seen(masked_BKL * table[bits_M[pair_B2], :, 0], masked_BKL, torch.full((len(pair_B2),), length))
-    return fit(seen, seen)
+    """Exact second moments of a table of values, enumerated level by level."""
+    value_ML = MASKS * table[BITS, :, 0]
+    sizes = range(1, LENGTH + 1)
+    mean_SL = torch.stack([value_ML[size == SIZE].sum(0) / MASKS[size == SIZE].sum(0) for size in sizes])
+    square_S = torch.stack(
+        [value_ML[size == SIZE].square().sum() / MASKS[size == SIZE].sum() for size in sizes]
+    )
+    both_M = torch.einsum("mi,ij,mj->m", value_ML, APART, value_ML) / (SIZE * (SIZE - 1)).clamp(min=1)
+    both_S = torch.stack([both_M[size == SIZE].mean() for size in sizes])
+    same_SS = mean_SL @ mean_SL.T / LENGTH
+    different_SS = mean_SL @ APART @ mean_SL.T / (LENGTH * (LENGTH - 1))
+    to_AS = torch.linalg.inv(basis(torch.arange(1, LENGTH + 1) / LENGTH))
+    return Moments(
+        to_AS @ same_SS @ to_AS.T, to_AS @ different_SS @ to_AS.T, to_AS @ square_S, to_AS @ both_S
+    )
 
 
 def coefficients(value_of_level):
@@ -58,15 +72,49 @@ def coefficients(value_of_level):
     return torch.linalg.solve(basis(node_N), value_of_level(node_N))
 
 
+def noise_of(length_B2, chosen, rejected, both):
+    """Pairs that all have the same moments."""
+    sides = [
+        Moments(*(moment.expand(len(length_B2), *moment.shape) for moment in vars(side).values()))
+        for side in (chosen, rejected, both)
+    ]
+    return Noise(length_B2, *sides)
+
+
 def pairs_of(moments, length=LENGTH):
-    length_B2 = torch.full((NUM_PAIRS, 2), length)
-    return Noise((Group(length_B2, moments, moments, moments),))
+    return noise_of(torch.full((NUM_PAIRS, 2), length), moments, moments, moments)
 
 
 def tolerance(value_R):
     """Five standard errors of a variance that is estimated from NUM_DRAWS draws, their spread enumerated."""
     deviation_R = (value_R - value_R.mean()).square()
     return 5 * float(deviation_R.std()) / math.sqrt(7 / 8 * NUM_DRAWS)
+
+
+def by_level(seed=3):
+    """Values f_i(level), whatever else is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    value_SL = torch.randn(LENGTH + 1, LENGTH, generator=generator, dtype=torch.float64) - 1.0
+    size_M = torch.tensor([bits.bit_count() for bits in range(2**LENGTH)])
+    return value_SL[size_M][:, :, None]
+
+
+def test_fit__is_exact_for_values_of_token_and_level():
+    """Two responses, every mask twice."""
+    tables = [by_level(seed) for seed in (3, 4)]
+    masked_BKL = torch.cat([MASKS, MASKS]).expand(2, -1, -1)
+    value_BKL = torch.stack([masked_BKL[0] * table[BITS.repeat(2), :, 0] for table in tables])
+    seen = Seen(value_BKL, masked_BKL, torch.full((2,), LENGTH))
+    found = fit(seen, seen)
+    level_SA = basis(torch.arange(1, LENGTH + 1) / LENGTH)
+    for index, table in enumerate(tables):
+        want = moments_of(table)
+        torch.testing.assert_close(found.same_BAA[index], want.same_BAA, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.different_BAA[index], want.different_BAA, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.own_BA[index], want.own_BA, rtol=1e-4, atol=1e-4)
+        # A mask of one token shows no two.
+        pair_S = [level_SA[1:] @ own_A for own_A in (found.own_different_BA[index], want.own_different_BA)]
+        torch.testing.assert_close(*pair_S, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("design", INDEPENDENT)
@@ -82,10 +130,7 @@ def test_predict__is_exact_for_any_table_where_masks_are_independent(coarse_grid
 @pytest.mark.parametrize(("design", "num_samples"), CASES, ids=[case[0] for case in CASES])
 def test_predict__is_exact_where_masks_say_nothing_of_each_other(coarse_grid, design, num_samples):
     """Values are f_i(level) + g + e_i: noise of a sample and of a token, new in every mask."""
-    generator = torch.Generator().manual_seed(3)
-    by_level = torch.randn(LENGTH + 1, LENGTH, generator=generator, dtype=torch.float64) - 1.0
-    size_M = torch.tensor([bits.bit_count() for bits in range(2**LENGTH)])
-    table = by_level[size_M][:, :, None]
+    table = by_level()
 
     def of_sample(level):
         return 0.3 + 0.5 * level
@@ -95,10 +140,10 @@ def test_predict__is_exact_where_masks_say_nothing_of_each_other(coarse_grid, de
 
     moments = moments_of(table)
     moments = Moments(
-        moments.same_AA,
-        moments.different_AA,
-        moments.own_A + coefficients(lambda level: of_sample(level) + of_token(level)),
-        moments.own_different_A + coefficients(of_sample),
+        moments.same_BAA,
+        moments.different_BAA,
+        moments.own_BA + coefficients(lambda level: of_sample(level) + of_token(level)),
+        moments.own_different_BA + coefficients(of_sample),
     )
     drawn, length_R = every_draw(design, LENGTH, num_samples)
     omega_RKL = dense(drawn, length_R, drawn.weight_N) / num_samples
@@ -123,7 +168,9 @@ def test_predict__sides_that_are_alike_in_everything_cancel():
 
 @pytest.mark.parametrize("design", ["stratified", "tiled", "graded", "graded-balanced", "mirrored-balanced"])
 def test_predict__constant_log_p_has_no_noise_under_fixed_totals(design):
-    constant = moments_of(torch.full((2**LENGTH, LENGTH, 1), -2.0, dtype=torch.float64))
+    square_A = coefficients(lambda level: torch.full_like(level, 4.0))
+    square_AA = square_A[:, None] * torch.eye(DEGREE + 1)[0]
+    constant = Moments(square_AA, square_AA, square_A, square_A)
     for part, value in predict(pairs_of(constant, length=7), Scheme(design, 4)).items():
         assert abs(value) < 1e-5, part
     told = predict(pairs_of(constant, length=7), Scheme("coupled", 4))
@@ -179,7 +226,7 @@ def test_predict__covariance_of_sides_of_unequal_lengths(design, lengths):
         return Moments(square * both_AA, mean**2 * both_AA, own(square, 2), own(mean**2, 1))
 
     few_B2 = length_B2[:NUM_PAIRS]
-    noise = Noise((Group(few_B2, moments(0, 0, 1), moments(1, 1, shared**2), moments(0, 1, shared)),))
+    noise = noise_of(few_B2, moments(0, 0, 1), moments(1, 1, shared**2), moments(0, 1, shared))
     told = predict(noise, scheme, num_draws=NUM_DRAWS)
     spread = 5 * float(square_B.std()) * math.sqrt(1 / num_pairs + 1 / NUM_DRAWS)
     assert told["total"] == pytest.approx(float(square_B.mean()), abs=spread)
@@ -229,6 +276,21 @@ def test_measure_all__of_several_policies_is_that_of_each(models):
     ]
     assert told == pytest.approx([predict(noise, scheme)["total"] for noise in alone], rel=1e-6)
     assert told[0] != pytest.approx(told[1], rel=1e-3)
+
+
+class TargetsAreWorth(torch.nn.Module):
+    """log p of a token is minus its id, whatever is masked."""
+
+    def forward(self, **inputs):
+        return SimpleNamespace(nll=inputs["targets"].float())
+
+
+def test_measure__tells_responses_and_lengths_apart():
+    """Long responses of dear tokens, short ones of cheap: inside each, all tokens and masks are alike."""
+    pairs = [([9], [1] * 5, [1] * 5) if b % 2 else ([9], [4] * 15, [4] * 15) for b in range(12)]
+    noise = measure(TargetsAreWorth(), None, to_batch(pairs), mask_token_id=30, num_repeats=4)
+    for part, value in predict(noise, Scheme("paper", 1)).items():
+        assert abs(value) < 1e-3, part
 
 
 def test_measure__equal_models_have_no_noise_but_log_p_has(models):

@@ -2,11 +2,12 @@
 
 d_i(M) is the value of token i where mask M hides it: log p, or log p_theta - log p_ref. Masks are uniform
 given their level t = |M| / L, so a second moment of d depends on levels only. It is fitted, by least squares
-over all masks and responses, as a polynomial of the levels: what a level is worth changes smoothly, and a few
-draws know a few numbers only.
+over all masks of a response, as a polynomial of the levels: what a level is worth changes smoothly, and a few
+draws know a few numbers only. Every response has moments of its own: variances take differences of moments,
+and pooled over responses of unequal worth these would differ by which response showed which level.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -37,16 +38,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of two responses, or of one with itself: coefficients in `basis`, A for each level.
+    """Second moments of two responses, or of one with itself: coefficients in `basis`, an A for each level.
 
-    same_AA, different_AA: E d_i(M) d_j(M') of two independent masks at i = j and at i != j, the rows for the
-    level of M. own_A, own_different_A: the same of one sample, M' = M, by its level.
+    same_BAA, different_BAA: E d_i(M) d_j(M') of two independent masks, at i = j and at i != j, first by the
+    level of M. own_BA, own_different_BA: the same of one sample, M' = M, by its level.
     """
 
-    same_AA: Tensor
-    different_AA: Tensor
-    own_A: Tensor
-    own_different_A: Tensor
+    same_BAA: Tensor
+    different_BAA: Tensor
+    own_BA: Tensor
+    own_different_BA: Tensor
+
+    def of(self, part: Tensor) -> "Moments":
+        return Moments(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 def basis(level: Tensor) -> Tensor:
@@ -61,40 +65,36 @@ def basis(level: Tensor) -> Tensor:
 def fit(first: Seen, second: Seen) -> Moments:
     """Moments of two responses whose samples k have a mask in common, and samples k != k' independent ones.
 
-    Two different samples of one response must be independent given their levels. A response counts by the
-    product of its levels and lengths, since so it enters a variance.
+    Two different samples of one response must be independent given their levels.
     """
     # Sums over pairs of positions, and how many there are: in all, and at one position.
     all_BKK = first.value_BKL.sum(2)[:, :, None] * second.value_BKL.sum(2)[:, None]
     num_all_BKK = first.size_BK[:, :, None] * second.size_BK[:, None]
     same_BKK = first.value_BKL @ second.value_BKL.transpose(1, 2)
     num_same_BKK = first.masked_BKL @ second.masked_BKL.transpose(1, 2)
-    # Of L L' pairs only min(L, L') are at one position: as many of these, lest responses of other lengths
-    # count in E d_i d_i than in E d_i d_j, which are subtracted.
-    scale_B11 = torch.maximum(first.length_B, second.length_B).double()[:, None, None]
-    same = (same_BKK * scale_B11, num_same_BKK * scale_B11)
+    same = (same_BKK, num_same_BKK)
     different = (all_BKK - same_BKK, num_all_BKK - num_same_BKK)
-    num_samples = first.masked_BKL.shape[1]
-    apart_KK = ~torch.eye(num_samples, dtype=torch.bool)
+    apart_KK = ~torch.eye(first.masked_BKL.shape[1], dtype=torch.bool)
     feature_BKKAA = first.basis_BKA[:, :, None, :, None] * second.basis_BKA[:, None, :, None]
-    feature_NF = feature_BKKAA[:, apart_KK].flatten(2).flatten(0, 1)
-
+    feature_BNF = feature_BKKAA[:, apart_KK].flatten(2)
     degree_A = torch.arange(DEGREE + 1)
     degree_F = (degree_A[:, None] + degree_A).flatten()
 
     def apart(sum_BKK: Tensor, number_BKK: Tensor) -> Tensor:
-        coefficient_F = _least_squares(feature_NF, degree_F, sum_BKK[:, apart_KK], number_BKK[:, apart_KK])
-        return coefficient_F.view(DEGREE + 1, DEGREE + 1)
+        sum_BN, number_BN = sum_BKK[:, apart_KK], number_BKK[:, apart_KK]
+        return _least_squares(feature_BNF, degree_F, sum_BN, number_BN).unflatten(1, (DEGREE + 1, -1))
 
     def own(sum_BKK: Tensor, number_BKK: Tensor) -> Tensor:
         sum_BK, number_BK = (x.diagonal(dim1=1, dim2=2) for x in (sum_BKK, number_BKK))
-        return _least_squares(first.basis_BKA.flatten(0, 1), degree_A, sum_BK, number_BK)
+        return _least_squares(first.basis_BKA, degree_A, sum_BK, number_BK)
 
     return Moments(apart(*same), apart(*different), own(*same), own(*different))
 
 
-def _least_squares(feature_NF: Tensor, degree_F: Tensor, sum_N: Tensor, number_N: Tensor) -> Tensor:
-    """Fit of the means sum / number, weighted by number: coefficients (F,), 0 where nothing was seen."""
-    gram_FF = feature_NF.T @ (feature_NF * number_N.flatten()[:, None])
-    ridge_F = _RIDGE * gram_FF.diagonal().mean().clamp(min=1.0) * degree_F.clamp(min=1e-6)
-    return torch.linalg.solve(gram_FF + ridge_F.diag(), feature_NF.T @ sum_N.flatten())
+def _least_squares(feature_BNF: Tensor, degree_F: Tensor, sum_BN: Tensor, number_BN: Tensor) -> Tensor:
+    """Fits of the means sum / number, weighted by number: coefficients (B, F), 0 where nothing was seen."""
+    gram_BFF = feature_BNF.transpose(1, 2) @ (feature_BNF * number_BN[:, :, None])
+    scale_B = gram_BFF.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1.0)
+    ridge_BF = _RIDGE * scale_B[:, None] * degree_F.clamp(min=1e-6)
+    right_BF = (feature_BNF * sum_BN[:, :, None]).sum(1)
+    return torch.linalg.solve(gram_BFF + torch.diag_embed(ridge_BF), right_BF)

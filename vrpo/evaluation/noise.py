@@ -44,26 +44,21 @@ PARTS = ("levels", "tokens", "masks", "samples")
 _MEASURED = Scheme("inverse-root", 8, pair_masks="positions")
 """Independent masks at every level, small ones more often: few rows, and most of the noise."""
 
-_PAIRS_PER_GROUP = 12
-_MAX_GROUPS = 4
-_DRAWS_PER_PAIR = 8
+_FEWEST_DRAWS = 8
+_MOST_DRAWS = 1024
 
 
 @dataclass(frozen=True)
-class Group:
-    """Pairs of similar lengths: length_B2, and moments of chosen, of rejected and of one with the other."""
+class Noise:
+    """What `measure` found of B pairs: moments of chosen, of rejected and of one with the other.
+
+    They are moments of differences of two models, or of one model's log p.
+    """
 
     length_B2: Tensor
     chosen: Moments
     rejected: Moments
     both: Moments
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What `measure` found: moments of differences of two models, or of one model's log p, by length."""
-
-    groups: tuple[Group, ...]
 
 
 def measure(policy: nn.Module, reference: nn.Module | None, batch: ResponseBatch, **options: Any) -> Noise:
@@ -108,11 +103,7 @@ def measure_all(
             for found, policy in zip(values, policies, strict=True):
                 found.append(_dense(drawn, part, _log_p(policy, packs) - base_N, length_B2))
     masked_B2KL = _join(masked, num_repeats)
-    groups = _by_length(length_B2)
-    return [
-        Noise(tuple(_group(_join(found, num_repeats), masked_B2KL, length_B2, rows) for rows in groups))
-        for found in values
-    ]
+    return [_moments(_join(found, num_repeats), masked_B2KL, length_B2) for found in values]
 
 
 def _log_p(model: nn.Module, packs: Sequence[PackedBatch]) -> Tensor:
@@ -130,19 +121,13 @@ def _join(parts: list[Tensor], num_repeats: int) -> Tensor:
     return cell_QRKL.transpose(0, 1).flatten(1, 2).unflatten(0, (-1, 2))
 
 
-def _by_length(length_B2: Tensor) -> Sequence[Tensor]:
-    order_B = length_B2.sum(1).argsort(stable=True)
-    return order_B.tensor_split(max(1, min(_MAX_GROUPS, len(order_B) // _PAIRS_PER_GROUP)))
-
-
-def _group(value_B2KL: Tensor, masked_B2KL: Tensor, length_B2: Tensor, rows: Tensor) -> Group:
-    length_B2, value_B2KL, masked_B2KL = length_B2[rows], value_B2KL[rows], masked_B2KL[rows]
+def _moments(value_B2KL: Tensor, masked_B2KL: Tensor, length_B2: Tensor) -> Noise:
     chosen, rejected = (Seen(value_B2KL[:, s], masked_B2KL[:, s], length_B2[:, s]) for s in range(2))
-    return Group(length_B2, fit(chosen, chosen), fit(rejected, rejected), fit(chosen, rejected))
+    return Noise(length_B2, fit(chosen, chosen), fit(rejected, rejected), fit(chosen, rejected))
 
 
 def predict(
-    noise: Noise, scheme: Scheme, *, beta: float = 1.0, num_draws: int = 384, seed: int = 0
+    noise: Noise, scheme: Scheme, *, beta: float = 1.0, num_draws: int = 1024, seed: int = 0
 ) -> dict[str, float]:
     """Variances under a scheme, averaged over pairs; masks are drawn, no model is run.
 
@@ -150,27 +135,28 @@ def predict(
 
     Args:
         scheme: shared, its sides independent or sharing positions.
-        num_draws: how many draws of masks predict each group of similar lengths, with an error of a few
-            percent, most of which two designs have in common.
+        num_draws: draws of masks over all pairs, but at least 8 of each. The error of 1024 is a few percent,
+            most of which designs have in common.
     Returns: the PARTS of the score's variance and their sum, "total"; the variance of beta B_hat of a single
         response, either side alike, "response".
     Errors: ValueError for other schemes.
     """
     if not scheme.shared or scheme.pair_masks == "levels":
         raise ValueError(f"scheme must share masks, its sides independent or by positions, got {scheme}")
-    told = dict.fromkeys((*PARTS, "total", "response"), 0.0)
-    num_pairs = sum(len(group.length_B2) for group in noise.groups)
-    for group in noise.groups:
-        share = beta**2 * len(group.length_B2) / num_pairs
-        chosen, rejected = _simulate(group.length_B2, scheme, num_draws, seed)
-        parts_P = _covariance(group.chosen, chosen, chosen) + _covariance(group.rejected, rejected, rejected)
-        told["response"] += share * float(parts_P.sum()) / 2
+    num_pairs = len(noise.length_B2)
+    num_draws = max(_FEWEST_DRAWS, -(-num_draws // num_pairs))
+    response_P, score_P = torch.zeros(2, len(PARTS), dtype=torch.float64)
+    for part in torch.arange(num_pairs).split(max(1, _MOST_DRAWS // num_draws)):
+        chosen, rejected = _simulate(noise.length_B2, part, scheme, num_draws, seed)
+        alone_P = _covariance(noise.chosen.of(part), chosen, chosen)
+        alone_P = alone_P + _covariance(noise.rejected.of(part), rejected, rejected)
+        response_P += alone_P / 2
+        score_P += alone_P
         if scheme.pair_masks == "positions":
-            parts_P = parts_P - 2 * _covariance(group.both, chosen, rejected)
-        told["total"] += share * float(parts_P.sum())
-        for name, value in zip(PARTS, parts_P.tolist(), strict=True):
-            told[name] += share * value
-    return told
+            score_P -= 2 * _covariance(noise.both.of(part), chosen, rejected)
+    score_P, response_P = (beta**2 / num_pairs * x for x in (score_P, response_P))
+    told = dict(zip(PARTS, score_P.tolist(), strict=True))
+    return told | {"total": float(score_P.sum()), "response": float(response_P.sum())}
 
 
 @dataclass(frozen=True)
@@ -182,19 +168,19 @@ class _Weights:
     length_B: Tensor
 
 
-def _simulate(length_B2: Tensor, scheme: Scheme, num_draws: int, seed: int) -> tuple[_Weights, _Weights]:
-    # Of many pairs some are enough, evenly spaced: they are in the order of their lengths, all that matters.
-    num_pairs = min(len(length_B2), max(1, num_draws // _DRAWS_PER_PAIR))
-    length_B2 = length_B2[torch.arange(num_pairs) * len(length_B2) // num_pairs]
-    num_draws = max(_DRAWS_PER_PAIR, -(-num_draws // num_pairs))
+def _simulate(
+    length_B2: Tensor, part: Tensor, scheme: Scheme, num_draws: int, seed: int
+) -> tuple[_Weights, _Weights]:
+    """Row weights of the pairs `part`. A pair's draws are the same in any part."""
+    length_B2 = length_B2[part]
+    example_E = (part[:, None] * num_draws + torch.arange(num_draws)).flatten()
     length_R = length_B2.repeat_interleave(num_draws, dim=0).flatten()
-    num_examples = num_pairs * num_draws
     lengths = ResponseBatch(
         tokens_U=torch.zeros(0, dtype=torch.int64),
         prompt_length_R=torch.ones_like(length_R),
         response_length_R=length_R,
-        example_R=torch.arange(num_examples).repeat_interleave(2),
-        side_R=torch.arange(2).repeat(num_examples),
+        example_R=example_E.repeat_interleave(2),
+        side_R=torch.arange(2).repeat(len(example_E)),
         num_sides=2,
     )
     drawn = scheme.draw(lengths, seed, 0)
@@ -203,29 +189,31 @@ def _simulate(length_B2: Tensor, scheme: Scheme, num_draws: int, seed: int) -> t
     basis_RKA = basis(size_RK / length_R[:, None])
     sides = []
     for side in range(2):
-        draws = (x[side::2].unflatten(0, (num_pairs, num_draws)) for x in (omega_RKL, basis_RKA))
+        draws = (x[side::2].unflatten(0, (len(part), num_draws)) for x in (omega_RKL, basis_RKA))
         sides.append(_Weights(*draws, length_B2[:, side]))
     return sides[0], sides[1]
 
 
 def _covariance(moments: Moments, first: _Weights, second: _Weights) -> Tensor:
-    """The PARTS of the covariance of two estimates by masks of one draw, means over responses: (P,)."""
+    """The PARTS of the covariance of two estimates by masks of one draw, summed over responses: (P,)."""
     # The chance that two positions are one, 1 / L in one response.
     chance_B = torch.minimum(first.length_B, second.length_B) / (first.length_B * second.length_B).double()
     chance_B11, chance_B111 = chance_B[:, None, None], chance_B[:, None, None, None]
 
-    def at_levels(moment_AA: Tensor) -> Tensor:
-        return torch.einsum("bdka,ae,bdje->bdkj", first.basis_BDKA, moment_AA, second.basis_BDKA)
+    def at_levels(moment_BAA: Tensor) -> Tensor:
+        return torch.einsum("bdka,bae,bdje->bdkj", first.basis_BDKA, moment_BAA, second.basis_BDKA)
+
+    def at_level(moment_BA: Tensor) -> Tensor:
+        return torch.einsum("bdka,ba->bdk", first.basis_BDKA, moment_BA)
 
     def by_sample(value_BDKK: Tensor) -> Tensor:
         return value_BDKK.diagonal(dim1=2, dim2=3)
 
-    contrast_AA = moments.same_AA - moments.different_AA
-    own_contrast_A = moments.own_A - moments.own_different_A
-    contrast_BDKK = at_levels(contrast_AA)
-    mean_BDKK = at_levels(moments.different_AA) + chance_B111 * contrast_BDKK
-    own_contrast_BDK = first.basis_BDKA @ own_contrast_A
-    own_mean_BDK = first.basis_BDKA @ moments.own_different_A + chance_B11 * own_contrast_BDK
+    contrast_BAA = moments.same_BAA - moments.different_BAA
+    contrast_BDKK = at_levels(contrast_BAA)
+    mean_BDKK = at_levels(moments.different_BAA) + chance_B111 * contrast_BDKK
+    own_contrast_BDK = at_level(moments.own_BA - moments.own_different_BA)
+    own_mean_BDK = at_level(moments.own_different_BA) + chance_B11 * own_contrast_BDK
 
     total_BDK, other_total_BDK = first.omega_BDKL.sum(3), second.omega_BDKL.sum(3)
     product_BDKK = total_BDK[..., :, None] * other_total_BDK[..., None, :]
@@ -235,12 +223,10 @@ def _covariance(moments: Moments, first: _Weights, second: _Weights) -> Tensor:
     other_level_BDA = (other_total_BDK[..., None] * second.basis_BDKA).sum(2)
     level_BDA, other_level_BDA = (x - x.mean(1, keepdim=True) for x in (level_BDA, other_level_BDA))
     covariance_BAA = level_BDA.transpose(1, 2) @ other_level_BDA / (level_BDA.shape[1] - 1)
-    mean_BAA = moments.different_AA + chance_B11 * contrast_AA
-    return torch.stack(
-        [
-            (covariance_BAA * mean_BAA).sum((1, 2)).mean(),
-            (excess_BDKK * contrast_BDKK).sum((2, 3)).mean(),
-            (by_sample(excess_BDKK) * (own_contrast_BDK - by_sample(contrast_BDKK))).sum(2).mean(),
-            (by_sample(product_BDKK) * (own_mean_BDK - by_sample(mean_BDKK))).sum(2).mean(),
-        ]
-    )
+    mean_BAA = moments.different_BAA + chance_B11 * contrast_BAA
+    own_excess_BDK, square_BDK = by_sample(excess_BDKK), by_sample(product_BDKK)
+    tokens_BD = (excess_BDKK * contrast_BDKK).sum((2, 3))
+    masks_BD = (own_excess_BDK * (own_contrast_BDK - by_sample(contrast_BDKK))).sum(2)
+    samples_BD = (square_BDK * (own_mean_BDK - by_sample(mean_BDKK))).sum(2)
+    by_draw = [x_BD.mean(1).sum() for x_BD in (tokens_BD, masks_BD, samples_BD)]
+    return torch.stack([(covariance_BAA * mean_BAA).sum(), *by_draw])
