@@ -17,6 +17,7 @@ from datasets import load_dataset
 
 from benchmarks.record import RESULTS, provenance
 from benchmarks.variance import measure
+from benchmarks.variance.bound import bound_rows
 from benchmarks.variance.models import TASKS
 from vrpo import data
 from vrpo.batch import ResponseBatch
@@ -203,44 +204,40 @@ def sft(model: Model) -> None:
 
 
 def predictions(model: Model) -> None:
-    """Variances that the moments of other draws predict for every exact design, and the bound of any weights.
+    """Variances that the moments of other draws predict for exact designs, and the bound of any weights.
 
     Seeds differ from those of the other measurements: what is predicted is not what the moments come from.
     """
+    first = {"design": PREDICTED[0], "pair_masks": "positions", "num_samples": 8}
     drifts = [name for name in DRIFTS if (model.folder / name).exists()]
-    for drift in [*drifts, "reference"]:
-        first = {"design": PREDICTED[0], "pair_masks": "positions", "num_samples": 8}
-        if model.has(kind="predicted", drift=drift, **first):
-            continue
-        batch, mask_token_id = model.pairs()
-        started = time.perf_counter()
-        policy, reference = model.load(drift), None if drift == "reference" else model.load("reference")
-        found = noise.measure(
-            policy,
-            reference,
-            batch,
-            mask_token_id=mask_token_id,
-            num_repeats=max(3, round(6 * model.effort)),
-            seed=model.seed + 1,
-            max_tokens_per_pack=measure.MAX_TOKENS,
+    if all(model.has(kind="predicted", drift=drift, **first) for drift in [*drifts, "reference"]):
+        return
+    batch, mask_token_id = model.pairs()
+    started = time.perf_counter()
+    options = {
+        "mask_token_id": mask_token_id,
+        "num_repeats": max(4, round(6 * model.effort)),
+        "seed": model.seed + 1,
+        "max_tokens_per_pack": measure.MAX_TOKENS,
+    }
+    reference = model.load("reference")
+    found = dict(
+        zip(
+            drifts, noise.measure_all(list(map(model.load, drifts)), reference, batch, **options), strict=True
         )
-        rows = [
-            {
-                "kind": "predicted",
-                "drift": drift,
-                "design": name,
-                "pair_masks": pair_masks,
-                "num_samples": number,
-            }
-            | {part: float(f"{x:.4g}") for part, x in predicted.items()}
-            for number in (8, 4)
-            for name in PREDICTED
-            for pair_masks in ("positions", "independent")
-            for predicted in [
-                noise.predict(found, Scheme(name, number, pair_masks=pair_masks), beta=measure.BETA)
-            ]
-        ]
-        model.write(rows, time.perf_counter() - started)
+    )
+    found["reference"] = noise.measure(reference, None, batch, **options)
+    for drift, measured in found.items():
+        rows = []
+        for number in (8, 4):
+            for name in PREDICTED:
+                for pair_masks in ("positions", "independent"):
+                    scheme = Scheme(name, number, pair_masks=pair_masks)
+                    told = noise.predict(measured, scheme, beta=measure.BETA, num_draws=256)
+                    named = {"drift": drift, "design": name, "pair_masks": pair_masks, "num_samples": number}
+                    figures = {part: float(f"{x:.4g}") for part, x in told.items()}
+                    rows.append({"kind": "predicted"} | named | figures)
+        model.write([*bound_rows(measured, drift, measure.BETA), *rows], time.perf_counter() - started)
 
 
 KINDS: dict[str, Callable[[Model], None]] = {

@@ -1,13 +1,11 @@
 """Mask designs and row weights against full enumeration: expectation, variance, calibration."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from enumeration import estimates, every_draw, exact_elbo, random_table
 
-from benchmarks.online_covariance import OnlineCovariance
 from vrpo.batch import ResponseBatch
 from vrpo.estimator import designs, masking
 from vrpo.estimator.designs import DESIGNS
@@ -188,19 +186,6 @@ def test_graded__cancels_what_is_linear_in_the_level(num_samples, monkeypatch):
     assert value_R.mean() == pytest.approx(0.5, abs=0.01)
     assert value_R.std() == pytest.approx(float(abs((signs_K * square_K).sum()) / 12**0.5), rel=0.1, abs=1e-5)
     assert value_R.std() < 0.35 * independent
-
-
-def test_online_covariance__is_exact_whatever_tables_it_has_learnt():
-    """The benchmark's rival of `balanced`: tables from other draws, of levels that matter, leave B exact."""
-    table, online = random_table(3), OnlineCovariance()
-    drawn, length_R = every_draw("folded", 3, 4)
-    count_N = drawn.offsets_S1.diff().repeat_interleave(drawn.offsets_S1.diff())
-    online.update(drawn, length_R, (drawn.position_N + 1.0) * count_N**2)
-    weight_N = online.weights(drawn, length_R)
-    flat_N = every_draw("folded-balanced", 3, 4)[0].weight_N
-    assert (weight_N - flat_N).abs().max() > 0.05
-    mean = estimates(replace(drawn, weight_N=weight_N), 3, table).mean(0)
-    assert torch.allclose(mean, exact_elbo(table), rtol=FP32_WEIGHTS, atol=FP32_WEIGHTS)
 
 
 def same_length_batch(length, num_responses):

@@ -24,7 +24,7 @@ weights of one sample depend on the masks of another, it is taken that what a ma
 level says nothing of what another mask does: masks that avoid each other by design are treated like others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +126,26 @@ def _moments(value_B2KL: Tensor, masked_B2KL: Tensor, length_B2: Tensor) -> Nois
     return Noise(length_B2, fit(chosen, chosen), fit(rejected, rejected), fit(chosen, rejected))
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Row weights omega / K of D draws of each of B responses, and the basis at the levels of the masks."""
+
+    omega_BDKL: Tensor
+    basis_BDKA: Tensor
+    length_B: Tensor
+
+
+Reweigh = Callable[[Weights, Weights], tuple[Weights, Weights]]
+
+
 def predict(
-    noise: Noise, scheme: Scheme, *, beta: float = 1.0, num_draws: int = 1024, seed: int = 0
+    noise: Noise,
+    scheme: Scheme,
+    *,
+    beta: float = 1.0,
+    num_draws: int = 1024,
+    seed: int = 0,
+    reweigh: Reweigh | None = None,
 ) -> dict[str, float]:
     """Variances under a scheme, averaged over pairs; masks are drawn, no model is run.
 
@@ -137,6 +155,7 @@ def predict(
         scheme: shared, its sides independent or sharing positions.
         num_draws: draws of masks over all pairs, but at least 8 of each. The error of 1024 is a few percent,
             most of which designs have in common.
+        reweigh: other row weights for the masks of the scheme, given those of chosen and of rejected.
     Returns: the PARTS of the score's variance and their sum, "total"; the variance of beta B_hat of a single
         response, either side alike, "response".
     Errors: ValueError for other schemes.
@@ -148,6 +167,8 @@ def predict(
     response_P, score_P = torch.zeros(2, len(PARTS), dtype=torch.float64)
     for part in torch.arange(num_pairs).split(max(1, _MOST_DRAWS // num_draws)):
         chosen, rejected = _simulate(noise.length_B2, part, scheme, num_draws, seed)
+        if reweigh is not None:
+            chosen, rejected = reweigh(chosen, rejected)
         alone_P = _covariance(noise.chosen.of(part), chosen, chosen)
         alone_P = alone_P + _covariance(noise.rejected.of(part), rejected, rejected)
         response_P += alone_P / 2
@@ -159,18 +180,9 @@ def predict(
     return told | {"total": float(score_P.sum()), "response": float(response_P.sum())}
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Row weights omega / K of D draws of each of B responses, and the basis at the levels of the masks."""
-
-    omega_BDKL: Tensor
-    basis_BDKA: Tensor
-    length_B: Tensor
-
-
 def _simulate(
     length_B2: Tensor, part: Tensor, scheme: Scheme, num_draws: int, seed: int
-) -> tuple[_Weights, _Weights]:
+) -> tuple[Weights, Weights]:
     """Row weights of the pairs `part`. A pair's draws are the same in any part."""
     length_B2 = length_B2[part]
     example_E = (part[:, None] * num_draws + torch.arange(num_draws)).flatten()
@@ -190,11 +202,11 @@ def _simulate(
     sides = []
     for side in range(2):
         draws = (x[side::2].unflatten(0, (len(part), num_draws)) for x in (omega_RKL, basis_RKA))
-        sides.append(_Weights(*draws, length_B2[:, side]))
+        sides.append(Weights(*draws, length_B2[:, side]))
     return sides[0], sides[1]
 
 
-def _covariance(moments: Moments, first: _Weights, second: _Weights) -> Tensor:
+def _covariance(moments: Moments, first: Weights, second: Weights) -> Tensor:
     """The PARTS of the covariance of two estimates by masks of one draw, summed over responses: (P,)."""
     # The chance that two positions are one, 1 / L in one response.
     chance_B = torch.minimum(first.length_B, second.length_B) / (first.length_B * second.length_B).double()
