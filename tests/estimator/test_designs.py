@@ -158,6 +158,29 @@ def test_row_weights__calibration_tells_exact_from_nearly_unbiased(design):
         assert deviation > 0.05
 
 
+@pytest.mark.parametrize(
+    ("design", "num_samples", "num_replicates", "share"),
+    [
+        ("paper", 4, 1, 0.5),
+        ("balanced", 8, 2, 0.5),
+        ("t", 4, 1, 0.5),
+        ("graded-balanced", 1, 1, 0.5),
+        ("graded-balanced", 4, 1, 0.412),
+        ("graded-balanced", 8, 2, 0.412),
+        ("graded-balanced", 8, 1, 0.406),
+        ("inverse-root", 4, 1, 0.342),
+    ],
+)
+def test_masked_share__is_the_mean_level(design, num_samples, num_replicates, share, monkeypatch):
+    monkeypatch.undo()
+    assert masking.masked_share(design, num_samples, num_replicates) == pytest.approx(share, abs=0.006)
+    batch = same_length_batch(1024, 500)
+    drawn = masking.draw(
+        batch, design=design, num_samples=num_samples, num_replicates=num_replicates, seed=1, epoch=0
+    )
+    assert len(drawn.position_N) / (500 * num_samples * 1024) == pytest.approx(share, abs=0.03)
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 1000])
 def test_graded__is_the_paper_draw_for_one_sample(length):
     batch = same_length_batch(length, 50)

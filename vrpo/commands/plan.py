@@ -13,6 +13,7 @@ from vrpo.commands.console import say
 from vrpo.commands.idle import check_idle
 from vrpo.commands.planned_config import PlannedConfig, checkpoints
 from vrpo.data.output import check_output, to_json, write
+from vrpo.estimator.masking import masked_share
 from vrpo.models.loading import parse_dtype
 from vrpo.models.paths import check_revision
 from vrpo.models.quantized import Quantization
@@ -195,6 +196,12 @@ def training_setup(
         pairs_per_step=batch * config.gradient_accumulation_steps * num_gpus,
         per_device_train_batch_size=batch,
         num_sides=num_sides,
+        mask_ratio=masked_share(
+            config.mask_design,
+            config.num_samples // config.masks_per_level,
+            getattr(config, "num_replicates", 1),
+            length=response_length,
+        ),
         max_tokens_per_pack=config.max_tokens_per_pack,
         gradient_mode=gradient_mode,
         is_linear=is_linear,

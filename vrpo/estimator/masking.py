@@ -188,6 +188,18 @@ def draw(
     )
 
 
+def masked_share(design: str, num_samples: int, num_replicates: int = 1, *, length: int = 1024) -> float:
+    """Mean share of a response's tokens that a sample masks, over 4096 draws of levels: rows for the head.
+
+    About 1/2 for uniform levels and for couples; less where small levels come more often.
+    """
+    response_R = torch.arange(4096)
+    length_R = torch.full_like(response_R, length)
+    uniform = Uniform(0, 0, response_R, torch.zeros_like(response_R))
+    levels = DESIGNS[design].levels(uniform, length_R, num_samples // num_replicates)
+    return float(levels.count_RK.double().mean() / (length if levels.by_rank else WORD))
+
+
 def select(
     levels: Levels, batch: ResponseBatch, words_R: Tensor, *, num_samples: int, seed: int, epoch: int
 ) -> MaskDraw:

@@ -15,7 +15,7 @@ class TrainingSetup:
 
     prompt_length, response_length: tokens, means; all sequences count as equally long.
     pairs_per_step: examples of one optimizer step, over all GPUs. num_sides: responses of an example.
-    mask_ratio: masked share of the responses, mean; 1/2 in expectation for every design.
+    mask_ratio: masked share of the responses, mean: `masking.masked_share`, 1/2 for uniform levels.
     is_linear: the loss is linear in the ELBOs (SFT), so that what is cut into packs is passed once all the
         same. whole_batches: the loss needs all ELBOs of a batch at once (KTO).
     lora_rank: 0 trains all weights. lora_targets: names of the linear layers with adapters; None for all.
