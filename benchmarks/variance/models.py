@@ -27,8 +27,6 @@ from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
 from vrpo.models import load_model, load_tokenizer
 from vrpo.training.config import DiffusionSFTConfig, VRPOConfig
 
-DRIFTS = ("small", "early", "late")
-
 
 def gsm8k(data: Path) -> tuple[Dataset, Dataset, Dataset]:
     """Completions, training pairs and held-out pairs of GSM8K text."""

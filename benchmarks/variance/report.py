@@ -2,24 +2,24 @@
 
 A ratio is the mean variance over a model's pairs over that of `paper` with independent sides on the same
 pairs. The mean over models stands beside the worst and the best model; its 95 % interval resamples models
-and, within each, pairs. Writes variance.csv (every design), prediction.csv (predicted beside measured) and a
-figure of each into benchmarks/results, and prints the tables of README in Markdown.
+and pairs. Writes variance.csv (every design), prediction.csv (predicted beside measured) and a figure of each
+beside the folder of the results, and prints the tables of README in Markdown.
 """
 
 import argparse
 import csv
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
 
 from benchmarks.record import RESULTS
+from benchmarks.variance import training
 from benchmarks.variance.measure import SFT_DESIGNS, TABLE2
-from benchmarks.variance.run import FOLDER, key
-from benchmarks.variance.training import paired_table
+from benchmarks.variance.run import FOLDER, key, read_rows
 from vrpo.estimator.designs import DESIGNS
 
 NUM_RESAMPLES = 2000
@@ -64,33 +64,38 @@ def load(folder: Path = FOLDER) -> dict[str, dict[int, Rows]]:
     """task -> model -> key -> row. Of rows with one key the last counts."""
     found: dict[str, dict[int, Rows]] = {}
     for file in sorted(folder.glob("*.jsonl")):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
+        for row in read_rows(file):
             found.setdefault(row["task"], {}).setdefault(row["model"], {})[key(row)] = row
     return found
 
 
-def over_models(pairs: Iterable[tuple[int, list[float], list[float]]]) -> Ratio | None:
-    """Ratio of means per model, and their mean. pairs: (model, variances, variances of the baseline)."""
-    measured = [(model, np.array(value), np.array(base)) for model, value, base in pairs]
-    if not measured:
+def over_models(measured: Iterable[tuple[int, list[float], list[float]]]) -> Ratio | None:
+    """Ratio of means per model, and their mean. measured: (model, variances, variances of the baseline).
+
+    Pairs that only one of the two has are left out. A task's models are measured on the same pairs, so a
+    resample of pairs is the same for all of them.
+    """
+    models, resampled = {}, []
+    for model, value, base in measured:
+        both_B2 = np.array(list(zip(value, base, strict=False)))
+        models[model] = float(np.divide(*both_B2.mean(0)))
+        pick = np.random.default_rng(0).integers(len(both_B2), size=(NUM_RESAMPLES, len(both_B2)))
+        resampled.append(np.divide(*both_B2[pick].mean(1).T))
+    if not models:
         return None
-    models = {model: float(value.mean() / base.mean()) for model, value, base in measured}
-    generator = np.random.default_rng(0)
-    by_model = []
-    for _, value, base in measured:
-        pick = generator.integers(len(value), size=(NUM_RESAMPLES, len(value)))
-        by_model.append(value[pick].mean(1) / base[pick].mean(1))
-    chosen = generator.integers(len(measured), size=(NUM_RESAMPLES, len(measured)))
-    means = np.array(by_model)[chosen, np.arange(NUM_RESAMPLES)[:, None]].mean(1)
+    chosen = np.random.default_rng(1).integers(len(models), size=(NUM_RESAMPLES, len(models)))
+    means = np.array(resampled)[chosen, np.arange(NUM_RESAMPLES)[:, None]].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Ratio(float(np.mean(list(models.values()))), float(low), float(high), models, len(measured[0][1]))
+    return Ratio(float(np.mean(list(models.values()))), float(low), float(high), models, len(both_B2))
 
 
 QUANTITIES = ("score", "loss", "gradient", "absolute")
+PAIR_MASKS = ("independent", "positions")
 
 
-def variances(rows: Rows, quantity: str, drift: str, design: str, pair_masks: str, number: int):
+def variances(
+    rows: Rows, quantity: str, drift: str, design: str, pair_masks: str, number: int
+) -> list[float] | None:
     """Per pair (of absolute ELBOs: per response), or None where it was not measured."""
     if quantity == "gradient":
         row = rows.get(("gradient", drift, design, pair_masks, number))
@@ -121,28 +126,31 @@ def summaries(found: dict[str, dict[int, Rows]]) -> Iterator[dict]:
         keys = {known for rows in models.values() for known in rows}
         drifts = sorted({drift for kind, drift, *_ in keys if kind != "predicted"})
         designs = sorted({known[2] for known in keys if known[0] in ("score", "gradient", "absolute")})
-        for quantity in QUANTITIES:
-            for drift in drifts:
-                for number in (4, 8):
-                    for design in designs:
-                        for pair_masks in ("independent", "positions"):
-                            if quantity == "absolute" and pair_masks == "positions":
-                                continue
-                            told = ratio(models, quantity, drift, design, pair_masks, number)
-                            if told:
-                                yield {
-                                    "task": task,
-                                    "drift": drift,
-                                    "quantity": quantity,
-                                    "design": design,
-                                    "pair_masks": pair_masks,
-                                    "num_samples": number,
-                                    "unbiased": DESIGNS[design].unbiased if design in DESIGNS else True,
-                                    "models": len(told.models),
-                                    "pairs": told.pairs,
-                                    **{name: f"{getattr(told, name):.4g}" for name in FIGURES},
-                                    "each": " ".join(f"{m}:{x:.4g}" for m, x in told.models.items()),
-                                }
+        for quantity, drift, number, design, pair_masks in product(
+            QUANTITIES, drifts, (4, 8), designs, PAIR_MASKS
+        ):
+            if quantity == "absolute" and pair_masks == "positions":
+                continue
+            told = ratio(models, quantity, drift, design, pair_masks, number)
+            if told:
+                yield {
+                    "task": task,
+                    "drift": drift,
+                    "quantity": quantity,
+                    "design": design,
+                    "pair_masks": pair_masks,
+                    "num_samples": number,
+                    "unbiased": is_unbiased(design),
+                    "models": len(told.models),
+                    "pairs": told.pairs,
+                    **{name: f"{getattr(told, name):.4g}" for name in FIGURES},
+                    "each": " ".join(f"{m}:{x:.4g}" for m, x in told.models.items()),
+                }
+
+
+def is_unbiased(design: str) -> bool:
+    """Weightings that are in no design, balanced ones, are exact."""
+    return design not in DESIGNS or DESIGNS[design].unbiased
 
 
 FIGURES = ("mean", "low", "high", "worst", "best")
@@ -155,7 +163,9 @@ def predictions(found: dict[str, dict[int, Rows]]) -> Iterator[dict]:
             for (kind, drift, design, pair_masks, number), row in rows.items():
                 if kind != "predicted" or drift == "reference":
                     continue
-                base = rows[("predicted", drift, "paper", "independent", number)]
+                base = rows.get(("predicted", drift, "paper", "independent", number))
+                if base is None:
+                    continue
                 told = ratio({model: rows}, "score", drift, design, pair_masks, number)
                 yield {
                     "task": task,
@@ -175,13 +185,11 @@ def predictions(found: dict[str, dict[int, Rows]]) -> Iterator[dict]:
 PARTS = ("levels", "tokens", "masks", "samples")
 
 
-def write(rows: Iterable[dict], path: Path) -> list[dict]:
-    rows = list(rows)
+def write(rows: list[dict], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return rows
 
 
 def table(header: list[str], lines: Iterable[list[str]]) -> str:
@@ -200,10 +208,8 @@ COLUMNS = [
 
 
 def label(design: str, pair_masks: str) -> str:
-    biased = design in DESIGNS and not DESIGNS[design].unbiased
-    return (
-        f"`{design}`" + (" (biased)" if biased else "") + (", positions" if pair_masks == "positions" else "")
-    )
+    biased = "" if is_unbiased(design) else " (biased)"
+    return f"`{design}`{biased}" + (", positions" if pair_masks == "positions" else "")
 
 
 def cell(told: Ratio | None) -> str:
@@ -213,19 +219,34 @@ def cell(told: Ratio | None) -> str:
     return f"{told}{spread}"
 
 
+def known_columns(
+    found: dict, quantity: str, number: int, columns: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Those tasks and drifts of which there are figures."""
+    return [
+        (task, drift)
+        for task, drift in columns
+        if ratio(found.get(task, {}), quantity, drift, "paper", "independent", number)
+    ]
+
+
 def design_table(found: dict, quantity: str, number: int, columns: list[tuple[str, str]]) -> str:
-    """Designs sorted by their mean over all models and drifts shown: mean [interval]; best to worst model."""
-    names = {(known[2], known[3]) for models in found.values() for rows in models.values() for known in rows}
-    designs = {design for design, _ in names}
+    """Designs sorted by their mean over all models and drifts shown: mean [interval]; best to worst model.
+
+    Without columns that nobody measured, and designs that the first column left lacks; empty if none is left.
+    """
+    columns = known_columns(found, quantity, number, columns)
+    if not columns:
+        return ""
+    designs = {known[2] for models in found.values() for rows in models.values() for known in rows}
     lines = []
-    for design in designs:
-        for pair_masks in ("independent",) if quantity == "absolute" else ("independent", "positions"):
+    for design in sorted(designs):
+        for pair_masks in PAIR_MASKS[:1] if quantity == "absolute" else PAIR_MASKS:
             told = [
-                ratio(found.get(task, {}), quantity, drift, design, pair_masks, number)
-                for task, drift in columns
+                ratio(found[task], quantity, drift, design, pair_masks, number) for task, drift in columns
             ]
             each = [x for one in told if one for x in one.models.values()]
-            if len(each) and all(one is not None for one in told[:1]):
+            if told[0]:
                 lines.append((float(np.mean(each)), max(each), design, pair_masks, told))
     lines.sort(key=lambda line: line[0])
     return table(
@@ -336,11 +357,9 @@ def plot(found: dict, path: Path) -> None:
         ("graded-balanced", "positions"),
         ("ratio", "positions"),
     ]
-    columns = [
-        column
-        for column in COLUMNS
-        if ratio(found.get(column[0], {}), "score", column[1], "paper", "positions", 4)
-    ]
+    columns = known_columns(found, "score", 4, COLUMNS)
+    if not columns:
+        return
     figure, axes = plt.subplots(
         2,
         len(columns),
@@ -433,30 +452,28 @@ def say_predictions(rows: list[dict]) -> str:
 
 
 def report(args: argparse.Namespace) -> int:
-    found = load(args.results)
-    write(summaries(found), args.results.parent / "variance.csv")
-    predicted = list(predictions(found))
+    found, out = load(args.results), args.results.parent
+    measured, predicted = list(summaries(found)), list(predictions(found))
+    if not measured:
+        raise SystemExit(f"no variances in {args.results}: `python -m benchmarks variance run` measures them")
+    write(measured, out / "variance.csv")
+    plot(found, out / "variance.png")
     if predicted:
-        write(predicted, args.results.parent / "prediction.csv")
-        plot_predictions(predicted, args.results.parent / "prediction.png")
+        write(predicted, out / "prediction.csv")
+        plot_predictions(predicted, out / "prediction.png")
         print(say_predictions(predicted), "\n")
-    plot(found, args.results.parent / "variance.png")
     print(paper_table(found), "\n")
-    for number in (4, 8):
-        print(f"score, K = {number}\n")
-        print(design_table(found, "score", number, COLUMNS), "\n")
-    for quantity in ("loss", "gradient"):
-        for number in (4, 8):
-            print(f"{quantity}, K = {number}\n")
-            print(design_table(found, quantity, number, COLUMNS), "\n")
     stages = [(task, stage) for stage in ("reference", "sft-early") for task in TASKS]
-    for number in (4, 8):
-        print(f"ELBOs by themselves, K = {number}\n")
-        print(design_table(found, "absolute", number, stages), "\n")
-    print(bound_table(found), "\n")
-    print(sft_table(found), "\n")
-    print(table2(found), "\n")
-    print(paired_table())
+    for quantity, number in product(QUANTITIES, (4, 8)):
+        told = design_table(found, quantity, number, stages if quantity == "absolute" else COLUMNS)
+        if told:
+            name = "ELBOs by themselves" if quantity == "absolute" else quantity
+            print(f"{name}, K = {number}\n\n{told}\n")
+    for told in (bound_table(found), sft_table(found), table2(found)):
+        print(f"{told}\n")
+    outcome = read_rows(out / training.FILE.name)
+    if outcome:
+        print(training.paired_table(outcome))
     return 0
 
 

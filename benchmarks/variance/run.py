@@ -1,7 +1,8 @@
 """Measure the trained models, one result file per model; a run that was cut goes on where it stopped.
 
-Every row is written as soon as it is known, and rows that a file has are not measured again. --train makes a
-model that is not there (benchmarks/variance/models.py says how), each in a process of its own.
+Rows that belong to the same draws are written together as soon as they are known, and are not measured again
+where the file has the last of them. --train makes a model that is not there (benchmarks/variance/models.py
+says how), each in a process of its own.
 """
 
 import argparse
@@ -9,7 +10,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from vrpo import data
 from vrpo.batch import ResponseBatch
 from vrpo.evaluation import noise
 from vrpo.evaluation.variance import Scheme
-from vrpo.models import load_model, load_tokenizer
+from vrpo.models import load_config, load_model, load_tokenizer
 
 FOLDER = RESULTS / "variance"
 DRIFTS = ("small", "early", "late")
@@ -43,10 +45,25 @@ PREDICTED = ["paper", "stratified", "tiled", "coupled", "folded-loo", "folded-ba
 PREDICTED += ["mirrored-balanced", "inverse-root", "graded", "graded-balanced"]
 
 
+def read_rows(file: Path) -> list[dict]:
+    """Rows of a result file. Half a line at its end, which a run that was cut leaves, is no row."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def append_rows(file: Path, rows: Iterable[dict]) -> None:
+    """Append rows in one piece; half a line at the end of the file goes away first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as stream:
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+        stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def load_pairs(models: Path, num_pairs: int) -> tuple[ResponseBatch, int]:
     """The first held-out pairs, and the id of the mask token."""
     tokenizer = load_tokenizer(str(models / "reference"))
-    config = load_model(str(models / "reference")).config
+    config = load_config(str(models / "reference"))
     max_length = json.loads((models / "training.json").read_text())["max_length"]
     rows = load_dataset("json", data_files=str(models / "pairs.jsonl"), split="train")
     prepared, _ = data.prepare_pairs(
@@ -68,27 +85,28 @@ class Model:
         self.number = int(number)
         self.num_pairs, self.effort = EFFORT[self.task]
         self.file = FOLDER / f"{folder.name}.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.known = {key(json.loads(line)) for line in lines}
+        self.known = {key(row) for row in read_rows(self.file)}
+        self.loaded: dict[str, torch.nn.Module] = {}
 
     def load(self, name: str) -> torch.nn.Module:
-        return load_model(str(self.folder / name)).eval().requires_grad_(False)
+        if name not in self.loaded:
+            self.loaded[name] = load_model(str(self.folder / name)).requires_grad_(False)
+        return self.loaded[name]
 
     def pairs(self, share: float = 1.0) -> tuple[ResponseBatch, int]:
         return load_pairs(self.folder, max(4, round(self.num_pairs * share)))
 
     def has(self, **names: object) -> bool:
+        """Ask for the last of the rows that are written together: a run may be cut between them."""
         return key(names) in self.known
 
-    def write(self, rows: Iterator[dict], seconds: float) -> None:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        facts = provenance("cpu")
-        with self.file.open("a") as file:
-            for row in rows:
-                file.write(json.dumps(facts | {"task": self.task, "model": self.number} | row) + "\n")
-                self.known.add(key(row))
+    def write(self, rows: Iterable[dict], seconds: float) -> None:
+        facts = provenance("cpu") | {"task": self.task, "model": self.number}
+        rows = [facts | row for row in rows]
+        append_rows(self.file, rows)
+        last = rows[-1]
         print(
-            f"{self.folder.name} {row['kind']} {row['design']} K={row['num_samples']}: {seconds:.0f} s",
+            f"{self.folder.name} {last['kind']} {last['design']} K={last['num_samples']}: {seconds:.0f} s",
             flush=True,
         )
 
@@ -100,20 +118,18 @@ def key(row: dict) -> tuple:
 
 def scores(model: Model) -> None:
     """Fresh draws, K = 4 first; the reference's ELBOs by themselves come from the same forward passes."""
-    drifts = [name for name in SCORED if (model.folder / name).exists()]
-    loaded = None
     for draw in measure.score_draws(model.effort):
         last = list(draw.weightings)[-1]
-        if model.has(kind="score", drift=drifts[-1], design=last, num_samples=draw.num_samples):
+        if model.has(kind="score", drift=SCORED[-1], design=last, num_samples=draw.num_samples):
             continue
-        loaded = loaded or [model.load(name) for name in ["reference", *drifts]]
-        batch, mask_token_id = model.pairs()
         started = time.perf_counter()
-        found = measure.elbos(loaded, batch, draw, mask_token_id=mask_token_id, seed=model.seed)
+        models = [model.load(name) for name in ["reference", *SCORED]]
+        batch, mask_token_id = model.pairs()
+        found = measure.elbos(models, batch, draw, mask_token_id=mask_token_id, seed=model.seed)
         reference = {name: by_model[:1] for name, by_model in found.items() if name != "ratio"}
         rows = [
             *measure.absolute_rows(draw, reference, ["reference"]),
-            *measure.score_rows(draw, found, drifts),
+            *measure.score_rows(draw, found, SCORED),
         ]
         model.write(rows, time.perf_counter() - started)
 
@@ -121,21 +137,19 @@ def scores(model: Model) -> None:
 def absolute(model: Model) -> None:
     """The designs that are for ELBOs by themselves, and all of them on the model early in its training."""
     for stage in STAGES:
-        if not (model.folder / stage).exists():
-            continue
         draws = measure.absolute_draws(model.effort)
         if stage != "reference":
             draws += [draw for draw in measure.score_draws(model.effort / 2) if draw.design != "inverse-root"]
         for draw in draws:
-            first = next(iter(draw.weightings))
-            if model.has(kind="absolute", drift=stage, design=first, num_samples=draw.num_samples):
+            draw = replace(draw, weightings={k: v for k, v in draw.weightings.items() if k != "ratio"})
+            last = list(draw.weightings)[-1]
+            if model.has(kind="absolute", drift=stage, design=last, num_samples=draw.num_samples):
                 continue
-            batch, mask_token_id = model.pairs()
             started = time.perf_counter()
+            batch, mask_token_id = model.pairs()
             found = measure.elbos(
                 [model.load(stage)], batch, draw, mask_token_id=mask_token_id, seed=model.seed
             )
-            found.pop("ratio", None)
             model.write(measure.absolute_rows(draw, found, [stage]), time.perf_counter() - started)
 
 
@@ -148,8 +162,8 @@ def gradients(model: Model) -> None:
             named = {"drift": drift, "design": design, "pair_masks": pair_masks, "num_samples": num_samples}
             if model.has(kind="gradient", **named):
                 continue
-            batch, mask_token_id = model.pairs(0.5)
             started = time.perf_counter()
+            batch, mask_token_id = model.pairs(0.5)
             row = measure.gradient_row(
                 model.load(drift),
                 model.load("reference"),
@@ -208,9 +222,10 @@ def predictions(model: Model) -> None:
 
     Seeds differ from those of the other measurements: what is predicted is not what the moments come from.
     """
-    first = {"design": PREDICTED[0], "pair_masks": "positions", "num_samples": 8}
-    drifts = [name for name in DRIFTS if (model.folder / name).exists()]
-    if all(model.has(kind="predicted", drift=drift, **first) for drift in [*drifts, "reference"]):
+    last = {"design": PREDICTED[-1], "pair_masks": "independent", "num_samples": 4}
+    stages = [*DRIFTS, "reference"]
+    missing = [drift for drift in stages if not model.has(kind="predicted", drift=drift, **last)]
+    if not missing:
         return
     batch, mask_token_id = model.pairs()
     started = time.perf_counter()
@@ -220,14 +235,12 @@ def predictions(model: Model) -> None:
         "seed": model.seed + 1,
         "max_tokens_per_pack": measure.MAX_TOKENS,
     }
-    reference = model.load("reference")
-    found = dict(
-        zip(
-            drifts, noise.measure_all(list(map(model.load, drifts)), reference, batch, **options), strict=True
-        )
-    )
-    found["reference"] = noise.measure(reference, None, batch, **options)
-    for drift, measured in found.items():
+    policies, reference = [model.load(drift) for drift in DRIFTS], model.load("reference")
+    noises = noise.measure_all(policies, reference, batch, **options)
+    noises.append(noise.measure(reference, None, batch, **options))
+    for drift, measured in zip(stages, noises, strict=True):
+        if drift not in missing:
+            continue
         rows = []
         for number in (8, 4):
             for name in PREDICTED:

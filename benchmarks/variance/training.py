@@ -5,7 +5,6 @@ differences are paired. Held-out pairs are scored with 16 samples, the same mask
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from benchmarks.record import RESULTS, provenance
 from benchmarks.variance.measure import BETA
 from benchmarks.variance.models import TASKS, settings
-from benchmarks.variance.run import load_pairs, train
+from benchmarks.variance.run import append_rows, load_pairs, read_rows, train
 from vrpo import VRPOConfig, VRPOTrainer
 from vrpo.evaluation import variance
 from vrpo.evaluation.variance import Scheme
@@ -92,29 +91,24 @@ def trained(task: str, number: int, scheme: Scheme, args: argparse.Namespace) ->
 def run(args: argparse.Namespace) -> int:
     """Runs that the file has are not made again."""
     torch.set_num_threads(args.threads)
-    known = {(row["task"], row["model"], row["arm"], row["steps"]) for row in rows()}
+    known = {(row["task"], row["model"], row["arm"], row["steps"]) for row in read_rows(FILE)}
     for number in args.models:
         for task in args.tasks:
-            train(args.folder / f"{task}-{number}", task, number, args.data)
             for arm, scheme in ARMS.items():
                 name = {"task": task, "model": number, "arm": arm, "steps": args.steps}
                 if tuple(name.values()) in known:
                     continue
+                train(args.folder / f"{task}-{number}", task, number, args.data)
                 row = provenance("cpu") | name | trained(task, number, scheme, args)
-                with FILE.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_rows(FILE, [row])
                 print(row, flush=True)
     return 0
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
-
-
-def paired_table() -> str:
+def paired_table(rows: list[dict]) -> str:
     """Held-out loss by arm; paired differences of ours to the others, with a 95 % interval over seeds."""
     lines = ["| | " + " | ".join(ARMS) + " |", "|---" * (len(ARMS) + 1) + "|"]
-    told = {(row["task"], row["steps"], row["arm"], row["model"]): row for row in rows()}
+    told = {(row["task"], row["steps"], row["arm"], row["model"]): row for row in rows}
     for task, steps in sorted({name[:2] for name in told}):
         every = {name[3] for name in told if name[:2] == (task, steps)}
         seeds = [s for s in sorted(every) if all((task, steps, arm, s) in told for arm in ARMS)]
