@@ -461,8 +461,8 @@ def report(args: argparse.Namespace) -> int:
     if predicted:
         write(predicted, out / "prediction.csv")
         plot_predictions(predicted, out / "prediction.png")
-        print(say_predictions(predicted), "\n")
-    print(paper_table(found), "\n")
+        print(f"{say_predictions(predicted)}\n")
+    print(f"{paper_table(found)}\n")
     stages = [(task, stage) for stage in ("reference", "sft-early") for task in TASKS]
     for quantity, number in product(QUANTITIES, (4, 8)):
         told = design_table(found, quantity, number, stages if quantity == "absolute" else COLUMNS)
