@@ -469,8 +469,10 @@ def report(args: argparse.Namespace) -> int:
         if told:
             name = "ELBOs by themselves" if quantity == "absolute" else quantity
             print(f"{name}, K = {number}\n\n{told}\n")
-    for told in (bound_table(found), sft_table(found), table2(found)):
-        print(f"{told}\n")
+    kinds = {known[0] for models in found.values() for rows in models.values() for known in rows}
+    for kind, make_table in (("bound", bound_table), ("sft", sft_table), ("table2", table2)):
+        if kind in kinds:
+            print(f"{make_table(found)}\n")
     outcome = read_rows(out / training.FILE.name)
     if outcome:
         print(training.paired_table(outcome))

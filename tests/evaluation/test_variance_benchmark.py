@@ -13,6 +13,8 @@ from torch.nn.functional import softplus
 from benchmarks.variance import command, measure, report, run, training
 from benchmarks.variance.measure import BETA, Draw
 from vrpo.estimator.designs import DESIGNS
+from vrpo.estimator.elbo import elbo
+from vrpo.estimator.packing import pack
 from vrpo.evaluation import variance
 from vrpo.evaluation.variance import Scheme
 from vrpo.models import create_model
@@ -138,19 +140,34 @@ def test_score_rows__equal_sides_have_noise_only_where_they_are_drawn_apart():
 
 
 def test_absolute_rows__paper_by_single_samples_and_others_by_draws():
-    elbo = random_elbos(3, 8) - 5
-    single_NR = elbo.transpose(1, 2).reshape(24, 4)
+    elbo_QRK = random_elbos(3, 8) - 5
+    single_NR = elbo_QRK.transpose(1, 2).reshape(24, 4)
     draw = Draw("paper", 8, 3, {"paper": None})
-    rows = measure.absolute_rows(draw, {"paper": [elbo]}, ["reference"])
+    rows = measure.absolute_rows(draw, {"paper": [elbo_QRK]}, ["reference"])
     for row, number in zip(rows, (4, 8), strict=True):
         assert (row["kind"], row["drift"], row["num_samples"]) == ("absolute", "reference", number)
         assert close(row["response"], single_NR.var(0) / number)
         assert close(row["difference"], (single_NR[:, 0::2] - single_NR[:, 1::2]).var(0) / number)
-    (row,) = measure.absolute_rows(Draw("tiled", 8, 3, {"tiled": None}), {"tiled": [elbo]}, ["reference"])
-    value_QR = elbo.mean(2)
+    draw = Draw("tiled", 8, 3, {"tiled": None})
+    (row,) = measure.absolute_rows(draw, {"tiled": [elbo_QRK]}, ["reference"])
+    value_QR = elbo_QRK.mean(2)
     assert close(row["response"], value_QR.var(0)) and row["repeats"] == 3
     assert close(row["difference"], (value_QR[:, 0::2] - value_QR[:, 1::2]).var(0))
-    assert row["elbo"] == pytest.approx(float(elbo.mean()), rel=1e-3)
+    assert row["elbo"] == pytest.approx(float(elbo_QRK.mean()), rel=1e-3)
+
+
+def test_sft_row__is_the_gradient_variance_of_the_chosen_responses(models, batch):
+    """Against one backward pass per response and draw."""
+    model, scheme, mask_token_id = models[0], Scheme("coupled", 2), models[0].config.mask_token_id
+    row = measure.sft_row(model, batch, scheme, mask_token_id=mask_token_id, repeats=3, seed=5)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    gradients = []
+    for repeat in range(3):
+        packed = pack(batch, scheme.draw(batch, 5, repeat), mask_token_id)
+        loss_R = -elbo(model(**packed.model_inputs()).nll, packed).mean(1) / batch.response_length_R
+        gradients += [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in loss_R[0::2]]
+    gradient_QB = torch.stack(gradients).double().unflatten(0, (3, 2))
+    assert row["kind"] == "sft" and close(row["gradient"], gradient_QB.var(0).sum((1, 2)))
 
 
 # The runner
@@ -213,14 +230,21 @@ def test_run__measures_everything_the_report_tells(trained, small_runs, capsys):
     measure_models(trained, "--models", "1", "2")
     assert "arithmetic-2: not trained, left out" in capsys.readouterr().out
     rows = run.read_rows(small_runs)
-    assert {row["kind"] for row in rows} == {"score", "absolute", "gradient", "predicted"}
+    assert {row["kind"] for row in rows} >= {"score", "absolute", "gradient", "predicted", "sft", "table2"}
     for row in rows:
         assert set(row) >= PROVENANCE and (row["task"], row["model"]) == ("arithmetic", 1)
     assert {row["drift"] for row in rows if row["kind"] == "absolute"} == {"reference", "sft-early"}
     assert not any(row["design"] == "ratio" for row in rows if row["kind"] == "absolute"), "it is biased"
     assert command.main(["report", "--results", str(small_runs.parent)]) == 0
     told = capsys.readouterr().out
-    assert "score, K = 8" in told and "gradient, K = 4" in told and "ELBOs by themselves, K = 8" in told
+    for part in (
+        "score, K = 8",
+        "gradient, K = 4",
+        "ELBOs by themselves, K = 8",
+        "n_t x n_y",
+        "| `coupled` |",
+    ):
+        assert part in told
 
 
 def test_append_rows__half_a_line_goes_away(tmp_path):
