@@ -133,10 +133,11 @@ def paired(difference: np.ndarray) -> str:
     """Mean of paired differences, its 95 % interval and how many are below 0."""
     if not difference.any():
         return "-"
-    mean, half = difference.mean(), STUDENT[len(difference)] * difference.std(ddof=1) / len(difference) ** 0.5
+    number, mean = len(difference), difference.mean()
+    half = STUDENT[min(number, 10)] * difference.std(ddof=1) / number**0.5
     wins = int((difference < 0).sum())
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}], lower in {wins} of {len(difference)}"
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}], lower in {wins} of {number}"
 
 
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % point of Student's t by the number of values."""
+"""97.5 % point of Student's t by the number of values; of more than 10 that of 10, which is cautious."""
