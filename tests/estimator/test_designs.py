@@ -181,9 +181,20 @@ def test_masked_share__is_the_mean_level(design, num_samples, num_replicates, sh
     assert len(drawn.position_N) / (500 * num_samples * 1024) == pytest.approx(share, abs=0.03)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 1000])
-def test_graded__is_the_paper_draw_for_one_sample(length):
-    batch = same_length_batch(length, 50)
+def test_masked_share__needs_no_table_of_all_draws(monkeypatch):
+    """A thousand at a time, a few, one: the same draws."""
+    monkeypatch.undo()
+    shares = []
+    for cells in (2**22, 2**16, 1):
+        monkeypatch.setattr(masking, "_CELLS_AT_ONCE", cells)
+        shares.append(masking.masked_share("inverse-root", 2, length=50))
+    assert shares == pytest.approx([shares[0]] * 3)
+
+
+@pytest.mark.parametrize(("length", "number"), [(1, 50), (2, 50), (7, 50), (1000, 50), (600_000, 1)])
+def test_graded__is_the_paper_draw_for_one_sample(length, number, monkeypatch):
+    monkeypatch.undo()
+    batch = same_length_batch(length, number)
     ours, paper = (
         masking.draw(batch, design=design, num_samples=1, seed=3, epoch=5)
         for design in ("graded-balanced", "paper")

@@ -187,6 +187,8 @@ def training_setup(
     whole_batches: bool = False,
 ) -> TrainingSetup:
     """A training as the cost model sees it. Lengths: means in tokens; the rest as in TrainingSetup."""
+    if response_length < 1:
+        raise ValueError(f"response_length must be a whole number from 1, got {response_length}")
     batch = config.per_device_train_batch_size
     targets = model_args.lora_target_modules
     return TrainingSetup(
@@ -200,7 +202,8 @@ def training_setup(
             config.mask_design,
             config.num_samples // config.masks_per_level,
             getattr(config, "num_replicates", 1),
-            length=response_length,
+            # A longer response is refused, but after this.
+            length=min(response_length, config.max_length),
         ),
         max_tokens_per_pack=config.max_tokens_per_pack,
         gradient_mode=gradient_mode,

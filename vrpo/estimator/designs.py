@@ -294,6 +294,8 @@ def graded(uniform: Uniform, length_R: Tensor, num_samples: int) -> Levels:
     log p that is linear in the level then errs by (u - 1/2) sum_k +-w_k^2, and signs make that sum small.
     Masks lie one after the other on a permutation, as in `tiled`, up to eight on one. K = 1 is `paper`.
     """
+    if num_samples == 1:
+        return paper(uniform, length_R, 1)
     bounds, grid = _spaced_bounds(num_samples)
     strata = list(pairwise(bounds))
     width_K = [high - low for low, high in strata]

@@ -20,6 +20,7 @@ EVALUATION_EPOCH = 2**32 - 1
 """The epoch of evaluation draws: the same masks each time, and never those of training."""
 
 _MAX_STREAM = 2**24
+_CELLS_AT_ONCE = 2**22
 
 
 def _repeat_levels(levels: Levels, masks_per_level: int) -> Levels:
@@ -193,11 +194,15 @@ def masked_share(design: str, num_samples: int, num_replicates: int = 1, *, leng
 
     About 1/2 for uniform levels and for couples; less where small levels come more often.
     """
-    response_R = torch.arange(4096)
-    length_R = torch.full_like(response_R, length)
-    uniform = Uniform(0, 0, response_R, torch.zeros_like(response_R))
-    levels = DESIGNS[design].levels(uniform, length_R, num_samples // num_replicates)
-    return float(levels.count_RK.double().mean() / (length if levels.by_rank else WORD))
+    total = 0.0
+    # A few draws at a time: some designs hold a table over the levels of every one.
+    for response_R in torch.arange(4096).split(max(1, _CELLS_AT_ONCE // max(length, num_samples))):
+        length_R = torch.full_like(response_R, length)
+        uniform = Uniform(0, 0, response_R, torch.zeros_like(response_R))
+        levels = DESIGNS[design].levels(uniform, length_R, num_samples // num_replicates)
+        share_R = levels.count_RK.double().mean(1) / (length if levels.by_rank else WORD)
+        total += float(share_R.sum())
+    return total / 4096
 
 
 def select(
