@@ -177,6 +177,25 @@ def test_predict__constant_log_p_has_no_noise_under_fixed_totals(design):
     assert told["levels"] == pytest.approx(told["total"], rel=1e-4) and told["levels"] > 1
 
 
+@pytest.mark.parametrize("error", [-1e-15, 0.0, 1e-15])
+def test_predict__rounding_is_no_noise(error):
+    """A response of one token is worth the same under every mask."""
+    square_A = coefficients(lambda level: torch.full_like(level, 4.0))
+    square_AA = square_A[:, None] * torch.eye(DEGREE + 1)[0]
+    own_A = square_A * (1 + error)
+    told = predict(pairs_of(Moments(square_AA, square_AA, own_A, own_A), length=1), Scheme("paper", 4))
+    assert all(value == 0 for value in told.values())
+
+
+def test_predict__looks_at_few_pairs_at_once_where_they_are_long(monkeypatch):
+    moments = moments_of(random_table(LENGTH, seed=7))
+    noise = noise_of(torch.tensor([[4, 3], [2, 4], [1, 4]]), moments, moments, moments)
+    scheme = Scheme("graded-balanced", 4, pair_masks="positions")
+    whole = predict(noise, scheme, num_draws=30)
+    monkeypatch.setattr("vrpo.evaluation.noise._MOST_CELLS", 1)
+    assert predict(noise, scheme, num_draws=30) == pytest.approx(whole)
+
+
 def lengths_only(length_B2):
     num_pairs = len(length_B2)
     return ResponseBatch(

@@ -248,6 +248,20 @@ def test_noise_report__says_what_pays():
     )
 
 
+def test_noise_report__takes_nothing_below_zero_for_the_best():
+    """Moments of too few draws."""
+    predicted = {}
+    for name in (name for name, design in DESIGNS.items() if design.unbiased):
+        for pair_masks in ("positions", "independent"):
+            total = {"paper": 2.0, "graded": -1.0, "tiled": 0.5}.get(name, 1.0)
+            told = {part: total / 4 for part in PARTS} | {"total": total, "response": 1.0}
+            predicted[Scheme(name, 4, pair_masks=pair_masks)] = told
+    content = noise_report.content(predicted)
+    assert [best["design"] for best in content["best"]] == ["tiled"]
+    assert [found["what"] for found in content["findings"]] == ["sharing positions"]
+    assert any(row["score_ratio"] == -0.5 for row in content["predicted"])
+
+
 def test_cli_variance__writes_figures_and_plot(tmp_path, capsys, tokenizer, pair_rows):
     for name, seed in (("policy", 0), ("reference", 1)):
         model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.3, seed=seed)

@@ -46,6 +46,11 @@ _MEASURED = Scheme("inverse-root", 8, pair_masks="positions")
 
 _FEWEST_DRAWS = 8
 _MOST_DRAWS = 1024
+_MOST_CELLS = 2**23
+"""Tokens times samples of the draws that are looked at together: they bound the memory."""
+
+_ROUNDING = 1e-12
+"""Below it, relative to the square of an estimate, a variance is what rounding leaves of none."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,8 @@ def predict(
 ) -> dict[str, float]:
     """Variances under a scheme, averaged over pairs; masks are drawn, no model is run.
 
-    A biased design gives the variance about its own mean.
+    A biased design gives the variance about its own mean. Where few draws measured the moments, parts and
+    totals may come out below 0.
 
     Args:
         scheme: shared, its sides independent or sharing positions.
@@ -164,8 +170,10 @@ def predict(
         raise ValueError(f"scheme must share masks, its sides independent or by positions, got {scheme}")
     num_pairs = len(noise.length_B2)
     num_draws = max(_FEWEST_DRAWS, -(-num_draws // num_pairs))
+    cells = scheme.num_samples * int(noise.length_B2.max())
+    most_draws = min(_MOST_DRAWS, _MOST_CELLS // cells)
     response_P, score_P = torch.zeros(2, len(PARTS), dtype=torch.float64)
-    for part in torch.arange(num_pairs).split(max(1, _MOST_DRAWS // num_draws)):
+    for part in torch.arange(num_pairs).split(max(1, most_draws // num_draws)):
         chosen, rejected = _simulate(noise.length_B2, part, scheme, num_draws, seed)
         if reweigh is not None:
             chosen, rejected = reweigh(chosen, rejected)
@@ -175,9 +183,18 @@ def predict(
         score_P += alone_P
         if scheme.pair_masks == "positions":
             score_P -= 2 * _covariance(noise.both.of(part), chosen, rejected)
-    score_P, response_P = (beta**2 / num_pairs * x for x in (score_P, response_P))
+    rounding = _ROUNDING * _square(noise)
+    score_P, response_P = (
+        beta**2 / num_pairs * torch.where(x.abs() > rounding, x, 0.0) for x in (score_P, response_P)
+    )
     told = dict(zip(PARTS, score_P.tolist(), strict=True))
     return told | {"total": float(score_P.sum()), "response": float(response_P.sum())}
+
+
+def _square(noise: Noise) -> float:
+    """About the sum of B_hat^2 over all responses: what variances are small differences of."""
+    sides = zip((noise.chosen, noise.rejected), noise.length_B2.T, strict=True)
+    return sum(float((length_B**2 * side.own_BA.abs().sum(1)).sum()) for side, length_B in sides)
 
 
 def _simulate(
@@ -197,7 +214,7 @@ def _simulate(
     )
     drawn = scheme.draw(lengths, seed, 0)
     omega_RKL = dense(drawn, length_R, drawn.weight_N) / scheme.num_samples
-    size_RK = dense(drawn, length_R, torch.ones_like(drawn.weight_N)).sum(2)
+    size_RK = drawn.offsets_S1.diff().view(-1, scheme.num_samples)
     basis_RKA = basis(size_RK / length_R[:, None])
     sides = []
     for side in range(2):

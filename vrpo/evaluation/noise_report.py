@@ -25,7 +25,7 @@ def predictions(noise: Noise, num_samples: Sequence[int], *, beta: float) -> Pre
 
 
 def content(predicted: Predictions) -> dict[str, Any] | None:
-    """All figures, as they go into the JSON file; None where the score has no noise.
+    """All figures, as they go into the JSON file; None where the paper's score shows no noise.
 
     paper: shares of PARTS in the variance of the paper's score, which K does not change, and the correlation
         of the two responses' noise under shared positions, 2 Cov / (Var + Var).
@@ -50,7 +50,11 @@ def content(predicted: Predictions) -> dict[str, Any] | None:
         for scheme, told in predicted.items()
     ]
     best = [
-        min((row for row in rows if row["num_samples"] == number), key=lambda row: row["score_variance"])
+        # The paper's is above 0. What is below is no variance: moments of too few draws.
+        min(
+            (row for row in rows if row["num_samples"] == number and row["score_variance"] >= 0),
+            key=lambda row: row["score_variance"],
+        )
         for number in numbers
     ]
     return {
@@ -72,7 +76,7 @@ def _findings(predicted: Predictions, best: Mapping[str, Any]) -> list[dict[str,
     findings = []
     for what, *kinds in compared:
         after, before = (predicted[Scheme(name, number, pair_masks=masks)]["total"] for name, masks in kinds)
-        if before > 0:
+        if before > 0 and after >= 0:
             findings.append(
                 {
                     "what": what,

@@ -242,6 +242,11 @@ def report(args: VarianceArguments) -> str:
             )
     if made_of is not None:
         lines += ["", *noise_report.lines(made_of), ""]
+    elif args.noise_repeats > 0 and target > 0:
+        lines.append(
+            "noise of the paper's score: none that the draws of noise_repeats show; more of them, or more "
+            "pairs, would tell what it is made of"
+        )
     write({output: _content(args, figures, target, made_of)})
     if _can_plot():
         write({plot_output: plot(figures)})
