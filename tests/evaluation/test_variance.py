@@ -18,7 +18,7 @@ from vrpo.estimator.packing import pack
 from vrpo.evaluation import noise_report, variance
 from vrpo.evaluation.noise import PARTS
 from vrpo.evaluation.variance import Estimate, Sampled, Scheme
-from vrpo.evaluation.variance_report import advise, table
+from vrpo.evaluation.variance_report import advise, schemes_of, table
 from vrpo.models import create_model
 from vrpo.objectives import preference
 
@@ -221,6 +221,12 @@ def test_advise__extrapolates_with_one_over_k_to_an_even_number():
 
 def test_table__has_one_line_per_scheme():
     assert len(table(figures(paper_2=1.0, balanced_2=0.5)).splitlines()) == 3
+
+
+@pytest.mark.parametrize(("designs", "num_samples"), [(["paper"], []), ([], [0])])
+def test_schemes_of__refuses_numbers_that_leave_nothing_to_measure(designs, num_samples):
+    with pytest.raises(ValueError, match="num_samples must"):
+        schemes_of(designs, num_samples, ["positions"])
 
 
 def test_noise_report__says_what_pays():

@@ -91,7 +91,9 @@ class Advice:
 
 def schemes_of(designs: list[str], num_samples: list[int], pair_masks: list[str]) -> list[Scheme]:
     """All combinations, and always the paper's design, which the others are compared with."""
-    for design in designs:
+    if not num_samples:
+        raise ValueError("num_samples must name at least one number of forwards, got none")
+    for design in ["paper", *designs]:
         for number in num_samples:
             for coupling in pair_masks:
                 check_design(design, number, 1, pair_masks=coupling)
