@@ -8,6 +8,7 @@ beside the folder of the results, and prints the tables of README in Markdown.
 
 import argparse
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -451,9 +452,123 @@ def say_predictions(rows: list[dict]) -> str:
     return table(header, lines)
 
 
+def parts_table(found: dict) -> str:
+    """What the noise of `paper` is made of, how much of it two answers share, what designs leave of it."""
+    lines = []
+    for task, name in TASKS.items():
+        for drift in ("small", "early", "late"):
+            told: dict[str, list[float]] = {}
+            for rows in found.get(task, {}).values():
+                kinds = [("paper", "independent"), ("paper", "positions")]
+                kinds += [("balanced", "positions"), ("graded-balanced", "positions")]
+                known = [rows.get(("predicted", drift, *kind, 4)) for kind in kinds]
+                if None in known:
+                    continue
+                base = known[0]
+                shared, balanced, graded = (row["total"] / base["total"] for row in known[1:])
+                for part in PARTS:
+                    told.setdefault(part, []).append(base[part] / base["total"])
+                told.setdefault("correlation", []).append(1 - shared)
+                told.setdefault("balanced", []).append(balanced)
+                told.setdefault("graded-balanced", []).append(graded)
+            if told:
+                cells = [
+                    f"{np.mean(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in told.values()
+                ]
+                lines.append([f"{name}, {drift}", str(len(told["levels"])), *cells])
+    header = ["", "models", *PARTS, "correlation", "`balanced`, positions", "`graded-balanced`, positions"]
+    return table(header, lines) if lines else ""
+
+
+def bias_table(found: dict) -> str:
+    """What `ratio` is off by: its score minus that of exact weights on the same masks, nats x beta."""
+    lines = []
+    for number in (4, 8):
+        cells = []
+        for task, drift in COLUMNS:
+            each = []
+            for rows in found.get(task, {}).values():
+                biased, exact = (
+                    rows.get(("score", drift, name, None, number)) for name in ("ratio", "balanced")
+                )
+                if biased and exact:
+                    each.append(float(np.mean(np.subtract(biased["mean"], exact["mean"]))))
+            cells.append(f"{np.mean(each):+.3f}; {min(each):+.3f} to {max(each):+.3f}" if each else "-")
+        lines.append([f"`ratio`, K = {number}", *cells])
+    return table(["", *(f"{TASKS[task]}, {drift}" for task, drift in COLUMNS)], lines)
+
+
+SUMMARY = [
+    ("paper", "positions"),
+    ("inverse-root-balanced", "positions"),
+    ("balanced", "positions"),
+    ("graded-balanced", "independent"),
+    ("graded-balanced", "positions"),
+    ("ratio", "positions"),
+]
+
+
+def summary_table(found: dict) -> str:
+    """Mean over all models and drifts, and the worst of them: of scores, losses and gradients."""
+    columns = list(product(("score", "loss", "gradient"), (4, 8)))
+    lines = []
+    for design, pair_masks in SUMMARY:
+        cells = []
+        for quantity, number in columns:
+            told = [
+                ratio(found.get(task, {}), quantity, drift, design, pair_masks, number)
+                for task, drift in COLUMNS
+            ]
+            each = [x for one in told if one for x in one.models.values()]
+            cells.append(f"{two(float(np.mean(each)))}, {two(max(each))} ({len(each)})" if each else "-")
+        lines.append([label(design, pair_masks), *cells])
+    return table(["mean, worst (of)", *(f"{quantity}, K = {number}" for quantity, number in columns)], lines)
+
+
+def tables(found: dict, predicted: list[dict], outcome: list[dict]) -> dict[str, str]:
+    """Every table by the name that pages know it by; those of what was not measured are left out."""
+    stages = [(task, stage) for stage in ("reference", "sft-early") for task in TASKS]
+    made = {"summary": summary_table(found), "paper": paper_table(found), "bias": bias_table(found)}
+    for quantity, number in product(QUANTITIES, (4, 8)):
+        columns = stages if quantity == "absolute" else COLUMNS
+        made[f"{quantity}-{number}"] = design_table(found, quantity, number, columns)
+    if predicted:
+        made["prediction"] = say_predictions(predicted)
+        made["parts"] = parts_table(found)
+    kinds = {known[0] for models in found.values() for rows in models.values() for known in rows}
+    for kind, make_table in (("bound", bound_table), ("sft", sft_table), ("table2", table2)):
+        if kind in kinds:
+            made[kind] = make_table(found)
+    if outcome:
+        made["training"] = training.paired_table(outcome)
+    return {name: told for name, told in made.items() if told}
+
+
+def filled(page: str, made: dict[str, str]) -> str:
+    """The page with the text between `<!-- table: NAME -->` and `<!-- end -->` replaced by that table.
+
+    Errors: ValueError for a name that no table has.
+    """
+
+    def replacement(match: re.Match) -> str:
+        name = match[1]
+        if name not in made:
+            raise ValueError(f"no table is called {name!r}; there are {', '.join(made)}")
+        return f"<!-- table: {name} -->\n\n{made[name]}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", replacement, page, flags=re.DOTALL)
+
+
+def everything(results: Path) -> tuple[dict, list[dict], dict[str, str]]:
+    """(what was measured, predicted beside measured, all tables)."""
+    found = load(results)
+    predicted = list(predictions(found))
+    return found, predicted, tables(found, predicted, read_rows(results.parent / training.FILE.name))
+
+
 def report(args: argparse.Namespace) -> int:
-    found, out = load(args.results), args.results.parent
-    measured, predicted = list(summaries(found)), list(predictions(found))
+    found, predicted, made = everything(args.results)
+    out, measured = args.results.parent, list(summaries(found))
     if not measured:
         raise SystemExit(f"no variances in {args.results}: `python -m benchmarks variance run` measures them")
     write(measured, out / "variance.csv")
@@ -461,24 +576,16 @@ def report(args: argparse.Namespace) -> int:
     if predicted:
         write(predicted, out / "prediction.csv")
         plot_predictions(predicted, out / "prediction.png")
-        print(f"{say_predictions(predicted)}\n")
-    print(f"{paper_table(found)}\n")
-    stages = [(task, stage) for stage in ("reference", "sft-early") for task in TASKS]
-    for quantity, number in product(QUANTITIES, (4, 8)):
-        told = design_table(found, quantity, number, stages if quantity == "absolute" else COLUMNS)
-        if told:
-            name = "ELBOs by themselves" if quantity == "absolute" else quantity
-            print(f"{name}, K = {number}\n\n{told}\n")
-    kinds = {known[0] for models in found.values() for rows in models.values() for known in rows}
-    for kind, make_table in (("bound", bound_table), ("sft", sft_table), ("table2", table2)):
-        if kind in kinds:
-            print(f"{make_table(found)}\n")
-    outcome = read_rows(out / training.FILE.name)
-    if outcome:
-        print(training.paired_table(outcome))
+    for name, told in made.items():
+        print(f"{name}\n\n{told}\n")
+    for page in args.pages:
+        page.write_text(filled(page.read_text(), made))
     return 0
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--results", type=Path, default=RESULTS / "variance", help="folder of result files")
+    command.add_argument(
+        "--pages", nargs="*", type=Path, default=[], help="Markdown pages whose marked tables are made anew"
+    )
     command.set_defaults(run=report)

@@ -85,7 +85,13 @@ class Model:
         self.number = int(number)
         self.num_pairs, self.effort = EFFORT[self.task]
         self.file = FOLDER / f"{folder.name}.jsonl"
-        self.known = {key(row) for row in read_rows(self.file)}
+        rows = read_rows(self.file)
+        others = {row["seed"] for row in rows if "seed" in row} - {seed}
+        if others:
+            raise SystemExit(
+                f"{self.file} holds draws of --seed {others.pop()}, not {seed}: move it away first"
+            )
+        self.known = {key(row) for row in rows}
         self.loaded: dict[str, torch.nn.Module] = {}
 
     def load(self, name: str) -> torch.nn.Module:
@@ -101,7 +107,7 @@ class Model:
         return key(names) in self.known
 
     def write(self, rows: Iterable[dict], seconds: float) -> None:
-        facts = provenance("cpu") | {"task": self.task, "model": self.number}
+        facts = provenance("cpu") | {"task": self.task, "model": self.number, "seed": self.seed}
         rows = [facts | row for row in rows]
         append_rows(self.file, rows)
         last = rows[-1]

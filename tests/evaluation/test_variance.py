@@ -247,6 +247,9 @@ def test_noise_report__says_what_pays():
     ]
     assert [best["score_ratio"] for best in content["best"]] == pytest.approx([0.49, 0.49])
     text = "\n".join(noise_report.lines(content))
+    assert "too few draws" not in text
+    wild = content | {"paper": content["paper"] | {"masks": -0.2}}
+    assert "shares (masks cannot be negative)" in "\n".join(noise_report.lines(wild))
     assert "sharing positions pays: at K=8, graded, positions, has 0.50 times" in text
     assert "balancing row weights costs: at K=8, graded-balanced, positions, has 1.22 times" in text
     assert (

@@ -190,7 +190,7 @@ def small_runs(monkeypatch, tmp_path):
     """Few pairs and draws, results in tmp_path/variance. A run sets the number of threads."""
     monkeypatch.setattr(run, "EFFORT", {"arithmetic": (2, 0.1)})
     monkeypatch.setattr(run, "FOLDER", tmp_path / "variance")
-    monkeypatch.setattr(run, "PREDICTED", ["paper", "graded-balanced"])
+    monkeypatch.setattr(run, "PREDICTED", ["paper", "balanced", "graded-balanced"])
     monkeypatch.setattr(report, "NUM_RESAMPLES", 50)
     threads = torch.get_num_threads()
     yield tmp_path / "variance" / "arithmetic-1.jsonl"
@@ -238,13 +238,16 @@ def test_run__measures_everything_the_report_tells(trained, small_runs, capsys):
     assert command.main(["report", "--results", str(small_runs.parent)]) == 0
     told = capsys.readouterr().out
     for part in (
-        "score, K = 8",
-        "gradient, K = 4",
-        "ELBOs by themselves, K = 8",
+        "\nscore-8\n",
+        "\ngradient-4\n",
+        "\nabsolute-8\n",
         "n_t x n_y",
         "| `coupled` |",
+        "\nparts\n",
     ):
         assert part in told
+    with pytest.raises(SystemExit, match="draws of --seed 0, not 1"):
+        measure_models(trained, "--seed", "1")
 
 
 def test_append_rows__half_a_line_goes_away(tmp_path):
@@ -381,7 +384,7 @@ def test_report__writes_tables_and_figures_of_what_there_is(tmp_path, monkeypatc
     folder = write_results(tmp_path, SCORES + predicted)
     assert command.main(["report", "--results", str(folder)]) == 0
     told = capsys.readouterr().out
-    assert "score, K = 4" in told and "score, K = 8" not in told and "gradient" not in told
+    assert "\nscore-4\n" in told and "\nscore-8\n" not in told and "\ngradient-" not in told
     rows = read_csv(tmp_path / "variance.csv")
     (row,) = [
         row
@@ -473,3 +476,15 @@ def test_training_run__does_not_repeat_what_the_file_has(tmp_path, monkeypatch):
     assert len(made) == 2 + 2 * len(training.ARMS)
     rows = run.read_rows(training.FILE)
     assert len(rows) == 2 * len(training.ARMS) and set(rows[-1]) >= PROVENANCE
+
+
+def test_filled__makes_marked_tables_anew_and_leaves_the_rest():
+    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb <!-- table: two --><!-- end -->"
+    once = report.filled(page, {"one": "| 1 |", "two": "| 2 |"})
+    assert (
+        once
+        == "a\n<!-- table: one -->\n\n| 1 |\n\n<!-- end -->\nb <!-- table: two -->\n\n| 2 |\n\n<!-- end -->"
+    )
+    assert report.filled(once, {"one": "| 1 |", "two": "| 2 |"}) == once
+    with pytest.raises(ValueError, match="no table is called 'two'"):
+        report.filled(page, {"one": ""})

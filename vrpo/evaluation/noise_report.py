@@ -13,6 +13,9 @@ _COUPLINGS = ("positions", "independent")
 _LITTLE = 0.05
 """Predictions err by a few percent: a ratio this near to 1 is no finding."""
 
+_WILD = -0.1
+"""No part of a variance is negative by much, but as noise of its own: moments of too few draws."""
+
 Predictions = Mapping[Scheme, Mapping[str, float]]
 
 
@@ -104,6 +107,14 @@ def lines(told: Mapping[str, Any]) -> list[str]:
     text = [
         f"noise of the paper's score: {shares}",
         f"correlation of the two responses' noise where they share positions: {paper['correlation']:.2f}",
+    ]
+    lowest = min(PARTS, key=lambda part: paper[part])
+    if paper[lowest] < _WILD:
+        text.append(
+            f"too few draws to tell these shares ({lowest} cannot be negative): "
+            "take more num_pairs or noise_repeats"
+        )
+    text += [
         "",
         "predicted score variance, as a ratio to the paper's with independent sides:",
         f"{'':<17}" + "".join(f"{f'K={number}':>24}" for number in numbers),
