@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_table
+from benchmarks.variance import report
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +44,18 @@ def test_gpu_results__are_what_gpu_table_makes(capsys):
     assert gpu_table.main([str(KERNELS), str(ALL_RIVALS), str(SWEEP)]) == 0
     page = (ROOT / "docs/gpu-results.md").read_text(encoding="utf-8")
     assert page.rstrip().endswith(capsys.readouterr().out.strip())
+
+
+@pytest.fixture(scope="module")
+def variance_tables():
+    return report.everything(ROOT / "benchmarks/results/variance")[2]
+
+
+@pytest.mark.parametrize("page", [PAGES[0], ROOT / "docs/mask-designs.md"], ids=lambda page: page.name)
+def test_mask_designs__tables_are_what_the_report_makes(page, variance_tables):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert text == report.filled(text, variance_tables)
 
 
 def test_readme__rivals_have_the_measured_figures():

@@ -226,7 +226,7 @@ OTHER = Dataset.from_list([{**row, "chosen": "three"} for row in LONG])
         ({"scale": 1.001}, "the weights of the reference"),
         ({"seed": 1}, r"the mask draw \(.*seed 42 -> 1"),
         ({"num_samples": 4}, r"the mask draw \(.*num_samples 2 -> 4"),
-        ({"mask_design": "paper"}, "the mask draw .*mask_design balanced -> paper"),
+        ({"mask_design": "paper"}, "the mask draw .*mask_design graded-balanced -> paper"),
         ({"pair_masks": "levels"}, "the mask draw .*pair_masks positions -> levels"),
         ({"mask_token_id": 7}, "the mask draw .*mask_token_id .* -> 7"),
         ({"rows": OTHER}, "the token ids or example ids"),
