@@ -399,7 +399,7 @@ def test_report__writes_tables_and_figures_of_what_there_is(tmp_path, monkeypatc
         ("0.3", "0.25", "0.075")
     ] * 2
     assert [row["measured"] for row in rows if row["design"] == "coupled"] == ["", ""]
-    assert "| `graded-balanced`, positions | 4 | 2 | 0.050 | 0.050 | 0.050 |" in told
+    assert "| `graded-balanced`, positions | 4 | +0.05; .05, .05 (2) |" in told
     for name in ("variance.png", "prediction.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 

@@ -58,7 +58,7 @@ class ScoreArguments:
     mask_design: str = _field(
         VRPOConfig.mask_design,
         "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. The default is that of "
-        "training: of the exactly unbiased ones it has the least variance for margins and for ELBOs by "
+        "training: of the exactly unbiased ones it has about the least variance for margins and for ELBOs by "
         "themselves. Of the others 'ratio' is biased: by 12 % of the ELBO at answers of 2 tokens with 4 "
         "samples.",
     )

@@ -223,10 +223,10 @@ class ReferenceConfig(ReferenceArguments, DiffusionConfig):
         default="graded-balanced",
         metadata=_help(
             "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'graded-balanced' has "
-            "the least variance of the exactly unbiased ones; 'paper' is the l-form of LLaDA 1.5 with "
-            "independent levels; 'ratio' has less variance still and a bias, small but for very short "
-            "answers: 12 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` measures them on your "
-            "own model."
+            "about the least variance of the exactly unbiased ones, and the least of the gradient; 'paper' "
+            "is the l-form of LLaDA 1.5 with independent levels; 'ratio' has less variance still and a bias, "
+            "small but for very short answers: 12 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` "
+            "measures them on your own model."
         ),
     )
     num_replicates: int | None = field(
