@@ -87,15 +87,15 @@ def test_pack__alpha_one_and_equal_lengths_are_the_plain_draw(tiny_model):
 
 
 def test_train__replayed_and_precomputed_are_the_same_run(tmp_path, tiny_model, tokenizer):
+    # AdamW would divide gradients of next to nothing by themselves, rounding and all.
+    common = {"sft_weight": 0.0, "max_steps": 3, "optim": "sgd"}
+
     def run(**fields):
         model = copy.deepcopy(tiny_model)
-        trainer = trainer_of(
-            tmp_path, model, tokenizer, UNEVEN, ld_alpha=0.2, sft_weight=0.0, max_steps=3, **fields
-        )
+        trainer = trainer_of(tmp_path, model, tokenizer, UNEVEN, ld_alpha=0.2, **common, **fields)
         trainer.train()
         return logged(trainer, "loss"), parameters(trainer.model), trainer
 
-    start = parameters(tiny_model)
     losses, weights, trainer = run()
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
     assert "vrpo/sft_loss" not in trainer.state.log_history[0]
@@ -105,11 +105,8 @@ def test_train__replayed_and_precomputed_are_the_same_run(tmp_path, tiny_model, 
     ):
         again, moved, _ = run(**fields)
         assert again == pytest.approx(losses, rel=1e-5)
-        # Adam divides by the gradient's size: where that is next to nothing, rounding moves a weight. So all
-        # together are held to the way they went, and none may move more than a thousandth of three steps.
-        assert (moved - weights).norm() < 1e-5 * (weights - start).norm()
-        assert (moved - weights).abs().max() < 1e-3 * trainer.args.learning_rate * 3
-    plain = trainer_of(tmp_path, copy.deepcopy(tiny_model), tokenizer, UNEVEN, sft_weight=0.0, max_steps=3)
+        assert torch.allclose(moved, weights, rtol=0.0, atol=2e-7)  # of steps up to 7e-3
+    plain = trainer_of(tmp_path, copy.deepcopy(tiny_model), tokenizer, UNEVEN, **common)
     plain.train()
     assert logged(plain, "loss")[1:] != losses[1:]
 
