@@ -3,7 +3,7 @@
 A ratio is the mean variance over a model's pairs over that of `paper` with independent sides on the same
 pairs. The mean over models stands beside the worst and the best model; its 95 % interval resamples models
 and pairs. Writes variance.csv (every design), prediction.csv (predicted beside measured) and a figure of each
-beside the folder of the results, and prints the tables of README in Markdown.
+beside the folder of the results, prints every table in Markdown, and fills the pages that name them.
 """
 
 import argparse
@@ -203,6 +203,7 @@ COLUMNS = [
     ("gsm8k", "late"),
     ("gsm8k", "early"),
     ("gsm8k-10m", "late"),
+    ("gsm8k-10m", "early"),
     ("gsm8k-long", "late"),
     ("gsm8k-long", "early"),
 ]
@@ -402,6 +403,8 @@ def plot_predictions(rows: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
     for task, name in TASKS.items():
         known = [row for row in rows if row["task"] == task and row["measured"]]
+        if not known:
+            continue
         axis.plot(
             [float(row["predicted"]) for row in known],
             [float(row["measured"]) for row in known],
