@@ -87,8 +87,8 @@ def test_pack__alpha_one_and_equal_lengths_are_the_plain_draw(tiny_model):
 
 
 def test_train__replayed_and_precomputed_are_the_same_run(tmp_path, tiny_model, tokenizer):
-    # AdamW would divide gradients of next to nothing by themselves, rounding and all.
-    common = {"sft_weight": 0.0, "max_steps": 3, "optim": "sgd"}
+    # AdamW would divide gradients of next to nothing by themselves, and clipping hides a factor.
+    common = {"sft_weight": 0.0, "max_steps": 3, "optim": "sgd", "max_grad_norm": 1e9}
 
     def run(**fields):
         model = copy.deepcopy(tiny_model)
@@ -105,7 +105,7 @@ def test_train__replayed_and_precomputed_are_the_same_run(tmp_path, tiny_model, 
     ):
         again, moved, _ = run(**fields)
         assert again == pytest.approx(losses, rel=1e-5)
-        assert torch.allclose(moved, weights, rtol=0.0, atol=2e-7)  # of steps up to 7e-3
+        assert torch.allclose(moved, weights, rtol=0.0, atol=2e-7)
     plain = trainer_of(tmp_path, copy.deepcopy(tiny_model), tokenizer, UNEVEN, **common)
     plain.train()
     assert logged(plain, "loss")[1:] != losses[1:]
