@@ -64,11 +64,18 @@ def absolute_draws(effort: float) -> list[Draw]:
 
 @torch.no_grad()
 def elbos(
-    models: list[nn.Module], batch: ResponseBatch, draw: Draw, *, mask_token_id: int, seed: int
+    models: list[nn.Module],
+    batch: ResponseBatch,
+    draw: Draw,
+    *,
+    mask_token_id: int,
+    seed: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, list[Tensor]]:
     """ELBO samples (Q, R, K) in nats of every response, weighting -> one tensor per model.
 
-    The two responses of a pair share positions. Fresh masks in every repeat, the same for all models.
+    The two responses of a pair share positions. Fresh masks in every repeat, the same for all models, which
+    are on `device`.
     """
     scheme = Scheme(draw.design, draw.num_samples, pair_masks="positions")
     found = {name: [[] for _ in models] for name in draw.weightings}
@@ -76,13 +83,13 @@ def elbos(
         parts = {name: [[] for _ in models] for name in draw.weightings}
         for part in split_by_tokens(batch, draw.num_samples, MAX_TOKENS):
             drawn = scheme.draw(part, seed, repeat)
-            packed = pack(part, drawn, mask_token_id)
+            packed = pack(part, drawn, mask_token_id).to(device)
             weights = {
                 name: (reweight(drawn, part.response_length_R) if reweight else drawn.weight_N).double()
                 for name, reweight in draw.weightings.items()
             }
             for index, model in enumerate(models):
-                log_p_N = -model(**packed.model_inputs()).nll.double()
+                log_p_N = -model(**packed.model_inputs()).nll.double().cpu()
                 for name, weight_N in weights.items():
                     elbo_S = segment_sum(weight_N * log_p_N, drawn.offsets_S1)
                     parts[name][index].append(elbo_S.view(-1, draw.num_samples))
@@ -169,6 +176,7 @@ def gradient_row(
     mask_token_id: int,
     repeats: int,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> dict:
     """Trace of the variance of the loss gradient at block 0's up-projection, as in the paper, per pair."""
     sampled = variance.sample(
@@ -181,6 +189,7 @@ def gradient_row(
         num_repeats=repeats,
         seed=seed,
         max_tokens_per_pack=MAX_TOKENS,
+        device=device,
         probe=policy.model.layers[0].mlp.up_proj,
     )
     return {
@@ -208,17 +217,19 @@ SFT_DESIGNS = ("paper", "coupled", "mirrored-balanced", "graded-balanced")
 def sft_row(model: nn.Module, batch: ResponseBatch, scheme: Scheme, **options: Any) -> dict:
     """Trace of the variance of the SFT gradient, -B / L of the chosen responses, at the same layer.
 
-    options: mask_token_id, repeats, seed.
+    options: mask_token_id, repeats, seed, device.
     """
+    device = options.get("device", "cpu")
     probe = variance.Probe(model.model.layers[0].mlp.up_proj)
     total_RG, square_R = 0.0, 0.0
     for repeat in range(options["repeats"]):
         found = []
         for part in split_by_tokens(batch, scheme.num_samples, MAX_TOKENS):
             packed = pack(part, scheme.draw(part, options["seed"], repeat), options["mask_token_id"])
+            packed = packed.to(device)
             with probe.attached():
                 nll_N = model(**packed.model_inputs()).nll
-            loss_R = denoising_loss(elbo(nll_N, packed), part.response_length_R)
+            loss_R = denoising_loss(elbo(nll_N, packed), part.response_length_R.to(device))
             bounds = packed.cu_seqlens_S1[:: scheme.num_samples].tolist()
             found += probe.gradients(loss_R[0::2].sum(), bounds)
         gradient_RG = torch.stack(found[0::2]).double()

@@ -21,6 +21,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from transformers import TrainerCallback, set_seed
 
+from benchmarks.record import provenance
 from examples.arithmetic import all_problems, write_corpus
 from vrpo import DiffusionSFTTrainer, VRPOTrainer
 from vrpo.commands.new_model import NewModel, build_model, train_tokenizer
@@ -158,8 +159,8 @@ class SaveAt(TrainerCallback):
             model.save_pretrained(self.out / drift)
 
 
-def settings(out: Path, seed: int, max_length: int) -> dict:
-    """What every training here has in common."""
+def settings(out: Path, seed: int, max_length: int, device: str = "cpu") -> dict:
+    """What every training here has in common. In float32 on a GPU, too."""
     return dict(
         output_dir=str(out / "runs"),
         max_length=max_length,
@@ -167,7 +168,8 @@ def settings(out: Path, seed: int, max_length: int) -> dict:
         report_to=[],
         save_strategy="no",
         seed=seed,
-        use_cpu=True,
+        use_cpu=device == "cpu",
+        bf16=False,
         disable_tqdm=True,
         logging_steps=50,
         max_tokens_per_pack=12_000,
@@ -190,7 +192,7 @@ def train_reference(args: argparse.Namespace) -> dict:
     trainer = DiffusionSFTTrainer(
         model,
         DiffusionSFTConfig(
-            **settings(args.out, args.seed, task.max_length),
+            **settings(args.out, args.seed, task.max_length, args.device),
             mask_design="coupled",
             num_samples=2,
             per_device_train_batch_size=task.batch_size,
@@ -209,6 +211,7 @@ def train_reference(args: argparse.Namespace) -> dict:
     held_out.to_json(args.out / "pairs.jsonl")
     return {
         "max_length": task.max_length,
+        "device": provenance(args.device)["device"],
         "sft_start": args.start and str(args.start),
         "seed": args.seed,
         "sft_steps": trainer.state.global_step,
@@ -226,7 +229,7 @@ def train_policies(args: argparse.Namespace) -> dict:
     trainer = VRPOTrainer(
         load_model(str(out / "reference")),
         args=VRPOConfig(
-            **settings(args.out, args.seed, task.max_length),
+            **settings(args.out, args.seed, task.max_length, args.device),
             mask_design="paper",
             num_samples=2,
             per_device_train_batch_size=8,
@@ -254,6 +257,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="checkpoint to go on from in the SFT stage")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Measure the trained models, one result file per model; a run that was cut goes on where it stopped.
 
 Rows that belong to the same draws are written together as soon as they are known, and are not measured again
-where the file has the last of them. --train makes a model that is not there (benchmarks/variance/models.py
-says how), each in a process of its own.
+where the file has the last of them. Masks come from a seed of the model's own, so that the luck of the draws
+averages out over models. --train makes a model that is not there (benchmarks/variance/models.py says how),
+each in a process of its own. On a GPU (--device cuda) all of it runs in float32 as well.
 """
 
 import argparse
@@ -37,9 +38,12 @@ EFFORT = {
     "arithmetic": (32, 1.0),
     "carrying": (32, 1.0),
     "gsm8k": (32, 1.0),
-    "gsm8k-long": (12, 0.5),
-    "gsm8k-10m": (16, 0.5),
+    "gsm8k-long": (24, 2.0),
+    "gsm8k-10m": (32, 2.0),
 }
+
+SEED_STEP = 1000
+"""Masks of model n are drawn from the seed 1000 n, unless --seed names another."""
 
 PREDICTED = ["paper", "stratified", "tiled", "coupled", "folded-loo", "folded-balanced", "spaced", "balanced"]
 PREDICTED += ["mirrored-balanced", "inverse-root", "graded", "graded-balanced"]
@@ -79,14 +83,18 @@ def load_pairs(models: Path, num_pairs: int) -> tuple[ResponseBatch, int]:
 class Model:
     """A trained model's folder, its pairs, and the file its rows go to."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int | None = None, device: str = "cpu"):
+        self.folder, self.device = folder, device
         self.task, _, number = folder.name.rpartition("-")
         self.number = int(number)
         self.num_pairs, self.effort = EFFORT[self.task]
         self.file = FOLDER / f"{folder.name}.jsonl"
         rows = read_rows(self.file)
-        others = {row["seed"] for row in rows if "seed" in row} - {seed}
+        known = {row.get("seed", 0) for row in rows}  # the first files do not say: they are of 0
+        if seed is None:
+            seed = known.pop() if known else SEED_STEP * self.number
+        self.seed = seed
+        others = known - {seed}
         if others:
             raise SystemExit(
                 f"{self.file} holds draws of --seed {others.pop()}, not {seed}: move it away first"
@@ -94,9 +102,14 @@ class Model:
         self.known = {key(row) for row in rows}
         self.loaded: dict[str, torch.nn.Module] = {}
 
+    @property
+    def options(self) -> dict:
+        """What every measurement takes."""
+        return {"seed": self.seed, "device": self.device}
+
     def load(self, name: str) -> torch.nn.Module:
         if name not in self.loaded:
-            self.loaded[name] = load_model(str(self.folder / name)).requires_grad_(False)
+            self.loaded[name] = load_model(str(self.folder / name)).requires_grad_(False).to(self.device)
         return self.loaded[name]
 
     def pairs(self, share: float = 1.0) -> tuple[ResponseBatch, int]:
@@ -107,7 +120,7 @@ class Model:
         return key(names) in self.known
 
     def write(self, rows: Iterable[dict], seconds: float) -> None:
-        facts = provenance("cpu") | {"task": self.task, "model": self.number, "seed": self.seed}
+        facts = provenance(self.device) | {"task": self.task, "model": self.number, "seed": self.seed}
         rows = [facts | row for row in rows]
         append_rows(self.file, rows)
         last = rows[-1]
@@ -131,7 +144,7 @@ def scores(model: Model) -> None:
         started = time.perf_counter()
         models = [model.load(name) for name in ["reference", *SCORED]]
         batch, mask_token_id = model.pairs()
-        found = measure.elbos(models, batch, draw, mask_token_id=mask_token_id, seed=model.seed)
+        found = measure.elbos(models, batch, draw, mask_token_id=mask_token_id, **model.options)
         reference = {name: by_model[:1] for name, by_model in found.items() if name != "ratio"}
         rows = [
             *measure.absolute_rows(draw, reference, ["reference"]),
@@ -154,7 +167,7 @@ def absolute(model: Model) -> None:
             started = time.perf_counter()
             batch, mask_token_id = model.pairs()
             found = measure.elbos(
-                [model.load(stage)], batch, draw, mask_token_id=mask_token_id, seed=model.seed
+                [model.load(stage)], batch, draw, mask_token_id=mask_token_id, **model.options
             )
             model.write(measure.absolute_rows(draw, found, [stage]), time.perf_counter() - started)
 
@@ -163,7 +176,7 @@ def gradients(model: Model) -> None:
     """Half of the pairs: a backward pass costs two forward passes."""
     for drift in SCORED:
         for design, pair_masks, num_samples in measure.GRADIENTS:
-            if num_samples == 8 and (drift == "early" or model.effort < 1):
+            if num_samples == 8 and drift == "early":
                 continue
             named = {"drift": drift, "design": design, "pair_masks": pair_masks, "num_samples": num_samples}
             if model.has(kind="gradient", **named):
@@ -177,7 +190,7 @@ def gradients(model: Model) -> None:
                 Scheme(design, num_samples, pair_masks=pair_masks),
                 mask_token_id=mask_token_id,
                 repeats=max(4, round(6 * model.effort)),
-                seed=model.seed,
+                **model.options,
             )
             model.write([row | named], time.perf_counter() - started)
 
@@ -197,7 +210,7 @@ def table2(model: Model) -> None:
             scheme,
             mask_token_id=mask_token_id,
             repeats=max(4, round(6 * model.effort)),
-            seed=model.seed,
+            **model.options,
         )
         model.write([row | named | {"kind": "table2"}], time.perf_counter() - started)
 
@@ -218,7 +231,7 @@ def sft(model: Model) -> None:
                     Scheme(design, number),
                     mask_token_id=mask_token_id,
                     repeats=max(4, round(6 * model.effort)),
-                    seed=model.seed,
+                    **model.options,
                 )
                 model.write([row | named], time.perf_counter() - started)
 
@@ -239,6 +252,7 @@ def predictions(model: Model) -> None:
         "mask_token_id": mask_token_id,
         "num_repeats": max(4, round(6 * model.effort)),
         "seed": model.seed + 1,
+        "device": model.device,
         "max_tokens_per_pack": measure.MAX_TOKENS,
     }
     policies, reference = [model.load(drift) for drift in DRIFTS], model.load("reference")
@@ -269,15 +283,16 @@ KINDS: dict[str, Callable[[Model], None]] = {
 }
 
 
-def train(folder: Path, task: str, number: int, data_folder: Path) -> None:
+def train(folder: Path, task: str, number: int, data_folder: Path, device: str) -> None:
     """Make the model in a process of its own, unless it is there."""
     if (folder / "training.json").exists():
         return
     command = [sys.executable, "-m", "benchmarks.variance.models", task, "--out", str(folder)]
     command += ["--seed", str(number), "--data", str(data_folder)]
+    command += ["--device", device]
     if TASKS[task].start:
         start = folder.parent / f"{TASKS[task].start}-{number}"
-        train(start, TASKS[task].start, number, data_folder)
+        train(start, TASKS[task].start, number, data_folder, device)
         command += ["--start", str(start / "reference")]
     subprocess.run(command, check=True)
 
@@ -288,11 +303,11 @@ def run(args: argparse.Namespace) -> int:
         for number in args.models:
             folder = args.folder / f"{task}-{number}"
             if args.train:
-                train(folder, task, number, args.data)
+                train(folder, task, number, args.data, args.device)
             if not (folder / "training.json").exists():
                 print(f"{folder.name}: not trained, left out")
                 continue
-            model = Model(folder, args.seed)
+            model = Model(folder, args.seed, args.device)
             for kind in args.kinds:
                 KINDS[kind](model)
     return 0

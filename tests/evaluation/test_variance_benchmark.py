@@ -246,8 +246,20 @@ def test_run__measures_everything_the_report_tells(trained, small_runs, capsys):
         "\nparts\n",
     ):
         assert part in told
-    with pytest.raises(SystemExit, match="draws of --seed 0, not 1"):
+    assert {row["seed"] for row in rows} == {1000}
+    with pytest.raises(SystemExit, match="draws of --seed 1000, not 1"):
         measure_models(trained, "--seed", "1")
+
+
+@pytest.mark.parametrize(("row", "seed"), [({"seed": 7}, 7), ({}, 0)], ids=["named", "first files"])
+def test_model__a_file_goes_on_with_its_own_seed_and_new_files_have_one_each(trained, small_runs, row, seed):
+    assert run.Model(trained).seed == 1000
+    assert run.Model(trained.with_name("arithmetic-3")).seed == 3000
+    assert run.Model(trained, 5).seed == 5
+    run.append_rows(small_runs, [{"kind": "score", "design": "paper", "num_samples": 4} | row])
+    assert run.Model(trained).seed == run.Model(trained, seed).seed == seed
+    with pytest.raises(SystemExit, match=f"draws of --seed {seed}, not 5"):
+        run.Model(trained, 5)
 
 
 def test_append_rows__half_a_line_goes_away(tmp_path):
