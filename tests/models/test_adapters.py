@@ -474,6 +474,26 @@ def test_equals_its_base__one_changed_row_of_one_token_is_seen(base, kind):
     assert not equals_its_base(model)
 
 
+def test_equals_its_base__compiled_layers_are_asked_uncompiled(base):
+    """What a compiler fuses it rounds in another way, with the adapter and without it."""
+    calls = []
+
+    def rounding_anew(graph, _):
+        def run(*inputs):
+            calls.append(graph)
+            return [x * (1 + 1e-6 * len(calls)) if torch.is_tensor(x) else x for x in graph(*inputs)]
+
+        return run
+
+    model = add_adapter(load_model(str(base)), KINDS["lora"], seed=0)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend=rounding_anew)
+    assert equals_its_base(model) and not calls
+    assert not torch.equal(logits(model), logits(model)), "the layers are still compiled"
+    stir(model)
+    assert not equals_its_base(model)
+
+
 # The base of an adapter.
 
 
