@@ -274,53 +274,75 @@ def paper_table(found: dict) -> str:
     return table(["", "standard deviation of the score, `paper`, K = 4", "models"], lines)
 
 
+def gradient_noise_table(found: dict) -> str:
+    """How far the measured gradient variances of single models can be trusted, by two figures of `paper`."""
+    lines = []
+    for task, name in TASKS.items():
+        pairs, shares, halves = 0, [], []
+        for rows, drift in product(found.get(task, {}).values(), ("late", "early")):
+            four, eight = (
+                variances(rows, "gradient", drift, "paper", "independent", number) for number in (4, 8)
+            )
+            if four:
+                pairs = max(pairs, len(four))
+                shares.append(max(four) / sum(four))
+            if four and eight:
+                halves.append(sum(four) / sum(eight) / 2)
+        if shares and halves:
+            cells = [
+                f"{two(np.mean(x))}; {two(min(x))} to {two(max(x))} ({len(x)})" for x in (shares, halves)
+            ]
+            lines.append([name, str(pairs), *cells])
+    header = ["", "pairs", "share of the noisiest pair, K = 4", "variance at K = 4 over twice that at K = 8"]
+    return table(header, lines) if lines else ""
+
+
+def complete(found: dict, task: str, names: list[tuple]) -> dict[int, list[dict]]:
+    """model -> the rows of all these keys, of the models that have every one."""
+    models = found.get(task, {})
+    return {
+        model: [rows[name] for name in names]
+        for model, rows in models.items()
+        if all(n in rows for n in names)
+    }
+
+
 def table2(found: dict) -> str:
     """The paper's Table 2 in kind: variances of score, loss and gradient, means over models."""
-    tasks = [
-        task
-        for task in TASKS
-        if any(known[0] == "table2" for rows in found.get(task, {}).values() for known in rows)
-    ]
+    names = [("table2", "late", design, None, scheme.num_samples) for design, scheme in TABLE2.items()]
+    known = {task: complete(found, task, names) for task in TASKS}
+    known = {task: models for task, models in known.items() if models}
+    columns = list(product(("score", "loss", "gradient"), known))
     lines = []
-    for design, scheme in TABLE2.items():
-        cells = []
-        for name in ("score", "loss", "gradient"):
-            for task in tasks:
-                rows = [
-                    model.get(("table2", "late", design, None, scheme.num_samples))
-                    for model in found[task].values()
-                ]
-                each = [float(np.mean(row[name])) for row in rows if row]
-                cells.append(f"{np.mean(each):.3g}" if each else "-")
-        lines.append([design, *cells])
-    return table(
-        [
-            "n_t x n_y",
-            *(f"{name}, {TASKS[task]}" for name in ("score", "loss", "gradient") for task in tasks),
-        ],
-        lines,
-    )
+    for place, design in enumerate(TABLE2):
+        each = [
+            np.mean([np.mean(rows[place][name]) for rows in known[task].values()]) for name, task in columns
+        ]
+        lines.append([design, *(f"{value:.3g}" for value in each)])
+    return table(["n_t x n_y", *(f"{name}, {TASKS[task]}" for name, task in columns)], lines) if known else ""
 
 
 def sft_table(found: dict) -> str:
-    """Variance of the SFT gradient relative to `paper` at equal K."""
+    """Variance of the SFT gradient relative to `paper` at equal K, of models that have all these designs."""
+    known = {}
+    for task, stage, number in product(TASKS, ("reference", "sft-early"), (2, 4)):
+        names = [("sft", stage, design, None, number) for design in SFT_DESIGNS]
+        models = complete(found, task, names)
+        if models:
+            known[task, stage, number] = models
+    columns = list(dict.fromkeys((task, stage) for task, stage, _ in known))
     lines = []
-    for number in (2, 4):
-        for design in SFT_DESIGNS:
-            cells = []
-            for task, stage in SFT_COLUMNS:
-                names = [("sft", stage, name, None, number) for name in (design, "paper")]
-                rows = [
-                    (m, *(r[n]["gradient"] for n in names))
-                    for m, r in found.get(task, {}).items()
-                    if all(n in r for n in names)
-                ]
-                cells.append(cell(over_models(rows)))
-            lines.append([f"`{design}`", str(number), *cells])
-    return table(["design", "K", *(f"{TASKS[task]}, {stage}" for task, stage in SFT_COLUMNS)], lines)
+    for number, (place, design) in product((2, 4), enumerate(SFT_DESIGNS)):
+        cells = []
+        for task, stage in columns:
+            models = known.get((task, stage, number), {})
+            told = [(m, r[place]["gradient"], r[PAPER]["gradient"]) for m, r in models.items()]
+            cells.append(cell(over_models(told)))
+        lines.append([f"`{design}`", str(number), *cells])
+    return table(["design", "K", *(f"{TASKS[task]}, {stage}" for task, stage in columns)], lines)
 
 
-SFT_COLUMNS = [(task, stage) for task in ("arithmetic", "gsm8k") for stage in ("reference", "sft-early")]
+PAPER = SFT_DESIGNS.index("paper")
 
 
 def bound_table(found: dict) -> str:
@@ -422,7 +444,7 @@ def plot_predictions(rows: list[dict], path: Path) -> None:
 
 
 def say_predictions(rows: list[dict]) -> str:
-    """Predicted ratio minus the measured one, by task: mean; size of it, mean and largest, over (models)."""
+    """Predicted ratio minus the measured one, by task: mean; size, mean and largest; how many within .1."""
     told: dict = {}
     for row in rows:
         if row["measured"] and row["design"] != "paper":
@@ -437,7 +459,8 @@ def say_predictions(rows: list[dict]) -> str:
                 error = np.array(told.get((design, pair_masks, number, task), []))
                 size = np.abs(error)
                 cells.append(
-                    f"{error.mean():+.2f}; {two(size.mean())}, {two(size.max())} ({len(error)})"
+                    f"{error.mean():+.2f}; {two(size.mean())}, {two(size.max())}; "
+                    f"{np.count_nonzero(size <= 0.1)} of {len(error)}"
                     if len(error)
                     else "-"
                 )
@@ -532,6 +555,7 @@ def tables(found: dict, predicted: list[dict], outcome: list[dict]) -> dict[str,
     for quantity, number in product(QUANTITIES, (4, 8)):
         columns = stages if quantity == "absolute" else COLUMNS
         made[f"{quantity}-{number}"] = design_table(found, quantity, number, columns)
+    made["gradient-noise"] = gradient_noise_table(found)
     if predicted:
         made["prediction"] = say_predictions(predicted)
         made["parts"] = parts_table(found)

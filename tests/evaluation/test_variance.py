@@ -271,7 +271,12 @@ def test_noise_report__takes_nothing_below_zero_for_the_best():
     assert any(row["score_ratio"] == -0.5 for row in content["predicted"])
 
 
-def test_cli_variance__writes_figures_and_plot(tmp_path, capsys, tokenizer, pair_rows):
+def test_noise_report__has_nothing_to_tell_where_the_paper_shows_no_noise():
+    none = {part: -0.5 for part in PARTS} | {"total": -2.0, "response": 0.0}
+    assert noise_report.content({Scheme("paper", 4): none}) is None
+
+
+def test_cli_variance__writes_figures_and_plot(tmp_path, capsys, monkeypatch, tokenizer, pair_rows):
     for name, seed in (("policy", 0), ("reference", 1)):
         model = create_model(tokenizer, d_model=16, n_layers=1, n_heads=2, init_std=0.3, seed=seed)
         model.save_pretrained(tmp_path / name)
@@ -296,3 +301,6 @@ def test_cli_variance__writes_figures_and_plot(tmp_path, capsys, tokenizer, pair
     assert json.loads((tmp_path / "v.json").read_text())["noise"] is None
     assert main([*command, "--designs", "nothing"]) == 2
     assert "mask_design must be one of" in capsys.readouterr().err
+    monkeypatch.setattr(noise_report, "content", lambda predicted: None)
+    assert main([*command, "--designs", "balanced"]) == 0
+    assert "noise of the paper's score: none that the draws of noise_repeats show" in capsys.readouterr().out

@@ -411,7 +411,7 @@ def test_report__writes_tables_and_figures_of_what_there_is(tmp_path, monkeypatc
         ("0.3", "0.25", "0.075")
     ] * 2
     assert [row["measured"] for row in rows if row["design"] == "coupled"] == ["", ""]
-    assert "| `graded-balanced`, positions | 4 | +0.05; .05, .05 (2) |" in told
+    assert "| `graded-balanced`, positions | 4 | +0.05; .05, .05; 2 of 2 |" in told
     for name in ("variance.png", "prediction.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -447,6 +447,53 @@ def test_paired__is_the_t_interval_of_the_mean():
 
 def outcome(task, model, arm, loss):
     return {"task": task, "model": model, "arm": arm, "steps": 60, "loss": loss, "accuracy": 0.75}
+
+
+def of_designs(kind, drift, numbers, left_out=()):
+    """Rows of one model: numbers maps a design to K, and the place of a design is its variance."""
+    names = [((kind, drift, design, None, number), design) for design, number in numbers.items()]
+    return {
+        name: {part: [float(place + 1)] * 2 for part in ("score", "loss", "gradient")}
+        for place, (name, design) in enumerate(names)
+        if design not in left_out
+    }
+
+
+def test_sft_table__compares_designs_on_the_models_that_have_all_of_them():
+    numbers = dict.fromkeys(measure.SFT_DESIGNS, 4)
+    whole = of_designs("sft", "reference", numbers)
+    lacking = of_designs("sft", "reference", numbers, left_out=["coupled"])
+    lacking["sft", "reference", "graded-balanced", None, 4] = {"gradient": [99.0, 99.0]}
+    told = report.sft_table({"gsm8k": {1: whole, 2: lacking}, "arithmetic": {1: lacking}})
+    assert "| design | K | GSM8K, reference |" in told and "99" not in told
+    assert "| `paper` | 4 | 1.00 [1.00, 1.00] |" in told and "| `paper` | 2 | - |" in told
+    assert "| `graded-balanced` | 4 | 4.00 [4.00, 4.00] |" in told
+
+
+def test_table2__is_of_models_that_have_all_of_its_rows():
+    numbers = {design: scheme.num_samples for design, scheme in measure.TABLE2.items()}
+    whole = of_designs("table2", "late", numbers)
+    lacking = of_designs("table2", "late", numbers, left_out=["paper, 2 x 2"])
+    told = report.table2({"gsm8k": {1: whole, 2: lacking}, "gsm8k-long": {1: lacking}})
+    assert told.splitlines()[0] == "| n_t x n_y | score, GSM8K | loss, GSM8K | gradient, GSM8K |"
+    assert "| paper, 4 x 1, not shared | 6 | 6 | 6 |" in told
+    assert report.table2({"gsm8k-long": {1: lacking}}) == ""
+
+
+def test_say_predictions__counts_those_within_a_tenth():
+    row = {"task": "gsm8k", "design": "graded-balanced", "pair_masks": "positions", "num_samples": 4}
+    rows = [row | {"predicted": "0.5", "measured": measured} for measured in ("0.46", "0.8", None)]
+    told = report.say_predictions([*rows, row | {"design": "paper", "predicted": "1", "measured": "9"}])
+    assert told.splitlines()[-1] == "| `graded-balanced`, positions | 4 | -0.13; .17, .30; 1 of 2 |"
+
+
+def test_gradient_noise_table__holds_the_paper_against_itself():
+    def row(number, *values):
+        return {("gradient", "late", "paper", "independent", number): {"gradient": list(values)}}
+
+    models = {1: row(4, 1.0, 3.0) | row(8, 1.0, 1.0), 2: row(4, 2.0, 2.0) | row(8, 2.0, 2.0), 3: {}}
+    told = report.gradient_noise_table({"gsm8k": models, "gsm8k-long": {1: row(4, 1.0)}})
+    assert told.splitlines()[2:] == ["| GSM8K | 2 | .62; .50 to .75 (2) | .75; .50 to 1.00 (2) |"]
 
 
 def test_paired_table__leaves_out_tasks_with_fewer_than_two_seeds():
