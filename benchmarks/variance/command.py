@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("run", help="train and measure", description=run.__doc__)
     command.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=list(report.TASKS))
-    command.add_argument("--kinds", nargs="+", choices=sorted(run.KINDS), default=list(run.KINDS))
+    command.add_argument("--kinds", nargs="*", choices=sorted(run.KINDS), default=list(run.KINDS))
     command.add_argument("--train", action="store_true", help="make the models that are not there")
     command.add_argument("--seed", type=int, help="of the masks; the file's, or 1000 x the model's number")
     command.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="to train and measure on")

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
                 name = {"task": task, "model": number, "arm": arm, "steps": args.steps}
                 if tuple(name.values()) in known:
                     continue
-                train(args.folder / f"{task}-{number}", task, number, args.data)
+                train(args.folder / f"{task}-{number}", task, number, args.data, "cpu")
                 row = provenance("cpu") | name | trained(task, number, scheme, args)
                 append_rows(FILE, [row])
                 print(row, flush=True)

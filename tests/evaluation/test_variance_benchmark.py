@@ -1,6 +1,7 @@
 """The benchmark of mask designs on cases of seconds: what it measures, keeps, goes on with and tells."""
 
 import csv
+import inspect
 import json
 from argparse import Namespace
 
@@ -437,6 +438,15 @@ def test_report__says_so_where_nothing_was_measured(tmp_path):
 # Training outcomes
 
 
+def test_train__hands_on_where_to_train(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(run.subprocess, "run", lambda command, check: commands.append(command))
+    run.train(tmp_path / "gsm8k-long-3", "gsm8k-long", 3, tmp_path, "cuda")
+    assert [command[3] for command in commands] == ["gsm8k", "gsm8k-long"], "what it starts from goes first"
+    for told in commands:
+        assert told[told.index("--device") + 1] == "cuda" and told[told.index("--seed") + 1] == "3"
+
+
 def test_paired__is_the_t_interval_of_the_mean():
     """Mean -.2, deviation .1 of three: 4.303 * .1 / sqrt 3 = .248."""
     told = training.paired(np.array([-0.1, -0.2, -0.3]))
@@ -521,7 +531,11 @@ def test_training_run__does_not_repeat_what_the_file_has(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "FILE", tmp_path / "outcome.jsonl")
     monkeypatch.setattr(training, "trained", pretend)
-    monkeypatch.setattr(training, "train", lambda folder, task, number, data: made.append(folder.name))
+    # As `run.train` takes them: not one argument fewer.
+    arguments = inspect.signature(run.train)
+    monkeypatch.setattr(
+        training, "train", lambda *given: made.append(arguments.bind(*given).arguments["folder"].name)
+    )
     options = {"models": [1], "tasks": ["carrying"], "folder": tmp_path, "data": tmp_path}
     args = Namespace(steps=3, threads=torch.get_num_threads(), **options)
     run.append_rows(training.FILE, [outcome("carrying", 1, arm, 0.5) | {"steps": 3} for arm in training.ARMS])

@@ -94,8 +94,7 @@ _COMMANDS = (
         "vrpo score --model_name_or_path out --dataset_name pairs.jsonl --output_file scores.jsonl",
         "vrpo.commands.infer:score",
         {"Score": "vrpo.evaluation.score:ScoreArguments"} | _QUANTIZATION,
-        defaults="those of vrpo train where they have one meaning, but for the masks of ELBOs without a "
-        "reference.",
+        defaults="those of vrpo train where they have one meaning.",
     ),
     Command(
         "variance",

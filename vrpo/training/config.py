@@ -51,7 +51,7 @@ class DiffusionConfig(TrainingArguments):
             "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'paper' is the l-form "
             "of LLaDA 1.5 with independent levels. 'graded-balanced' is the same draw for num_samples=1 and, "
             "without bias, a less noisy ELBO with more; 'ratio' has less noise still and a bias, small but "
-            "for very short answers: 12 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` "
+            "for very short answers: at most 19 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` "
             "measures them on your model."
         ),
     )
@@ -225,8 +225,8 @@ class ReferenceConfig(ReferenceArguments, DiffusionConfig):
             "How levels and masks are drawn: a name of vrpo.estimator.designs.DESIGNS. 'graded-balanced' is "
             "exactly unbiased and has about .4 times the variance of 'paper' on the models tried; 'paper' "
             "is the l-form of LLaDA 1.5 with independent levels; 'ratio' has less variance still and a bias, "
-            "small but for very short answers: 12 % of the ELBO at 2 tokens with 4 samples. `vrpo variance` "
-            "measures them on your own model."
+            "small but for very short answers: at most 19 % of the ELBO at 2 tokens with 4 samples. `vrpo "
+            "variance` measures them on your own model."
         ),
     )
     num_replicates: int | None = field(
@@ -242,8 +242,8 @@ class ReferenceConfig(ReferenceArguments, DiffusionConfig):
         default=None,
         metadata=_help(
             "Compute the lowest layers once for policy and reference, where they are frozen in both and "
-            "equal: the same bits for less work. None: as far as possible; true: an error where it is not; "
-            "false: never."
+            "equal: the same for less work, on a CPU bit for bit. None: as far as possible; true: an error "
+            "where it is not; false: never."
         ),
     )
     num_samples: int = field(
