@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import TrainerCallback, set_seed
 
@@ -159,6 +160,12 @@ class SaveAt(TrainerCallback):
             model.save_pretrained(self.out / drift)
 
 
+def check_device(device: str) -> None:
+    """Before any work is lost."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
+
+
 def settings(out: Path, seed: int, max_length: int, device: str = "cpu") -> dict:
     """What every training here has in common. In float32 on a GPU, too."""
     return dict(
@@ -259,6 +266,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
+    check_device(args.device)
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     log = train_reference(args) | train_policies(args)

@@ -62,10 +62,16 @@ def two(value: float) -> str:
 
 
 def load(folder: Path = FOLDER) -> dict[str, dict[int, Rows]]:
-    """task -> model -> key -> row. Of rows with one key the last counts."""
+    """task -> model -> key -> row. Of rows with one key the last counts.
+
+    Errors: ValueError for a figure that is not finite.
+    """
     found: dict[str, dict[int, Rows]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for row in read_rows(file):
+            for name, value in row.items():
+                if isinstance(value, list | float) and not np.isfinite(value).all():
+                    raise ValueError(f"{file}: {name!r} of {key(row)} must be finite, got {value}")
             found.setdefault(row["task"], {}).setdefault(row["model"], {})[key(row)] = row
     return found
 
@@ -73,12 +79,14 @@ def load(folder: Path = FOLDER) -> dict[str, dict[int, Rows]]:
 def over_models(measured: Iterable[tuple[int, list[float], list[float]]]) -> Ratio | None:
     """Ratio of means per model, and their mean. measured: (model, variances, variances of the baseline).
 
-    Pairs that only one of the two has are left out. A task's models are measured on the same pairs, so a
-    resample of pairs is the same for all of them.
+    Pairs that only one of the two has are left out, and models whose baseline has no variance. Models of a
+    task are measured on the same pairs, so a resample of pairs is the same for all of them.
     """
     models, resampled = {}, []
     for model, value, base in measured:
         both_B2 = np.array(list(zip(value, base, strict=False)))
+        if not both_B2.mean(0)[1] > 0:
+            continue
         models[model] = float(np.divide(*both_B2.mean(0)))
         pick = np.random.default_rng(0).integers(len(both_B2), size=(NUM_RESAMPLES, len(both_B2)))
         resampled.append(np.divide(*both_B2[pick].mean(1).T))
@@ -283,10 +291,10 @@ def gradient_noise_table(found: dict) -> str:
             four, eight = (
                 variances(rows, "gradient", drift, "paper", "independent", number) for number in (4, 8)
             )
-            if four:
+            if four and sum(four) > 0:
                 pairs = max(pairs, len(four))
                 shares.append(max(four) / sum(four))
-            if four and eight:
+            if four and eight and sum(eight) > 0:
                 halves.append(sum(four) / sum(eight) / 2)
         if shares and halves:
             cells = [
@@ -323,7 +331,7 @@ def table2(found: dict) -> str:
 
 
 def sft_table(found: dict) -> str:
-    """Variance of the SFT gradient relative to `paper` at equal K, of models that have all these designs."""
+    """Variance of the SFT gradient relative to `paper` at equal K, of (n) models that have all designs."""
     known = {}
     for task, stage, number in product(TASKS, ("reference", "sft-early"), (2, 4)):
         names = [("sft", stage, design, None, number) for design in SFT_DESIGNS]
@@ -337,7 +345,7 @@ def sft_table(found: dict) -> str:
         for task, stage in columns:
             models = known.get((task, stage, number), {})
             told = [(m, r[place]["gradient"], r[PAPER]["gradient"]) for m, r in models.items()]
-            cells.append(cell(over_models(told)))
+            cells.append(f"{cell(over_models(told))} ({len(told)})" if told else "-")
         lines.append([f"`{design}`", str(number), *cells])
     return table(["design", "K", *(f"{TASKS[task]}, {stage}" for task, stage in columns)], lines)
 
@@ -460,7 +468,7 @@ def say_predictions(rows: list[dict]) -> str:
                 size = np.abs(error)
                 cells.append(
                     f"{error.mean():+.2f}; {two(size.mean())}, {two(size.max())}; "
-                    f"{np.count_nonzero(size <= 0.1)} of {len(error)}"
+                    f"{np.count_nonzero(size < 0.1 + 1e-9)} of {len(error)}"
                     if len(error)
                     else "-"
                 )

@@ -1,12 +1,14 @@
 """Measure the trained models, one result file per model; a run that was cut goes on where it stopped.
 
 Rows that belong to the same draws are written together as soon as they are known, and are not measured again
-where the file has the last of them. Masks come from a seed of the model's own, so that the luck of the draws
-averages out over models. --train makes a model that is not there (benchmarks/variance/models.py says how),
-each in a process of its own. On a GPU (--device cuda) all of it runs in float32 as well.
+where the file has the last of them. A new file's masks come from a seed of the model's own, so that the luck
+of the draws averages out over models. Rows name the weights they were measured on, and a file takes no
+others. --train makes a model that is not there (benchmarks/variance/models.py says how), each in a process of
+its own. On a GPU (--device cuda) all of it runs in float32 as well.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from datasets import load_dataset
 from benchmarks.record import RESULTS, provenance
 from benchmarks.variance import measure
 from benchmarks.variance.bound import bound_rows
-from benchmarks.variance.models import TASKS
+from benchmarks.variance.models import TASKS, check_device
 from vrpo import data
 from vrpo.batch import ResponseBatch
 from vrpo.evaluation import noise
@@ -64,6 +66,17 @@ def append_rows(file: Path, rows: Iterable[dict]) -> None:
         stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def fingerprint(folder: Path) -> str:
+    """Of the weights of a model's checkpoints that are measured."""
+    digest = hashlib.sha256()
+    for name in ("reference", "sft-early", *DRIFTS):
+        for file in sorted((folder / name).glob("*.safetensors")):
+            digest.update(f"{name}/{file.name}".encode())
+            with file.open("rb") as weights:
+                digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
 def load_pairs(models: Path, num_pairs: int) -> tuple[ResponseBatch, int]:
     """The first held-out pairs, and the id of the mask token."""
     tokenizer = load_tokenizer(str(models / "reference"))
@@ -92,13 +105,17 @@ class Model:
         rows = read_rows(self.file)
         known = {row.get("seed", 0) for row in rows}  # the first files do not say: they are of 0
         if seed is None:
-            seed = known.pop() if known else SEED_STEP * self.number
-        self.seed = seed
-        others = known - {seed}
-        if others:
-            raise SystemExit(
-                f"{self.file} holds draws of --seed {others.pop()}, not {seed}: move it away first"
-            )
+            seed = min(known, default=SEED_STEP * self.number)
+        self.seed, self.weights = seed, fingerprint(folder)
+        for what, others in (
+            (f"draws of --seed {{}}, not {seed}", known - {seed}),
+            (
+                f"figures of the weights {{}}, and {folder} has {self.weights}",
+                {row["weights"] for row in rows if "weights" in row} - {self.weights},
+            ),
+        ):
+            if others:
+                raise SystemExit(f"{self.file} holds {what.format(others.pop())}: move it away first")
         self.known = {key(row) for row in rows}
         self.loaded: dict[str, torch.nn.Module] = {}
 
@@ -120,7 +137,8 @@ class Model:
         return key(names) in self.known
 
     def write(self, rows: Iterable[dict], seconds: float) -> None:
-        facts = provenance(self.device) | {"task": self.task, "model": self.number, "seed": self.seed}
+        facts = provenance(self.device)
+        facts |= {"task": self.task, "model": self.number, "weights": self.weights, "seed": self.seed}
         rows = [facts | row for row in rows]
         append_rows(self.file, rows)
         last = rows[-1]
@@ -298,10 +316,15 @@ def train(folder: Path, task: str, number: int, data_folder: Path, device: str) 
 
 
 def run(args: argparse.Namespace) -> int:
+    check_device(args.device)
     torch.set_num_threads(args.threads)
     for task in args.tasks:
         for number in args.models:
             folder = args.folder / f"{task}-{number}"
+            trained = (folder / "training.json").exists()
+            if not trained and read_rows(FOLDER / f"{folder.name}.jsonl"):
+                print(f"{folder.name}: its file is of a model that is not here; move it away to make another")
+                continue
             if args.train:
                 train(folder, task, number, args.data, args.device)
             if not (folder / "training.json").exists():

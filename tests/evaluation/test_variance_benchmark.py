@@ -3,6 +3,8 @@
 import csv
 import inspect
 import json
+import shutil
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from batches import make_pairs, to_batch
 from torch.nn.functional import softplus
 
 from benchmarks.variance import command, measure, report, run, training
+from benchmarks.variance import models as models_script
 from benchmarks.variance.measure import BETA, Draw
 from vrpo.estimator.designs import DESIGNS
 from vrpo.estimator.elbo import elbo
@@ -248,6 +251,9 @@ def test_run__measures_everything_the_report_tells(trained, small_runs, capsys):
     ):
         assert part in told
     assert {row["seed"] for row in rows} == {1000}
+    assert {row["weights"] for row in rows} == {run.fingerprint(trained)}
+    gradients = {(row["drift"], row["num_samples"]) for row in rows if row["kind"] == "gradient"}
+    assert gradients == {("late", 4), ("late", 8), ("early", 4)}
     with pytest.raises(SystemExit, match="draws of --seed 1000, not 1"):
         measure_models(trained, "--seed", "1")
 
@@ -261,6 +267,70 @@ def test_model__a_file_goes_on_with_its_own_seed_and_new_files_have_one_each(tra
     assert run.Model(trained).seed == run.Model(trained, seed).seed == seed
     with pytest.raises(SystemExit, match=f"draws of --seed {seed}, not 5"):
         run.Model(trained, 5)
+
+
+def test_model__a_file_takes_no_rows_of_other_weights(trained, small_runs, tmp_path):
+    other = tmp_path / trained.name
+    shutil.copytree(trained, other)
+    assert run.fingerprint(other) == run.fingerprint(trained)
+    run.Model(trained).write([{"kind": "sft", "design": "paper", "num_samples": 2}], 0.0)
+    run.Model(other)
+    shutil.copytree(trained / "small", other / "early", dirs_exist_ok=True)
+    with pytest.raises(SystemExit, match=f"figures of the weights {run.fingerprint(trained)}, and .* has"):
+        run.Model(other)
+
+
+def test_run__trains_no_model_for_a_file_of_another(small_runs, tmp_path, monkeypatch, capsys):
+    run.append_rows(small_runs, [{"kind": "sft", "design": "paper", "num_samples": 2, "weights": "gone"}])
+    kept = small_runs.read_text()
+    made = []
+    monkeypatch.setattr(run, "train", lambda folder, *_: made.append(folder.name))
+    measure_models(tmp_path / "models" / "arithmetic-1", "--train", "--models", "1", "2")
+    assert made == ["arithmetic-2"]
+    assert "arithmetic-1: its file is of a model that is not here" in capsys.readouterr().out
+    assert small_runs.read_text() == kept
+
+
+def test_run__refuses_a_gpu_that_is_not_there_before_any_work(trained, small_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in ([], ["--train"]):
+        with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+            measure_models(trained, "--device", "cuda", *options)
+    arguments = ["models", "carrying", "--device", "cuda", "--out", str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        models_script.main()
+    assert not small_runs.exists() and not (tmp_path / "new").exists()
+
+
+def test_run__measures_where_it_is_told(trained, small_runs, monkeypatch):
+    made = []
+
+    class Model(run.Model):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(run, "Model", Model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "provenance", lambda device: {"device": device})
+    measure_models(trained, "--device", "cuda", "--kinds")
+    assert [model.options for model in made] == [{"seed": 1000, "device": "cuda"}]
+    made[0].write([{"kind": "sft", "design": "paper", "num_samples": 2}], 0.0)
+    assert [row["device"] for row in run.read_rows(small_runs)] == ["cuda"]
+
+
+def test_predictions__come_from_draws_of_their_own(trained, small_runs, monkeypatch):
+    seeds = []
+    measured = run.noise.measure_all
+
+    def measure_all(*given, seed, **options):
+        seeds.append(seed)
+        return measured(*given, seed=seed, **options)
+
+    monkeypatch.setattr(run.noise, "measure_all", measure_all)
+    measure_models(trained, "--kinds", "predictions", "--seed", "40")
+    assert set(seeds) == {41}
 
 
 def test_append_rows__half_a_line_goes_away(tmp_path):
@@ -279,11 +349,21 @@ def test_append_rows__half_a_line_goes_away(tmp_path):
 # The report
 
 
+def test_load__refuses_figures_that_are_not_finite(tmp_path):
+    row = {"task": "gsm8k", "model": 1, "kind": "sft", "design": "paper", "num_samples": 4}
+    folder = write_results(tmp_path, [row | {"gradient": [1.0, float("nan")]}])
+    with pytest.raises(ValueError, match=r"'gradient' of .* must be finite"):
+        report.load(folder)
+
+
 def test_over_models__means_ratios_of_means():
     told = report.over_models([(1, [1.0, 3.0], [2.0, 6.0]), (2, [2.0, 4.0], [2.0, 2.0])])
     assert told.models == {1: 0.5, 2: 1.5} and told.pairs == 2
     assert (told.mean, told.best, told.worst) == (1.0, 0.5, 1.5)
     assert report.over_models([]) is None
+    still = (3, [1.0, 1.0], [0.0, 0.0])  # there is nothing to be relative to
+    assert report.over_models([still]) is None
+    assert report.over_models([still, (1, [1.0, 3.0], [2.0, 6.0])]).models == {1: 0.5}
 
 
 def test_over_models__interval_of_equal_models_is_that_of_pairs():
@@ -474,27 +554,32 @@ def test_sft_table__compares_designs_on_the_models_that_have_all_of_them():
     whole = of_designs("sft", "reference", numbers)
     lacking = of_designs("sft", "reference", numbers, left_out=["coupled"])
     lacking["sft", "reference", "graded-balanced", None, 4] = {"gradient": [99.0, 99.0]}
-    told = report.sft_table({"gsm8k": {1: whole, 2: lacking}, "arithmetic": {1: lacking}})
-    assert "| design | K | GSM8K, reference |" in told and "99" not in told
-    assert "| `paper` | 4 | 1.00 [1.00, 1.00] |" in told and "| `paper` | 2 | - |" in told
-    assert "| `graded-balanced` | 4 | 4.00 [4.00, 4.00] |" in told
+    two = of_designs("sft", "sft-early", dict.fromkeys(measure.SFT_DESIGNS, 2))
+    told = report.sft_table(
+        {"gsm8k": {1: whole, 2: lacking}, "arithmetic": {1: lacking}, "gsm8k-long": {1: two, 2: two}}
+    )
+    assert "| design | K | GSM8K, reference | five GSM8K problems, sft-early |" in told and "99" not in told
+    assert "| `paper` | 4 | 1.00 [1.00, 1.00] (1) | - |" in told
+    assert "| `paper` | 2 | - | 1.00 [1.00, 1.00]; 1.00 to 1.00 (2) |" in told
+    assert "| `graded-balanced` | 4 | 4.00 [4.00, 4.00] (1) | - |" in told
 
 
 def test_table2__is_of_models_that_have_all_of_its_rows():
     numbers = {design: scheme.num_samples for design, scheme in measure.TABLE2.items()}
     whole = of_designs("table2", "late", numbers)
     lacking = of_designs("table2", "late", numbers, left_out=["paper, 2 x 2"])
-    told = report.table2({"gsm8k": {1: whole, 2: lacking}, "gsm8k-long": {1: lacking}})
+    double = {name: {part: [2 * x for x in xs] for part, xs in row.items()} for name, row in whole.items()}
+    told = report.table2({"gsm8k": {1: whole, 2: lacking, 3: double}, "gsm8k-long": {1: lacking}})
     assert told.splitlines()[0] == "| n_t x n_y | score, GSM8K | loss, GSM8K | gradient, GSM8K |"
-    assert "| paper, 4 x 1, not shared | 6 | 6 | 6 |" in told
+    assert "| paper, 4 x 1, not shared | 9 | 9 | 9 |" in told
     assert report.table2({"gsm8k-long": {1: lacking}}) == ""
 
 
 def test_say_predictions__counts_those_within_a_tenth():
     row = {"task": "gsm8k", "design": "graded-balanced", "pair_masks": "positions", "num_samples": 4}
-    rows = [row | {"predicted": "0.5", "measured": measured} for measured in ("0.46", "0.8", None)]
+    rows = [row | {"predicted": "0.5", "measured": measured} for measured in ("0.4", "0.35", "0.8", None)]
     told = report.say_predictions([*rows, row | {"design": "paper", "predicted": "1", "measured": "9"}])
-    assert told.splitlines()[-1] == "| `graded-balanced`, positions | 4 | -0.13; .17, .30; 1 of 2 |"
+    assert told.splitlines()[-1] == "| `graded-balanced`, positions | 4 | -0.02; .18, .30; 1 of 3 |"
 
 
 def test_gradient_noise_table__holds_the_paper_against_itself():
@@ -502,6 +587,7 @@ def test_gradient_noise_table__holds_the_paper_against_itself():
         return {("gradient", "late", "paper", "independent", number): {"gradient": list(values)}}
 
     models = {1: row(4, 1.0, 3.0) | row(8, 1.0, 1.0), 2: row(4, 2.0, 2.0) | row(8, 2.0, 2.0), 3: {}}
+    models[4] = row(4, 0.0, 0.0) | row(8, 0.0, 0.0)
     told = report.gradient_noise_table({"gsm8k": models, "gsm8k-long": {1: row(4, 1.0)}})
     assert told.splitlines()[2:] == ["| GSM8K | 2 | .62; .50 to .75 (2) | .75; .50 to 1.00 (2) |"]
 

@@ -25,6 +25,7 @@ def test_main__writes_a_row_for_every_variant(tmp_path, capsys):
     with (tmp_path / "trainer.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["variant"] for row in rows] == names
+    assert {row["precision"] for row in rows} == {"float32"}
     assert all(float(row["ms"]) > 0 and float(row["gradient_error"]) < 1e-4 for row in rows)
     assert "top, shared trunk" in capsys.readouterr().out
 
