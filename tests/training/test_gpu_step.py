@@ -337,7 +337,6 @@ def test_train__starts_at_ln_two_and_goes_on_from_its_checkpoint_bitwise(
 def test_train__a_shared_trunk_and_a_replay_start_at_zero_and_keep_the_bits(
     tmp_path, tokenizer, with_lora, deterministic
 ):
-    """One benchmark on an H100 found all weights above a shared trunk 2e-2 of the gradient apart."""
     options = {"with_lora": with_lora, "train_top_layers": 1, "save_strategy": "no"}
     ends = []
     for name, fields in {

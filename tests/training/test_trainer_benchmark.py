@@ -30,6 +30,15 @@ def test_main__writes_a_row_for_every_variant(tmp_path, capsys):
     assert "top, shared trunk" in capsys.readouterr().out
 
 
+def test_check__under_autocast_every_variant_starts_from_score_zero():
+    """The policy must run as the reference does; else precomputed references and trunks round otherwise."""
+    names = [name for name in bench_trainer.variants(2) if "compiled" not in name]
+    rows = bench_trainer.measure(bench_trainer.parse([*TINY, "--bf16", "--variants", *names]))
+    assert {row["precision"] for row in rows} == {"bfloat16"}
+    errors = {row["variant"]: float(row["gradient_error"]) for row in rows}
+    assert all(error == 0 for name, error in errors.items() if "replay" not in name), errors
+
+
 def test_measure__stops_where_a_gradient_is_another(monkeypatch):
     args = bench_trainer.parse([*TINY, "--variants", "plain", "plain, replay"])
     wrong = bench_trainer.variants(2) | {"plain, replay": bench_trainer.Variant("plain", {"beta": 0.3})}

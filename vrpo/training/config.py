@@ -242,8 +242,8 @@ class ReferenceConfig(ReferenceArguments, DiffusionConfig):
         default=None,
         metadata=_help(
             "Compute the lowest layers once for policy and reference, where they are frozen in both and "
-            "equal: the same for less work, on a CPU bit for bit. None: as far as possible; true: an error "
-            "where it is not; false: never."
+            "equal: the same bits for less work. None: as far as possible; true: an error where it is not; "
+            "false: never."
         ),
     )
     num_samples: int = field(
