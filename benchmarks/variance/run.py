@@ -107,15 +107,15 @@ class Model:
         if seed is None:
             seed = min(known, default=SEED_STEP * self.number)
         self.seed, self.weights = seed, fingerprint(folder)
-        for what, others in (
-            (f"draws of --seed {{}}, not {seed}", known - {seed}),
-            (
-                f"figures of the weights {{}}, and {folder} has {self.weights}",
-                {row["weights"] for row in rows if "weights" in row} - {self.weights},
-            ),
-        ):
-            if others:
-                raise SystemExit(f"{self.file} holds {what.format(others.pop())}: move it away first")
+        others = sorted(known - {seed})
+        if others:
+            raise SystemExit(f"{self.file} holds draws of --seed {others[0]}, not {seed}: move it away first")
+        others = sorted({row["weights"] for row in rows if "weights" in row} - {self.weights})
+        if others:
+            raise SystemExit(
+                f"{self.file} holds figures of the weights {others[0]}, and {folder} has {self.weights}: "
+                "move it away first"
+            )
         self.known = {key(row) for row in rows}
         self.loaded: dict[str, torch.nn.Module] = {}
 
@@ -306,8 +306,7 @@ def train(folder: Path, task: str, number: int, data_folder: Path, device: str) 
     if (folder / "training.json").exists():
         return
     command = [sys.executable, "-m", "benchmarks.variance.models", task, "--out", str(folder)]
-    command += ["--seed", str(number), "--data", str(data_folder)]
-    command += ["--device", device]
+    command += ["--seed", str(number), "--data", str(data_folder), "--device", device]
     if TASKS[task].start:
         start = folder.parent / f"{TASKS[task].start}-{number}"
         train(start, TASKS[task].start, number, data_folder, device)

@@ -131,6 +131,13 @@ def test_model__attention_sees_projections_rotated_and_rounded_once(seen_by_atte
         assert query.dtype == key.dtype == value.dtype != torch.float32
 
 
+def test_rms_norm__has_shapes_without_values():
+    """As a cost model or a planner asks for them; autocast knows no such device."""
+    with torch.device("meta"):
+        normed = RMSNorm(8, 1e-5)(torch.empty(3, 8))
+    assert normed.is_meta and normed.shape == (3, 8)
+
+
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64], ids=str)
 def test_rms_norm__statistics_are_float32_or_wider(dtype):
     x = 3 * torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).to(dtype)

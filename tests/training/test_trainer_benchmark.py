@@ -39,8 +39,9 @@ def test_check__under_autocast_every_variant_starts_from_score_zero():
     assert all(error == 0 for name, error in errors.items() if "replay" not in name), errors
 
 
-def test_measure__stops_where_a_gradient_is_another(monkeypatch):
-    args = bench_trainer.parse([*TINY, "--variants", "plain", "plain, replay"])
+@pytest.mark.parametrize("precision", ["--no-bf16", "--bf16"])
+def test_measure__stops_where_a_gradient_is_another(monkeypatch, precision):
+    args = bench_trainer.parse([*TINY, precision, "--variants", "plain", "plain, replay"])
     wrong = bench_trainer.variants(2) | {"plain, replay": bench_trainer.Variant("plain", {"beta": 0.3})}
     monkeypatch.setattr(bench_trainer, "variants", lambda layers: wrong)
     with pytest.raises(RuntimeError, match=r"plain, replay: the gradient differs by .* from plain"):
