@@ -23,7 +23,7 @@ BENCHMARKS = {
     "liger-view": ("benchmarks.liger_view", "a kernels CSV in Liger's columns, and back"),
     "model": ("benchmarks.bench_model", "expected GPU times of linear_cross_entropy, beside measured ones"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
-    "scaling-page": ("benchmarks.scaling_page", "the tables of docs/scaling.md, from the cost model"),
+    "pages": ("benchmarks.pages.command", "tables and figures of README.md and docs, from the result files"),
     "memory": ("benchmarks.bench_memory", "peak memory of a step against K, and what a replay costs"),
 }
 

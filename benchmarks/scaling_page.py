@@ -1,4 +1,4 @@
-"""python -m benchmarks scaling-page: the tables of docs/scaling.md, from the cost model and measured files.
+"""The tables of docs/scaling.md, from the cost model and measured files.
 
 Needs neither torch nor a GPU. Every column says whether it was measured or is modelled.
 """
@@ -133,30 +133,16 @@ def knobs() -> str:
     return table(("8 GPUs, FSDP2", "gradient", "GiB a GPU, modelled", "s a step, modelled"), rows)
 
 
-def tables() -> str:
-    """Everything below the text of docs/scaling.md."""
+def page_tables() -> dict[str, str]:
+    """The tables of docs/scaling.md, for `python -m benchmarks pages`."""
     dense = {"LoRA, DDP": (LORA, "ddp"), "LoRA, FSDP2": (LORA, "fsdp2"), "full, FSDP2": (FULL, "fsdp2")}
     moe = {"LoRA, FSDP2": (LORA, "fsdp2"), "full, FSDP2": (FULL, "fsdp2"), "full, ZeRO-3": (FULL, "zero3")}
     total, active = LLADA2_FLASH.total_parameters / 1e9, LLADA2_FLASH.active_parameters / 1e9
-    parts = [
-        "## Measured: one H100, and the model beside it",
-        measured_steps(),
-        "## Measured: memory against K, MiB above the weights, on a CPU",
-        measured_replay(),
-        "## Modelled: LLaDA-8B by number of GPUs",
-        by_gpus(LLADA_8B, (1, 2, 4, 8, 16, 32), dense),
-        "## Modelled: what each knob changes",
-        knobs(),
-        f"## Modelled: a mixture of experts of {total:.0f} B weights, {active:.1f} B met by a token",
-        by_gpus(LLADA2_FLASH, (8, 16, 32, 64), moe),
-    ]
-    return "\n\n".join(parts)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Prints the tables."""
-    if arguments:
-        print(__doc__)
-        return 0 if arguments[0] in ("-h", "--help") else 2
-    print(tables())
-    return 0
+    experts = by_gpus(LLADA2_FLASH, (8, 16, 32, 64), moe)
+    return {
+        "steps": measured_steps(),
+        "replay": measured_replay(),
+        "gpus": by_gpus(LLADA_8B, (1, 2, 4, 8, 16, 32), dense),
+        "knobs": knobs(),
+        "experts": f"{total:.0f} B weights, {active:.1f} B met by a token:\n\n{experts}",
+    }

@@ -1,4 +1,4 @@
-"""README.md and docs/: links lead somewhere, and the GPU figures are those of the committed files."""
+"""README.md and docs/: links lead somewhere, and tables and figures are those of the committed files."""
 
 import csv
 import re
@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_table
-from benchmarks.variance import report
+from benchmarks.pages import command
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = command.PAGES
 RESULTS = ROOT / "benchmarks/results/gpu"
-KERNELS, ALL_RIVALS, SWEEP = (RESULTS / f"h100-2026-11-27{part}" for part in ("", "-first", "-tiles"))
+KERNELS, ALL_RIVALS = (RESULTS / f"h100-2026-11-27{part}" for part in ("", "-first"))
 
 
 def rows_of(path):
@@ -40,22 +39,10 @@ def test_links__lead_to_files(page):
     assert not missing
 
 
-def test_gpu_results__are_what_gpu_table_makes(capsys):
-    assert gpu_table.main([str(KERNELS), str(ALL_RIVALS), str(SWEEP)]) == 0
-    page = (ROOT / "docs/gpu-results.md").read_text(encoding="utf-8")
-    assert page.rstrip().endswith(capsys.readouterr().out.strip())
-
-
-@pytest.fixture(scope="module")
-def variance_tables():
-    return report.everything(ROOT / "benchmarks/results/variance")[2]
-
-
-@pytest.mark.parametrize("page", [PAGES[0], ROOT / "docs/mask-designs.md"], ids=lambda page: page.name)
-def test_mask_designs__tables_are_what_the_report_makes(page, variance_tables):
-    text = page.read_text(encoding="utf-8")
-    assert "<!-- table: " in text
-    assert text == report.filled(text, variance_tables)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages__tables_and_figures_are_those_of_the_result_files(page):
+    made, unmarked = command.looked_at(page)
+    assert not [f"{page.name}:{found.line}: {found.text}" for found in made.errors + made.changes + unmarked]
 
 
 def test_readme__rivals_have_the_measured_figures():

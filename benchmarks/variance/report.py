@@ -3,12 +3,11 @@
 A ratio is the mean variance over a model's pairs over that of `paper` with independent sides on the same
 pairs. The mean over models stands beside the worst and the best model; its 95 % interval resamples models
 and pairs. Writes variance.csv (every design), prediction.csv (predicted beside measured) and a figure of each
-beside the folder of the results, prints every table in Markdown, and fills the pages that name them.
+beside the folder of the results, and prints every table in Markdown.
 """
 
 import argparse
 import csv
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -576,26 +575,16 @@ def tables(found: dict, predicted: list[dict], outcome: list[dict]) -> dict[str,
     return {name: told for name, told in made.items() if told}
 
 
-def filled(page: str, made: dict[str, str]) -> str:
-    """The page with the text between `<!-- table: NAME -->` and `<!-- end -->` replaced by that table.
-
-    Errors: ValueError for a name that no table has.
-    """
-
-    def replacement(match: re.Match) -> str:
-        name = match[1]
-        if name not in made:
-            raise ValueError(f"no table is called {name!r}; there are {', '.join(made)}")
-        return f"<!-- table: {name} -->\n\n{made[name]}\n\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", replacement, page, flags=re.DOTALL)
-
-
 def everything(results: Path) -> tuple[dict, list[dict], dict[str, str]]:
     """(what was measured, predicted beside measured, all tables)."""
     found = load(results)
     predicted = list(predictions(found))
     return found, predicted, tables(found, predicted, read_rows(results.parent / training.FILE.name))
+
+
+def page_tables() -> dict[str, str]:
+    """All tables of the committed files, for `python -m benchmarks pages`."""
+    return everything(FOLDER)[2]
 
 
 def report(args: argparse.Namespace) -> int:
@@ -610,14 +599,9 @@ def report(args: argparse.Namespace) -> int:
         plot_predictions(predicted, out / "prediction.png")
     for name, told in made.items():
         print(f"{name}\n\n{told}\n")
-    for page in args.pages:
-        page.write_text(filled(page.read_text(), made))
     return 0
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--results", type=Path, default=RESULTS / "variance", help="folder of result files")
-    command.add_argument(
-        "--pages", nargs="*", type=Path, default=[], help="Markdown pages whose marked tables are made anew"
-    )
     command.set_defaults(run=report)

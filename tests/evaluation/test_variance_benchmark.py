@@ -635,15 +635,3 @@ def test_training_run__does_not_repeat_what_the_file_has(tmp_path, monkeypatch):
     assert len(made) == 2 + 2 * len(training.ARMS)
     rows = run.read_rows(training.FILE)
     assert len(rows) == 2 * len(training.ARMS) and set(rows[-1]) >= PROVENANCE
-
-
-def test_filled__makes_marked_tables_anew_and_leaves_the_rest():
-    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb <!-- table: two --><!-- end -->"
-    once = report.filled(page, {"one": "| 1 |", "two": "| 2 |"})
-    assert (
-        once
-        == "a\n<!-- table: one -->\n\n| 1 |\n\n<!-- end -->\nb <!-- table: two -->\n\n| 2 |\n\n<!-- end -->"
-    )
-    assert report.filled(once, {"one": "| 1 |", "two": "| 2 |"}) == once
-    with pytest.raises(ValueError, match="no table is called 'two'"):
-        report.filled(page, {"one": ""})
