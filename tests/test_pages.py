@@ -49,6 +49,10 @@ def no_table(name):
         ('max(step(case="LoRA").ms)', 2096.6),
         ("min(step().ms)", 1088.4),  # a row without a figure counts for nothing
         ("count(step(K=8))", 2),
+        ("max(abs(step().K - step().K * 3))", 16),
+        ('max(abs(1000 - step(case="LoRA").ms))', 1096.6),
+        ("max(step().K - step().ms)", 4 - 1088.4),  # of the rows that have both
+        ("abs(-3)", 3),
         ('mean(step(case="LoRA", K=(4, 8)).ms)', (1088.4 + 2096.6) / 2),
         ('sum(step(case="LoRA", K=(8, 4)).ms / step(case="LoRA", K=(8, 4)).K)', 1088.4 / 4 + 2096.6 / 8),
         ('max(step(case=("LoRA", "hand"), K=4).ms / step(case="LoRA", K=4).ms)', 3700 / 1088.4),
@@ -92,6 +96,8 @@ def test_figure__is_what_the_expression_says(step, expression, value):
         ("step(K=runs).ms", "a value or a tuple"),
         ("__import__('os').getpid()", "not one of the forms"),
         ("max(step(K=4))", "needs a column"),
+        ('max(step().K - step(K=(4, 8), case="LoRA").K)', "of the same rows"),
+        ("abs(step(K=4))", "needs figures"),
         ("2 ** 8", "not one of the forms"),
     ],
 )
@@ -148,6 +154,7 @@ def test_filled__makes_marked_tables_anew_and_leaves_the_rest():
     [
         (SOURCE + '5<!-- =step(case="LoRA").ms -->', "3: .*selects 2 rows"),
         (SOURCE + '5 <!-- =step(case="LoRA", K=8).ms -->', "3: no number stands right before"),
+        (SOURCE + "5<!-- =step(K=8, case='LoRA').ms\n- 1 -->", "3: a line of a mark begins"),
         (SOURCE, "1: no mark uses source 'step'"),
         (SOURCE + SOURCE, "1: source 'step' is named twice"),
         ("<!-- source: max = step.csv -->\n5<!-- =max(max().ms) -->", "cannot be called 'max'"),

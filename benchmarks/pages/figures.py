@@ -4,10 +4,12 @@
     step(case="hand", K=4).ms / 1000              + - * / of figures and numbers
     max(rivals(N=4096).nll_error)                 min, max, mean, sum of a column, count of rows
     min(all(N=(512, 1024), provider="Liger").ms / all(N=(512, 1024), provider="vrpo").ms)
+    max(abs(prediction(drift="late").predicted - prediction(drift="late").measured))
     quickstart.held_out.vrpo["elbo/accuracies"]   a value of a JSON file
 
 A tuple selects one row for each of its values (for each combination of several tuples), in that order, so
-that two such columns can be divided by each other. Numbers are compared as such: 8 selects "8.0" too.
+that two such columns can be divided by each other, as two columns of the same rows can. Empty cells of rows
+that no tuple selects count for nothing. Numbers are compared as such: 8 selects "8.0" too.
 """
 
 import ast
@@ -36,6 +38,7 @@ OVER_COLUMNS = {
     "mean": lambda values: math.fsum(values) / len(values),
     "count": len,
 }
+FUNCTIONS = ("abs", *OVER_COLUMNS)
 
 Grid = tuple[tuple[str, tuple[Any, ...]], ...]
 
@@ -51,10 +54,10 @@ class Selection:
 
 @dataclass(frozen=True)
 class Column:
-    """Figures of several rows."""
+    """Figures of several rows, None for an empty cell. order: what two columns must share to be combined."""
 
-    values: tuple[float, ...]
-    grid: Grid
+    values: tuple[float | None, ...]
+    order: tuple[Any, ...]
     said: str
 
 
@@ -97,6 +100,8 @@ def _evaluate(node: ast.expr, sources: Mapping[str, Source]) -> Any:
         case ast.BinOp() if type(node.op) in OPERATORS:
             both = (_evaluate(side, sources) for side in (node.left, node.right))
             return _combined(type(node.op), *both, ast.unparse(node))
+        case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
+            return _size(_evaluate(argument, sources), ast.unparse(node))
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in OVER_COLUMNS:
             return _over_column(name, _evaluate(argument, sources), ast.unparse(argument))
         case ast.Call(func=ast.Name(id=name), args=[]):
@@ -180,9 +185,11 @@ def _part(owner: Any, key: Any, said: str) -> Any:
         if len(cells) == 1 and not owner.grid and not isinstance(cells[0], list):
             return _number(cells[0], said)
         # A column of a whole file may have gaps; one that was selected value by value may not.
-        known = cells if owner.grid else [cell for cell in cells if cell not in (None, "")]
-        flat = [part for cell in known for part in (cell if isinstance(cell, list) else [cell])]
-        return Column(tuple(_number(cell, said) for cell in flat), owner.grid, said)
+        flat = [part for cell in cells for part in (cell if isinstance(cell, list) else [cell])]
+        order = owner.grid or tuple(map(id, owner.rows))
+        is_gap = [cell in (None, "") and not owner.grid for cell in flat]
+        values = (None if gap else _number(cell, said) for cell, gap in zip(flat, is_gap, strict=True))
+        return Column(tuple(values), order, said)
     try:
         return owner[key]
     except (KeyError, IndexError, TypeError):
@@ -200,7 +207,9 @@ def _over_column(name: str, value: Any, said: str) -> float:
         if name != "count":
             raise ValueError(f"{name}({said}) needs a column of these rows")
         return len(value.rows)
-    values = value.values if isinstance(value, Column) else value
+    values = value
+    if isinstance(value, Column):
+        values = tuple(figure for figure in value.values if figure is not None)
     if isinstance(values, int | float):
         values = (float(values),)
     if not values:
@@ -208,18 +217,27 @@ def _over_column(name: str, value: Any, said: str) -> float:
     return OVER_COLUMNS[name](values)
 
 
+def _size(value: Any, said: str) -> Any:
+    if isinstance(value, Column):
+        sizes = (None if figure is None else abs(figure) for figure in value.values)
+        return Column(tuple(sizes), value.order, said)
+    if isinstance(value, int | float):
+        return abs(value)
+    raise ValueError(f"{said} needs figures")
+
+
 def _combined(kind: type[ast.operator], left: Any, right: Any, said: str) -> Any:
     columns = [side for side in (left, right) if isinstance(side, Column)]
     if any(not isinstance(side, int | float | Column) for side in (left, right)):
         raise ValueError(f"{said}: only figures can be combined, and columns of selections")
-    if len(columns) == 2 and (left.grid != right.grid or not left.grid):
-        raise ValueError(f"{said}: both columns must be selected by the same tuples")
+    if len(columns) == 2 and (left.order != right.order or len(left.values) != len(right.values)):
+        raise ValueError(f"{said}: both columns must be of the same rows, or selected by the same tuples")
     try:
         if not columns:
             return OPERATORS[kind](left, right)
         length = len(columns[0].values)
         sides = [side.values if isinstance(side, Column) else (side,) * length for side in (left, right)]
-        values = tuple(OPERATORS[kind](*pair) for pair in zip(*sides, strict=True))
+        values = tuple(None if None in pair else OPERATORS[kind](*pair) for pair in zip(*sides, strict=True))
     except ZeroDivisionError:
         raise ValueError(f"{said} divides by 0") from None
-    return Column(values, columns[0].grid, said)
+    return Column(values, columns[0].order, said)

@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks.pages.figures import OVER_COLUMNS, figure, written_as
-from benchmarks.pages.markdown import COMMENT, FIGURE, TABLE, line_of, sources_of, without_code
+from benchmarks.pages.figures import FUNCTIONS, figure, written_as
+from benchmarks.pages.markdown import BLOCK, COMMENT, FIGURE, TABLE, line_of, sources_of, without_code
 from benchmarks.pages.sources import Source
 
 
@@ -42,7 +42,7 @@ def filled(text: str, table_of: Callable[[str], str]) -> Filled:
     figures = _with_figures(page.text, sources, used)
     errors = page.errors + figures.errors + _malformed(text)
     errors += [Finding(1, f"no mark uses source {name!r}") for name in sources if name not in used]
-    errors += [Finding(1, f"a source cannot be called {name!r}") for name in sources if name in OVER_COLUMNS]
+    errors += [Finding(1, f"a source cannot be called {name!r}") for name in sources if name in FUNCTIONS]
     return Filled(figures.text, page.changes + figures.changes, sorted(errors, key=lambda found: found.line))
 
 
@@ -78,6 +78,10 @@ def _with_figures(text: str, sources: dict[str, Source], used: set[str]) -> Fill
         if not number:
             page.errors.append(Finding(line, f"no number stands right before <!-- ={match['expression']}-->"))
             continue
+        if BLOCK.search(match[0]):
+            page.errors.append(
+                Finding(line, "a line of a mark begins with what Markdown takes for a new block")
+            )
         try:
             made = written_as(number, figure(match["expression"], sources))
         except ValueError as error:

@@ -6,8 +6,10 @@ from benchmarks.pages.figures import NUMBER
 from benchmarks.pages.sources import Source
 
 TABLE = re.compile(r"<!-- table: (\S+) -->.*?<!-- end -->", re.DOTALL)
-FIGURE = re.compile(rf"(?P<number>(?<![\w.]){NUMBER})?<!-- =(?P<expression>.*?)-->", re.DOTALL)
+FIGURE = re.compile(rf"(?P<number>(?<![\w.]){NUMBER})?<!--\s+=(?P<expression>.*?)-->", re.DOTALL)
 SOURCE = re.compile(r"<!-- source: ([a-z_]+) = (\S+) -->")
+BLOCK = re.compile(r"\n\s*(?:[-+*>#|]|=+|\d+[.)])(?=\s)|\n\s*\n")
+"""What begins a new block of Markdown, even inside a comment."""
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 _FENCED = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
