@@ -18,6 +18,7 @@ BENCHMARKS = {
     "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),
     "variance": ("benchmarks.variance.command", "variance under every mask design, over trained models"),
     "step": ("benchmarks.bench_step", "the whole VRPO step at LLaDA-8B's shape on one GPU"),
+    "generate": ("benchmarks.bench_generate", "tokens per second of decoding, against the public loop"),
     "trainer": ("benchmarks.bench_trainer", "a step of the trainer with each of its options"),
     "gpu-table": ("benchmarks.gpu_table", "Markdown tables of what `make gpu` measured"),
     "liger-view": ("benchmarks.liger_view", "a kernels CSV in Liger's columns, and back"),

@@ -82,15 +82,21 @@ def append(rows: Iterable[dict], path: Path, fields: Sequence[str]) -> None:
     Errors:
         ValueError if a row has a field that is not in `fields`, or the file has another header.
     """
+    check_columns(path, fields)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or not path.stat().st_size
-    if not fresh:
-        with path.open(newline="") as stream:
-            header = next(csv.reader(stream))
-        if header != list(fields):
-            raise ValueError(f"{path} has the columns {header}, the new rows have {list(fields)}")
     with path.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, fields)
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def check_columns(path: Path, fields: Sequence[str]) -> None:
+    """ValueError if the file has another header than `append` would write: before anything is measured."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open(newline="") as stream:
+        header = next(csv.reader(stream))
+    if header != list(fields):
+        raise ValueError(f"{path} has the columns {header}, the new rows have {list(fields)}")

@@ -71,12 +71,13 @@ def interleaved(
     repeats: int,
     deadline: float = math.inf,
     keep_going: bool = False,
+    memory: bool = True,
 ) -> dict[str, Timing]:
     """Time all runs round after round, so that a busy minute of the machine hits all of them alike.
 
     The first call of each run compiles and warms up; it is not counted. At `deadline` (of time.monotonic())
     no further round begins; there is always one. keep_going: a run that raises is noted in its `failure` and
-    left out from then on, instead of ending all of them.
+    left out from then on, instead of ending all of them. memory: False saves the call that measures peak_mib.
     """
     timings = {name: Timing() for name in runs}
     gc.collect()
@@ -85,7 +86,7 @@ def interleaved(
         for name, run in runs.items():
             try:
                 run()
-                timings[name].peak_mib = peak_memory(run, device)
+                timings[name].peak_mib = peak_memory(run, device) if memory else None
             except Exception as failure:
                 _note(timings[name], failure, keep_going)
             gc.collect()
