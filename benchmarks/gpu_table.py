@@ -14,9 +14,6 @@ from pathlib import Path
 
 Rows = list[dict[str, str]]
 
-RESULTS = Path(__file__).parent / "results" / "gpu"
-PAGE_FOLDERS = tuple(RESULTS / f"h100-2026-11-27{part}" for part in ("", "-first", "-tiles"))
-
 MODES = ("no gradient", "frozen head", "trained, tiles kept", "trained, recomputed", "replay, both passes")
 COLUMNS = ("no gradient", "frozen head", "trained head")
 TEXT = ("", "N, D x V", "mode", "size", "verdict", "note", "form", "shape")
@@ -296,11 +293,6 @@ def tables(*folders: Path) -> Iterator[str]:
             yield from (f"### {name}", "")
         for lines in rendered:
             yield from (*lines, "")
-
-
-def page_tables() -> dict[str, str]:
-    """The tables of docs/gpu-results.md, for `python -m benchmarks pages`."""
-    return {"all": "\n".join(tables(*PAGE_FOLDERS)).strip()}
 
 
 def main(arguments: list[str]) -> int:

@@ -385,7 +385,7 @@ def quickstart(settings: Settings, output_dir: Path) -> dict[str, Any]:
         if not pairs or not test_pairs:
             raise ValueError("the model answered no problem both right and wrong: no pairs to learn from")
         run.metrics["pairs"] = {"train": len(pairs), "held_out": len(test_pairs), "examples": pairs[:3]}
-        quickstart_report.say_pairs(run.metrics["pairs"])
+        quickstart_report.say(quickstart_report.pairs_text(run.metrics["pairs"]))
     models = {"sft": sft, **align(run, sft, pairs)}
     with run.phase("evaluation", f"Evaluation on {len(run.test)} problems that no training has seen"):
         prepared, _ = prepare_pairs(Dataset.from_list(test_pairs), run.tokenizer)

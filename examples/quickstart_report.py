@@ -20,11 +20,12 @@ def say(text: str) -> None:
     tqdm.write(text)
 
 
-def say_pairs(pairs: Metrics) -> None:
+def pairs_text(pairs: Metrics) -> str:
     """How many pairs there are, and what three of them look like."""
-    say(f"{pairs['train']} pairs to train on, {pairs['held_out']} on problems held out; for example")
+    lines = [f"{pairs['train']} pairs to train on, {pairs['held_out']} on problems held out; for example"]
     for pair in pairs["examples"]:
-        say(f"   {pair['prompt']}   chosen {pair['chosen']!r}   rejected {pair['rejected']!r}")
+        lines.append(f"   {pair['prompt']}   chosen {pair['chosen']!r}   rejected {pair['rejected']!r}")
+    return "\n".join(lines)
 
 
 def table(metrics: Metrics) -> str:
@@ -63,22 +64,32 @@ def table(metrics: Metrics) -> str:
     )
 
 
-def say_results(metrics: Metrics) -> None:
-    """The table, the estimator's variance, throughput, and the warning about displaced likelihood."""
-    settings, seconds = metrics["settings"], metrics["seconds"]
-    say(f"\n{table(metrics)}\n")
+def first_step_text(metrics: Metrics) -> str:
+    """The loss of the first step, which is known before."""
     first = metrics["first_step"]
-    say(
+    return (
         f"step 1 of VRPO: loss {first['loss']:.4f} (ln 2 = 0.6931) + SFT term {first['sft_loss']:.4f}, "
         f"margin {first['margin']:.4f}: policy and reference start as one"
     )
+
+
+def variance_text(metrics: Metrics) -> str:
+    """How noisy the score is, with the masks shared between the models and without."""
     variance = metrics["score_variance"]
     ratio = variance["separate"] / variance["shared"]
-    say(
-        f"variance of the score at K={settings['num_samples']}: {variance['shared']:.3f} (std "
+    return (
+        f"variance of the score at K={metrics['settings']['num_samples']}: {variance['shared']:.3f} (std "
         f"{variance['shared'] ** 0.5:.2f}) with masks shared by policy and reference, as in VRPO; "
         f"{variance['separate']:.2f} with masks of their own ({ratio:.1f} x)"
     )
+
+
+def say_results(metrics: Metrics) -> None:
+    """The table, the estimator's variance, throughput, and the warning about displaced likelihood."""
+    seconds = metrics["seconds"]
+    say(f"\n{table(metrics)}\n")
+    say(first_step_text(metrics))
+    say(variance_text(metrics))
     rates = ", ".join(f"{TITLES[name]} {metrics[name]['tokens_per_second']:.0f}" for name in TITLES)
     say(f"tokens per second of training: {rates} ({metrics['parameters']:,} parameters)")
     say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages import command
+from benchmarks.pages import command, cpu
+from benchmarks.pages.tables import tables_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = command.PAGES
@@ -43,6 +44,38 @@ def test_links__lead_to_files(page):
 def test_pages__tables_and_figures_are_those_of_the_result_files(page):
     made, unmarked = command.looked_at(page)
     assert not [f"{page.name}:{found.line}: {found.text}" for found in made.errors + made.changes + unmarked]
+
+
+def test_pages__have_the_tables_that_their_text_speaks_of():
+    named = {page.name: set(re.findall(r"<!-- table: (\S+) -->", page.read_text("utf-8"))) for page in PAGES}
+    assert {"variance.summary", "gpu.rivals-4096", "gpu.steps", "cpu.eos-fill"} <= named["README.md"]
+    assert {"quickstart.outcome"} <= named["README.md"]
+    assert {"gpu.head", "gpu.sustained", "gpu.lora-steps"} <= named["gpu.md"]
+    assert {"gpu.all"} <= named["gpu-results.md"]
+    assert {f"scaling.{name}" for name in ("steps", "replay", "gpus", "knobs", "experts")} == named[
+        "scaling.md"
+    ]
+    assert {f"cpu.{name}" for name in tables_of("cpu")} - {"cpu.eos-fill"} == named["cpu.md"]
+    elsewhere = {"variance.summary", "variance.loss-8"}
+    assert {f"variance.{name}" for name in tables_of("variance")} - elsewhere == named["mask-designs.md"]
+
+
+def test_cpu_tables__need_one_row_for_a_cell():
+    rows = rows_of(ROOT / "benchmarks/results/kernels.csv")
+    told = cpu.heads(rows, cpu.ZEN5)
+    ours = next(line for line in told.splitlines() if "vrpo" in line)
+    row = next(
+        row
+        for row in rows
+        if (row["git"], row["dtype"], row["threads"], row["provider"], row["column"])
+        == ("78914c0", "bf16", "2", "vrpo", "trained head")
+    )
+    assert ours.split("|")[5].strip(" *").split(", ")[2] == f"{float(row['units_p50']):.2f}"
+    with pytest.raises(ValueError, match="needs one row"):
+        cpu.heads([*rows, row], cpu.ZEN5)
+    slower = [{**r, "units_p50": "9.00"} if r is row else r for r in rows]
+    best = cpu.best(slower, {"this": cpu.ZEN5["bf16, 2 threads"]}).splitlines()[2]
+    assert "0.84, 1.63, 9.00" in best and best.split("|")[4].split(", ")[2].strip() == f"{3.34 / 9:.2f}"
 
 
 def test_readme__rivals_have_the_measured_figures():

@@ -161,6 +161,7 @@ def test_filled__makes_marked_tables_anew_and_leaves_the_rest():
         ("<!-- source: step = steps.csv -->\n5<!-- =step().ms -->", "2: there is no steps.csv"),
         ("a\n<!-- table: none --><!-- end -->", "2: no table is called 'none'"),
         ("a\n\n<!-- table: g.one -->\n| 1 |", "3: .*has no end"),
+        ("<!-- source: Step = step.csv -->", "is no mark"),
         ("<!-- sauce: step = step.csv -->", "is no mark"),
     ],
 )

@@ -112,7 +112,7 @@ def _malformed(text: str) -> list[Finding]:
     found = []
     for match in COMMENT.finditer(rest):
         inside = match[0][4:-3].strip()
-        known = re.fullmatch(r"=.*|table: \S+|end|source: [a-z_]+ = \S+", inside, re.DOTALL)
+        known = re.fullmatch(r"=.*|table: \S+|end|source: [a-z][a-z0-9_]* = \S+", inside, re.DOTALL)
         is_open = inside.startswith("table:") and match.start() not in tables
         if not known or is_open:
             found.append(Finding(line_of(text, match.start()), f"{match[0]!r} is no mark, or has no end"))

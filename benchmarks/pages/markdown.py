@@ -7,7 +7,7 @@ from benchmarks.pages.sources import Source
 
 TABLE = re.compile(r"<!-- table: (\S+) -->.*?<!-- end -->", re.DOTALL)
 FIGURE = re.compile(rf"(?P<number>(?<![\w.]){NUMBER})?<!--\s+=(?P<expression>.*?)-->", re.DOTALL)
-SOURCE = re.compile(r"<!-- source: ([a-z_]+) = (\S+) -->")
+SOURCE = re.compile(r"<!-- source: ([a-z][a-z0-9_]*) = (\S+) -->")
 BLOCK = re.compile(r"\n\s*(?:[-+*>#|]|=+|\d+[.)])(?=\s)|\n\s*\n")
 """What begins a new block of Markdown, even inside a comment."""
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)

@@ -5,14 +5,17 @@ from functools import cache
 
 GROUPS = {
     "variance": "benchmarks.variance.report",
-    "gpu": "benchmarks.gpu_table",
+    "gpu": "benchmarks.pages.gpu",
     "scaling": "benchmarks.scaling_page",
+    "cpu": "benchmarks.pages.cpu",
+    "quickstart": "benchmarks.pages.quickstart",
 }
 """Each module has `page_tables()`: name -> Markdown."""
 
 
 @cache
-def _group(name: str) -> dict[str, str]:
+def tables_of(name: str) -> dict[str, str]:
+    """All tables of a group."""
     return importlib.import_module(GROUPS[name]).page_tables()
 
 
@@ -23,6 +26,6 @@ def table_of(name: str) -> str:
         raise ValueError(
             f"no table is called {name!r}; names are GROUP.NAME, with a group of {', '.join(GROUPS)}"
         )
-    if own not in _group(group):
-        raise ValueError(f"no table is called {name!r}; {group} has {', '.join(_group(group))}")
-    return _group(group)[own]
+    if own not in tables_of(group):
+        raise ValueError(f"no table is called {name!r}; {group} has {', '.join(tables_of(group))}")
+    return tables_of(group)[own]
