@@ -1,6 +1,6 @@
 """The whole VRPO step at LLaDA-8B's shape on one GPU: time, tokens/s, TF/s and memory.
 
-    python3 -m benchmarks step [--output FILE.csv] [--seconds 105] [--revision REV] [--tiny]
+    python3 -m benchmarks gpu-step [--output FILE.csv] [--seconds 105] [--revision REV] [--tiny]
 
 One step is `vrpo.step.preference_step` and its backward pass, on one pair with a prompt of 512 and responses
 of 512 tokens, drawn and packed beforehand: reference, policy, ELBO, score, loss, gradients. Weights are
@@ -420,9 +420,9 @@ def planned() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of `python -m benchmarks step`."""
+    """Entry point of `python -m benchmarks gpu-step`."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks step",
+        prog="python -m benchmarks gpu-step",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -169,7 +169,7 @@ def plan(options: argparse.Namespace) -> list[Stage]:
         _timed("kernels", 75, options),
         _timed("tiles", 45, options),
         _timed("memory", 25, options),
-        _command("step", 125, options, "step.csv", *(["--tiny"] if options.tiny else [])),
+        _command("gpu-step", 125, options, "step.csv", *(["--tiny"] if options.tiny else [])),
         _command("kernels", 135, options, "rivals.csv", *rivals),
         Stage("compile", 0, [_pytest("compile", COMPILE_TESTS, options, 8)]),
     ]

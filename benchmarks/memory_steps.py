@@ -1,7 +1,7 @@
 """What `python -m benchmarks memory` runs: one pair, its packs, one step in each gradient mode, its memory.
 
 The step is the trainer's (`vrpo.gradient`) without the optimizer; models, pairs and LoRA are those of
-`python -m benchmarks step`.
+`python -m benchmarks gpu-step`.
 """
 
 import contextlib

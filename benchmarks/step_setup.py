@@ -1,4 +1,4 @@
-"""What `python -m benchmarks step` runs: a model of LLaDA-8B's shape, pairs, and ways to score them.
+"""What `python -m benchmarks gpu-step` runs: a model of LLaDA-8B's shape, pairs, and ways to score them.
 
 The weights are random and made where they are used. Models are scored as the trainer scores them, with
 `ModelNLL` and under autocast; the other heads and the padded layout stand for how public code does it.
@@ -6,7 +6,7 @@ The weights are random and made where they are used. Models are scored as the tr
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -75,14 +75,18 @@ def build_model(size: Size, device: str, dtype: torch.dtype) -> LLaDAForMaskedDi
     return model.requires_grad_(False)
 
 
-def with_lora(model: nn.Module) -> nn.Module:
+def with_lora(model: nn.Module, layers: Iterable[int] | None = None) -> nn.Module:
     """The model with a new adapter on every linear layer but the head, put on as the trainer does it.
+
+    layers: only those with these numbers.
 
     PEFT keeps the adapter's weights in float32 above a 16-bit base; what enters it is left to autocast.
     """
     from peft import LoraConfig
 
     config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(LORA_LAYERS))
+    if layers is not None:
+        config.layers_to_transform = list(layers)
     adapted = add_adapter(model, config, seed=0)
     leave_adapter_inputs_to_autocast(adapted)
     return adapted

@@ -49,7 +49,8 @@ def clock_name(device: str, threads: int) -> str:
     return "cpu time" if threads == 1 else "wall"
 
 
-def _time_once(run: Callable[[], object], device: str, threads: int) -> float:
+def time_once(run: Callable[[], object], device: str, threads: int) -> float:
+    """Milliseconds of one call, on the clock of `clock_name`."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -119,7 +120,7 @@ def _round(
             gc.collect()  # on a GPU the queue hides it, and it would take longer than the runs
         wait()
         try:
-            timings[name].samples.append(_time_once(run, device, threads))
+            timings[name].samples.append(time_once(run, device, threads))
         except Exception as failure:
             _note(timings[name], failure, keep_going)
 

@@ -1,0 +1,76 @@
+"""The waterfall: time and peak memory of a step, from public code to everything, a bar for each technique."""
+
+import csv
+from pathlib import Path
+
+# Rows of the ladder in its order, with the label of the figure. What serves as a baseline alone is left out.
+BARS = {
+    "public code": "public code",
+    "hand assembly": "hand assembly, one batch",
+    "hand assembly, pair by pair": "hand assembly, pair by pair",
+    "packed": "packed, no padding",
+    "+ masked rows": "+ head at masked rows only",
+    "+ fused head": "+ fused head",
+    "+ last layer at masked rows": "+ last layer at masked rows only",
+    "+ small packs": "+ packs that fit the caches",
+    "replay": "  the same with replay",
+    "+ reference known": "+ reference precomputed",
+    "+ better masks": "+ K = {fewer} of better masks",
+    "+ better masks, reference known": "   and reference precomputed",
+    "+ better masks, upper half": "   and upper half trained, trunk shared",
+}
+COLOURS = {"public code": "#9e9e9e", "hand assembly": "#c49a6c", "hand assembly, pair by pair": "#c49a6c"}
+
+
+def latest(path: Path) -> dict[tuple[str, str, str, str, str], dict[str, dict[str, str]]]:
+    """The newest rows by (device, threads, size, mix, weights), each a variant -> row. Errors: ValueError if
+    there are none."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["ms"]]
+    if not rows:
+        raise ValueError(f"{path} has no measured rows")
+    found: dict[tuple[str, str, str, str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("device", "threads", "size", "mix", "weights"))
+        found.setdefault(key, {})[row["variant"]] = row
+    return found
+
+
+def draw(path: Path, threads: str = "1", size: str = "9M"):
+    """Time and memory of each technique, for both length mixes, as shares of public code's."""
+    from matplotlib.figure import Figure
+
+    cases = {key[3]: rows for key, rows in latest(path).items() if key[1:3] == (threads, size)}
+    if not cases:
+        raise ValueError(f"{path} has no rows of size {size!r} at {threads} threads")
+    figure = Figure(figsize=(11, 3.9 * len(cases)), layout="constrained")
+    axes = figure.subplots(len(cases), 2, squeeze=False, sharey="row")
+    for pair, (mix, rows) in zip(axes, cases.items(), strict=True):
+        names = [name for name in BARS if name in rows]
+        fewer = next((rows[name]["K"] for name in names if name == "+ better masks"), "")
+        labels = [BARS[name].format(fewer=fewer) for name in names]
+        first = rows["public code"]
+        for axis, (column, unit, per) in zip(
+            pair, (("ms", "s", 1000.0), ("peak_MiB", "MiB", 1.0)), strict=True
+        ):
+            values = [float(rows[name][column]) / per for name in names]
+            axis.barh(labels, values, color=[COLOURS.get(name, "#2f6f9f") for name in names])
+            for place, (name, value) in enumerate(zip(names, values, strict=True)):
+                times = float(first[column]) / per / value
+                text = (
+                    f"{value:.3g} {unit}" if name == "public code" else f"{value:.3g} {unit}, 1/{times:.1f}"
+                )
+                axis.text(value, place, f" {text}", va="center", fontsize=8)
+            axis.set_xlim(0, 1.28 * max(values))
+            axis.spines[["top", "right"]].set_visible(False)
+        pair[0].invert_yaxis()
+        tokens = f"{first['pairs']} pairs, {100 * float(first['fill']):.0f} % of one padded batch are tokens"
+        pair[0].set_title(f"time of a step: {mix}\n{tokens}", fontsize=10, loc="left")
+        pair[1].set_title("peak memory above the weights", fontsize=10, loc="left")
+    row = next(iter(next(iter(cases.values())).values()))
+    figure.suptitle(
+        f"One VRPO step, {int(row['parameters']) / 1e6:.0f} M parameters, {row['dtype']}, {threads} thread; "
+        f"same gradient down to 'reference precomputed', K = {row['K']}",
+        fontsize=11,
+    )
+    return figure
