@@ -8,6 +8,7 @@ GROUPS = {
     "gpu": "benchmarks.pages.gpu",
     "scaling": "benchmarks.scaling_page",
     "cpu": "benchmarks.pages.cpu",
+    "step": "benchmarks.step.page",
     "quickstart": "benchmarks.pages.quickstart",
 }
 """Each module has `page_tables()`: name -> Markdown."""

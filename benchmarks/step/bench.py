@@ -48,10 +48,10 @@ FIELDS = (
 # (size, mix, pairs)
 CPU_CASES = (
     ("1M", "gsm8k", 8),
-    ("1M", "ultrafeedback-like", 8),
+    ("1M", "ultrafeedback-like", 4),
     ("9M", "gsm8k", 4),
     ("9M", "ultrafeedback-like", 4),
-    ("30M", "gsm8k", 4),
+    ("30M", "gsm8k", 2),
 )
 QUICK_CASES = (("1M", "gsm8k", 2), ("1M", "ultrafeedback-like", 2))
 CUDA_CASES = (("LLaDA-8B", "gsm8k", 4), ("LLaDA-8B", "ultrafeedback-like", 2))

@@ -22,17 +22,25 @@ BARS = {
 COLOURS = {"public code": "#9e9e9e", "hand assembly": "#c49a6c", "hand assembly, pair by pair": "#c49a6c"}
 
 
-def latest(path: Path) -> dict[tuple[str, str, str, str, str], dict[str, dict[str, str]]]:
-    """The newest rows by (device, threads, size, mix, weights), each a variant -> row. Errors: ValueError if
-    there are none."""
+Key = tuple[str, str, str, str, str]
+"""Device, threads, size, mix and weights of a case."""
+
+
+def latest(path: Path) -> dict[Key, dict[str, dict[str, str]]]:
+    """The newest run of each case, variant -> row; a run begins with public code.
+
+    Errors: ValueError if there is none.
+    """
     with path.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["ms"]]
     if not rows:
         raise ValueError(f"{path} has no measured rows")
-    found: dict[tuple[str, str, str, str, str], dict[str, dict[str, str]]] = {}
+    found: dict[Key, dict[str, dict[str, str]]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("device", "threads", "size", "mix", "weights"))
-        found.setdefault(key, {})[row["variant"]] = row
+        if row["variant"] == "public code":
+            found[key] = {}
+        found[key][row["variant"]] = row
     return found
 
 
@@ -40,7 +48,8 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
     """Time and memory of each technique, for both length mixes, as shares of public code's."""
     from matplotlib.figure import Figure
 
-    cases = {key[3]: rows for key, rows in latest(path).items() if key[1:3] == (threads, size)}
+    full = (threads, size, "full")
+    cases = {key[3]: rows for key, rows in latest(path).items() if (*key[1:3], key[4]) == full}
     if not cases:
         raise ValueError(f"{path} has no rows of size {size!r} at {threads} threads")
     figure = Figure(figsize=(11, 3.9 * len(cases)), layout="constrained")
@@ -57,9 +66,7 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
             axis.barh(labels, values, color=[COLOURS.get(name, "#2f6f9f") for name in names])
             for place, (name, value) in enumerate(zip(names, values, strict=True)):
                 times = float(first[column]) / per / value
-                text = (
-                    f"{value:.3g} {unit}" if name == "public code" else f"{value:.3g} {unit}, 1/{times:.1f}"
-                )
+                text = f" {value:.3g} {unit}" + ("" if name == "public code" else f" ({times:.1f}x)")
                 axis.text(value, place, f" {text}", va="center", fontsize=8)
             axis.set_xlim(0, 1.28 * max(values))
             axis.spines[["top", "right"]].set_visible(False)
@@ -70,7 +77,7 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
     row = next(iter(next(iter(cases.values())).values()))
     figure.suptitle(
         f"One VRPO step, {int(row['parameters']) / 1e6:.0f} M parameters, {row['dtype']}, {threads} thread; "
-        f"same gradient down to 'reference precomputed', K = {row['K']}",
+        f"x: times less than public code; down to 'reference precomputed' K = {row['K']} and one gradient",
         fontsize=11,
     )
     return figure
