@@ -26,6 +26,7 @@ BENCHMARKS = {
     "model": ("benchmarks.bench_model", "expected GPU times of linear_cross_entropy, beside measured ones"),
     "masking": ("benchmarks.bench_masking", "mask draw and packing against a torch.randperm loop"),
     "pages": ("benchmarks.pages.command", "tables and figures of README.md and docs, from the result files"),
+    "scaling": ("benchmarks.bench_scaling", "how time and memory of a step grow, measured and modelled"),
     "memory": ("benchmarks.bench_memory", "peak memory of a step against K, and what a replay costs"),
 }
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.bare_products import BareProducts
+from benchmarks.flags import check_device, positive
 from benchmarks.memory_steps import peak_of_tensors
 from benchmarks.plain_generate import decode_one_by_one, decode_padded
 from benchmarks.record import RESULTS, append, check_columns, provenance
@@ -36,7 +37,7 @@ from benchmarks.timing import Timing, clock_name, interleaved
 from vrpo.generation import SamplerConfig, generate
 from vrpo.generation.sampler import split_evenly
 
-OUTPUT = RESULTS / "generate.csv"
+OUTPUT, QUICK_OUTPUT = RESULTS / "generate.csv", Path("runs/generate_quick.csv")
 FIELDS = (
     *("date", "git", "dirty", "device", "torch", "triton", "threads", "dtype"),
     *("case", "parameters", "layers", "hidden", "vocabulary"),
@@ -242,13 +243,6 @@ def _figures(case: Case, way: str, timing: Timing, rate: float, ours: float | No
     return spelled | {"rounds": len(timing.samples)}
 
 
-def positive(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
-    return int(text)
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; `cases` maps names to what is measured."""
     parser = argparse.ArgumentParser(
@@ -262,10 +256,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seconds", type=positive, default=75, help="of a case; no further round after them")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, help=f"CSV file; with --quick {QUICK_OUTPUT}")
     args = parser.parse_args(arguments)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
+    check_device(parser, args.device)
     known = {("cpu", False): CASES, ("cpu", True): QUICK, ("cuda", False): CUDA_CASES}
     known = known.get((args.device, args.quick), CUDA_QUICK)
     for name in args.cases or []:
@@ -273,6 +266,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--cases must be of {', '.join(known)}, got {name!r}")
     args.cases = {name: case for name, case in known.items() if name in (args.cases or known)}
     args.rounds = min(args.rounds, 2) if args.quick else args.rounds
+    args.output = args.output or (QUICK_OUTPUT if args.quick else OUTPUT)
     return args
 
 

@@ -99,9 +99,9 @@ def checkpoint_activations(model: nn.Module, on: bool) -> None:
     (newest or getattr(model, f"gradient_checkpointing_{verb}"))()
 
 
-def make_batch(size: Size, *, mixed: bool = False, seed: int = 0) -> ResponseBatch:
-    """One pair of `response` tokens each, or two pairs of mixed lengths; random tokens, on the CPU."""
-    lengths = list(size.mixed) if mixed else [size.response] * 2
+def make_batch(size: Size, *, mixed: bool = False, seed: int = 0, pairs: int = 1) -> ResponseBatch:
+    """Pairs of `response` tokens each, or two pairs of mixed lengths; random tokens, on the CPU."""
+    lengths = list(size.mixed) if mixed else [size.response] * 2 * pairs
     generator = torch.Generator().manual_seed(seed)
     tokens = []
     for pair in range(len(lengths) // 2):
