@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu-step` on the CPU: every line of it runs, and a part that fails does not end it."""
+"""`python -m benchmarks gpu-step` on the CPU: every line of it runs, and what fails does not end it."""
 
 import csv
 import math
