@@ -19,6 +19,7 @@ from vrpo_kernels.pack_masked import PackedTokens, pack_masked, token_weight_sum
 from vrpo_kernels.philox import philox4x32
 from vrpo_kernels.rotary import rotary
 from vrpo_kernels.rows import gather_rows
+from vrpo_kernels.segment_attention import segment_attention
 from vrpo_kernels.segments import segment_sum
 from vrpo_kernels.token_logps import token_logps
 
@@ -41,6 +42,7 @@ __all__ = [
     "philox4x32",
     "plan_linear_cross_entropy",
     "rotary",
+    "segment_attention",
     "segment_sum",
     "set_debug",
     "token_logps",

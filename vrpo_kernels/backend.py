@@ -107,6 +107,22 @@ def reasons_against(
     return reasons
 
 
+def reasons_against_float32(op: str, *, device: str, dtype: torch.dtype) -> list[str]:
+    """`reasons_against` the C++ backend for an op whose C++ form computes float32 only.
+
+    Args: op: its name under torch.ops.vrpo; an extension built from older sources has none.
+    """
+    reasons = reasons_against("cpu", device=device, dtype=None, available=_AVAILABLE)
+    if not reasons and not hasattr(torch.ops.vrpo, op):
+        reasons.append(
+            f"the C++ extension vrpo_kernels._C was built from older sources, without {op}; run "
+            "`pip install --no-build-isolation -e .` again"
+        )
+    if dtype is not torch.float32:
+        reasons.append(f"it computes float32, not {dtype}")
+    return reasons
+
+
 def choose(
     op: str,
     *,

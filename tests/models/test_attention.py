@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from backends import needs_extension
 from packs import pack, random_segments, tiny_model
 
 import vrpo.models.attention as attention
@@ -94,10 +95,33 @@ def test_segments__refuse_int64_boundaries():
         Segments(torch.tensor([0, 4]), 4)
 
 
-def test_choose_attention__cpu_takes_sdpa_and_says_why():
+@needs_extension
+def test_choose_attention__cpu_takes_segments_and_says_why():
     name, reason = choose_attention("cpu", torch.float32)
-    assert name == "sdpa"
+    assert name == "segments"
     assert "needs a CUDA device, got cpu" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_choose_attention__cpu_takes_sdpa_in_other_dtypes_and_says_why(dtype):
+    name, reason = choose_attention("cpu", dtype)
+    assert name == "sdpa"
+    assert f"it computes float32, not {dtype}" in reason
+
+
+@needs_extension
+def test_attend_packed__segments_equal_sdpa():
+    tensors = [tensor.requires_grad_() for tensor in random_qkv(LENGTHS, dtype=torch.float32)]
+    ours, sdpa = (
+        attend_packed(*tensors, to_segments(LENGTHS), scale=0.3, requested=name)
+        for name in ("segments", "sdpa")
+    )
+    assert not torch.equal(ours, sdpa)  # else both took the same way
+    torch.testing.assert_close(ours, sdpa)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, tensors, 2 * ours.detach()),
+        torch.autograd.grad(sdpa, tensors, 2 * ours.detach()),
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +146,9 @@ def test_choose_attention__impossible_request_lists_all_reasons(monkeypatch):
 
 
 def test_choose_attention__unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'auto', 'flash_attn', 'torch_varlen', 'sdpa'.*'eager'"):
+    with pytest.raises(
+        ValueError, match=r"'auto', 'flash_attn', 'torch_varlen', 'segments', 'sdpa'.*'eager'"
+    ):
         choose_attention("cpu", torch.float32, "eager")
 
 

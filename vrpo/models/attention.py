@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from vrpo_kernels import segment_attention
+from vrpo_kernels.segment_attention import reasons_against as segment_attention_reasons
+
 # Registered name -> requested backend. No name may contain "flash": transformers takes such names
 # for its own flash-attention integration and demands the package.
 ATTENTION_NAMES = {
@@ -26,7 +29,7 @@ ATTENTION_NAMES = {
     "vrpo_varlen": "torch_varlen",
     "vrpo_fa": "flash_attn",
 }
-BACKENDS = ("flash_attn", "torch_varlen", "sdpa")
+BACKENDS = ("flash_attn", "torch_varlen", "segments", "sdpa")
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -39,8 +42,9 @@ def choose_attention(
         device: where the model runs; only its type matters.
         dtype: the dtype queries are computed in (under autocast, the autocast dtype).
         requested: "auto", or one of "flash_attn" (package flash-attn, extra `flash`),
-            "torch_varlen" (torch.nn.attention.varlen), "sdpa" (one scaled_dot_product_attention per
-            run of equally long segments; any device and dtype).
+            "torch_varlen" (torch.nn.attention.varlen), "segments" (vrpo_kernels.segment_attention, float32
+            on a CPU), "sdpa" (one scaled_dot_product_attention per run of equally long segments; any
+            device and dtype).
     Returns:
         (name, reason), name one of `BACKENDS`.
     Errors:
@@ -50,7 +54,8 @@ def choose_attention(
     device_type = torch.device(device).type
     if requested not in ("auto", *BACKENDS):
         raise ValueError(f"attention must be one of {('auto', *BACKENDS)}, got {requested!r}")
-    missing = {"flash_attn": [], "torch_varlen": [], "sdpa": []}
+    missing = {name: [] for name in BACKENDS}
+    missing["segments"] += segment_attention_reasons(device_type, dtype)
     for name in ("flash_attn", "torch_varlen"):
         if device_type != "cuda":
             missing[name].append(f"needs a CUDA device, got {device_type}")
@@ -122,6 +127,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None, scal
     )
 
 
+def _attend_segments(query_THd, key_THd, value_THd, segments: Segments, scale: float) -> Tensor:
+    return segment_attention(query_THd, key_THd, value_THd, segments.cu_seqlens_S1, scale=scale)
+
+
 def _attend_sdpa(query_THd, key_THd, value_THd, segments: Segments, scale: float) -> Tensor:
     """One call per run of equally long segments, batched by a view: no copy, no padding."""
     # split, not slices: the gradient of a slice is a zero-filled (T, H, d) tensor per run, that of
@@ -190,6 +199,7 @@ def _attend_flash_attn(query_THd, key_THd, value_THd, segments: Segments, scale:
 _ATTEND = {
     "flash_attn": _attend_flash_attn,
     "torch_varlen": _attend_torch_varlen,
+    "segments": _attend_segments,
     "sdpa": _attend_sdpa,
 }
 
