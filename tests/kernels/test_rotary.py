@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import needs_extension
 
 from vrpo_kernels import rotary, testing
 from vrpo_kernels.rotary import op, reference
@@ -117,10 +118,27 @@ def test_rotary__refuses_sharded_tensors_by_name(place):
         rotary(*inputs)
 
 
-def test_rotary__refuses_backends_that_do_not_exist():
+@needs_extension
+@pytest.mark.parametrize("shape", [(1, 4, 4, 700, 16), (3, 2, 1, 5, 6), (2, 1, 1, 1, 130)], ids=str)
+def test_cpu__bit_identical_to_the_reference(shape):
+    batch, heads, key_heads, length, size = shape
+    query, key, cos, sin = make_inputs(batch, heads, key_heads, length, size)
+    wide = torch.stack((query, query), dim=-1)[..., 0]  # no unit stride
+    for given in (query, wide, query.contiguous()):
+        results = []
+        for backend in ("cpu", "reference"):
+            leaves = [part.detach().requires_grad_() for part in (given, key)]
+            turned = rotary(*leaves, cos, sin, backend=backend)
+            upstream = [part.detach().roll(1, 2) for part in (query, key)]
+            results.append((*turned, *torch.autograd.grad(turned, leaves, upstream)))
+        for found, expected in zip(*results, strict=True):
+            testing.assert_bitwise_equal(found, expected)
+
+
+def test_rotary__refuses_backends_that_cannot_run():
     inputs = make_inputs()
-    with pytest.raises(ValueError, match="does not exist"):
-        rotary(*inputs, backend="cpu")
+    with pytest.raises(ValueError, match=r"computes float32, not torch\.bfloat16"):
+        rotary(*make_inputs(dtype=torch.bfloat16), backend="cpu")
     with pytest.raises(ValueError, match="needs tensors on a CUDA device"):
         rotary(*inputs, backend="triton")
 

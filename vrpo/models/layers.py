@@ -61,10 +61,10 @@ def rotate(query: Tensor, key: Tensor, rotation: Rotation) -> tuple[Tensor, Tens
     """query and key (B, heads, L, d), turned by the angles of their positions.
 
     Numerics: float16 and bfloat16 are multiplied and added in float32 and rounded once, to their own dtype.
-    On a GPU one kernel does it, with the same bits.
+    One kernel does it, with the same bits, on a GPU, and on a CPU in float32.
     """
     cos, sin = (part.to(query.device) for part in (rotation.cos_BLd, rotation.sin_BLd))
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" or (query.device.type == "cpu" and query.dtype == torch.float32):
         half = query.shape[-1] // 2  # both halves of the angles are alike
         cos, sin = (part[..., :half].expand(len(query), -1, -1) for part in (cos, sin))
         return rotary(query, key, cos, sin)

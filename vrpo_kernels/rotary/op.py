@@ -4,17 +4,20 @@ import torch
 from torch import Tensor
 
 from vrpo_kernels import autograd, checks
-from vrpo_kernels.backend import availability, choose, reasons_against
+from vrpo_kernels.backend import availability, choose, reasons_against, reasons_against_float32
 from vrpo_kernels.rotary import reference
 
 
 def _choose(query: Tensor, requested: str) -> str:
-    if requested == "cpu":
-        raise ValueError("rotary: backend 'cpu' does not exist: on the CPU it is 'reference'")
     device, dtype = query.device.type, query.dtype
+    if requested in ("auto", "cpu") and device == "cpu":
+        reasons = reasons_against_float32("rotary", device=device, dtype=dtype)
+        if reasons and requested == "cpu":
+            raise ValueError("rotary: backend 'cpu' cannot run because " + "; and because ".join(reasons))
+        return "reference" if reasons else "cpu"
     if requested == "auto":  # the formula has the same bits, and costs time but no memory that lasts
         reasons = reasons_against("triton", device=device, dtype=dtype, available=availability())
-        return "reference" if device == "cpu" or reasons else "triton"
+        return "reference" if reasons else "triton"
     return choose("rotary", device=device, dtype=dtype, requested=requested)
 
 
@@ -30,10 +33,13 @@ def _rotary(
     query_BHLd: Tensor, key_BHLd: Tensor, cos_BLh: Tensor, sin_BLh: Tensor, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(query, key) turned, or turned back; fresh memory laid out as (B, L, heads, d)."""
-    if _choose(query_BHLd, backend) == "triton":
+    name = _choose(query_BHLd, backend)
+    if name == "triton":
         from vrpo_kernels.rotary import kernel
 
         return kernel.rotary(query_BHLd, key_BHLd, cos_BLh, sin_BLh, inverse)
+    if name == "cpu":
+        return torch.ops.vrpo.rotary(query_BHLd, key_BHLd, cos_BLh, sin_BLh, inverse)
     return _by_formula(query_BHLd, key_BHLd, cos_BLh, -sin_BLh if inverse else sin_BLh)
 
 
@@ -72,7 +78,8 @@ def rotary(
             where they lie.
         key_BHLd: (B, key heads, L, d), same dtype and device.
         cos_BLh, sin_BLh: (B, L, d / 2) float32, constants: they get no gradient.
-        backend: "auto" (triton on CUDA where it can run, else reference), "triton" or "reference".
+        backend: "auto" (triton on CUDA where it can run, cpu for float32 on the CPU, else reference),
+            "triton", "cpu" or "reference".
     Returns:
         (query, key), shapes and dtypes as given, as transposed views of contiguous (B, L, heads, d).
     Numerics:
