@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks.step import bench, figure, floors, rivals
+from benchmarks.step import bench, figure, floors, page, rivals
 from benchmarks.step.lengths import GSM8K, MIXES, count, make_batch, ultrafeedback_like
 from benchmarks.step.setup import SIZES, Models, gradient_error
 from benchmarks.step.variants import Stepper, Variant, batched, ladder
@@ -141,6 +141,42 @@ def test_figure__has_a_bar_for_each_technique_and_reads_the_newest_rows(measured
     assert (tmp_path / "deep/a.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no rows of size '9M'"):
         figure.draw(output)
+
+
+def test_page__tables_are_ratios_of_the_newest_run(measured, tmp_path, monkeypatch):
+    _, rows = measured
+    older = [dict(row, ms="1e9") for row in rows if row["variant"] in ("public code", "+ small packs")]
+    path = tmp_path / "step.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([*older, *rows])
+    monkeypatch.setattr(page, "OUTPUT", path)
+    tables = page.page_tables()
+    assert set(tables) == {"equal", "less", "passes", *(f"tiny-{mix}" for mix in MIXES)}
+    known = {row["variant"]: row for row in rows if row["mix"] == "gsm8k"}
+    ours, public, hand = (known[name] for name in ("+ small packs", "public code", "hand assembly"))
+    line = next(line for line in tables["equal"].splitlines() if "tiny" in line and "GSM8K" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[3] == page.number(float(public["ms"]) / float(ours["ms"]))
+    assert cells[4] == page.number(float(hand["ms"]) / float(ours["ms"]))
+    assert cells[6:8] == [f"{float(ours[name]):.0f}" for name in ("pct_of_floor", "peak_MiB")]
+    assert len(tables["tiny-gsm8k"].splitlines()) == 2 + len(figure.BARS)
+    assert tables["passes"].count("\n") == 1  # a header without rows: no LoRA was measured
+
+
+def test_latest__a_run_without_a_variant_does_not_take_it_from_an_older_one(measured, tmp_path):
+    _, rows = measured
+    path = tmp_path / "step.csv"
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows([*rows, next(row for row in rows if row["mix"] == "gsm8k")])
+    cases = {key[3]: case for key, case in figure.latest(path).items()}
+    assert set(cases["gsm8k"]) == {"public code"} and len(cases["ultrafeedback-like"]) > 5
+    path.write_text(",".join(rows[0]) + "\n")
+    with pytest.raises(ValueError, match="has no measured rows"):
+        figure.latest(path)
 
 
 def work_of(variant, weights="full", top_layers=0, size="tiny"):
