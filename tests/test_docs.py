@@ -50,7 +50,7 @@ def test_pages__have_the_tables_that_their_text_speaks_of():
     named = {page.name: set(re.findall(r"<!-- table: (\S+) -->", page.read_text("utf-8"))) for page in PAGES}
     assert {"variance.summary", "gpu.rivals-4096", "gpu.steps", "cpu.eos-fill"} <= named["README.md"]
     assert {"quickstart.outcome"} <= named["README.md"]
-    assert {"gpu.head", "gpu.sustained", "gpu.lora-steps"} <= named["gpu.md"]
+    assert {"gpu.head", "gpu.sustained", "gpu.lora-steps", "gpu.rivals-4096", "gpu.best"} <= named["gpu.md"]
     assert {"gpu.all"} <= named["gpu-results.md"]
     assert {f"scaling.{name}" for name in ("steps", "replay", "gpus", "knobs", "experts")} == named[
         "scaling.md"
@@ -76,6 +76,22 @@ def test_cpu_tables__need_one_row_for_a_cell():
     slower = [{**r, "units_p50": "9.00"} if r is row else r for r in rows]
     best = cpu.best(slower, {"this": cpu.ZEN5["bf16, 2 threads"]}).splitlines()[2]
     assert "0.84, 1.63, 9.00" in best and best.split("|")[4].split(", ")[2].strip() == f"{3.34 / 9:.2f}"
+
+
+def test_gpu_page__best_of_the_others_is_the_least_of_each_column():
+    rows = [row for row in rows_of(ALL_RIVALS / "rivals.csv") if (row["N"], row["head"]) == ("512", "plain")]
+    (cells,) = (c for c in cells_of(ROOT / "docs/gpu.md") if c[0] == "4fd4141, N = 512")
+    found = list(zip(*(cell.split(", ") for cell in cells[1:]), strict=True))
+    for column, (mine, others, ratio) in zip(
+        ("no gradient", "frozen head", "trained head"), found, strict=True
+    ):
+        units = {
+            r["provider"]: float(r["units_p50"]) for r in rows if r["column"] == column and r["units_p50"]
+        }
+        least = min(value for name, value in units.items() if "vrpo" not in name)
+        assert_rounded(mine, units["vrpo"])
+        assert_rounded(others, least)
+        assert_rounded(ratio, least / units["vrpo"])
 
 
 def test_readme__rivals_have_the_measured_figures():

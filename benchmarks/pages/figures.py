@@ -1,10 +1,11 @@
-"""The expression of a mark, and its value in the form of the number before it.
+r"""The expression of a mark, and its value in the form of the number before it.
 
     step(case="LoRA", K=8).ms                     the cell of the only row with these values
     step(case="hand", K=4).ms / 1000              + - * / of figures and numbers
     max(rivals(N=4096).nll_error)                 min, max, mean, sum of a column, count of rows
     min(all(N=(512, 1024), provider="Liger").ms / all(N=(512, 1024), provider="vrpo").ms)
     max(abs(prediction(drift="late").predicted - prediction(drift="late").measured))
+    summary(r"SFT 600 steps (\d+)")              the only match in a text file, its group
     quickstart.held_out.vrpo["elbo/accuracies"]   a value of a JSON file
 
 A tuple selects one row for each of its values (for each combination of several tuples), in that order, so
@@ -104,6 +105,8 @@ def _evaluate(node: ast.expr, sources: Mapping[str, Source]) -> Any:
             return _size(_evaluate(argument, sources), ast.unparse(node))
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in OVER_COLUMNS:
             return _over_column(name, _evaluate(argument, sources), ast.unparse(argument))
+        case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str(pattern))], keywords=[]):
+            return _matched(_source(name, sources), pattern, ast.unparse(node))
         case ast.Call(func=ast.Name(id=name), args=[]):
             return _selected(_source(name, sources), node)
         case ast.Attribute():
@@ -148,6 +151,17 @@ def _selected(source: Source, call: ast.Call) -> Selection:
             raise ValueError(f"{said} selects {len(fitting)} rows of {source.path} for {own}; it needs one")
         found += fitting
     return Selection(tuple(found), grid, said)
+
+
+def _matched(source: Source, pattern: str, said: str) -> float | Column:
+    try:
+        found = re.findall(pattern, source.text())
+    except re.error as error:
+        raise ValueError(f"{said} is no regular expression: {error}") from None
+    if not found or not all(isinstance(text, str) for text in found) or re.compile(pattern).groups != 1:
+        raise ValueError(f"{said} needs one group and a match in {source.path}, it has {len(found)} matches")
+    values = tuple(_number(text, said) for text in found)
+    return values[0] if len(values) == 1 else Column(values, (source.path, pattern), said)
 
 
 def _wanted(node: ast.expr) -> Any:

@@ -39,6 +39,28 @@ def rivals(rows: Rows, size: str) -> str:
     return table(["", *COLUMNS, "nll error, nats"], lines)
 
 
+def best(runs: dict[str, Rows]) -> str:
+    """Ours and the fastest other one of each column, and how many times longer that takes."""
+    lines = []
+    for name, rows in runs.items():
+        timed = [row for row in rows if row["ms_p50"] and row["column"] in COLUMNS]
+        for size, kind in dict.fromkeys((row["N"], row["head"]) for row in timed):
+            own = [row for row in timed if (row["N"], row["head"]) == (size, kind)]
+            others = [row for row in own if not row["provider"].startswith("vrpo")]
+            if {row["column"] for row in others} != set(COLUMNS):
+                continue
+            ours, rival, ratio = [], [], []
+            for column in COLUMNS:
+                mine = float(_one(own, provider="vrpo", column=column)["units_p50"])
+                fastest = min(float(row["units_p50"]) for row in others if row["column"] == column)
+                ours.append(f"{mine:.2f}")
+                rival.append(f"{fastest:.2f}")
+                ratio.append(f"{fastest / mine:.2f}")
+            head = "" if kind == "plain" else f", {kind}"
+            lines.append([f"{name}, N = {size}{head}", *map(", ".join, (ours, rival, ratio))])
+    return table(["", "ours", "best of the others", "they take, times"], lines)
+
+
 def steps(rows: Rows) -> str:
     """Whole steps: LoRA with 1, 8 and 16 samples, all weights with 8."""
     names = {"LoRA": "LoRA r = 16", "full": "all weights, no optimizer state"}
@@ -103,9 +125,11 @@ def page_tables() -> dict[str, str]:
     """For `python -m benchmarks pages`."""
     kernels = read(KERNELS / "kernels.csv")
     step = read(FIRST / "step.csv")
+    first, second = (read(folder / "rivals.csv") for folder in (FIRST, KERNELS))
     return {
         "all": "\n".join(tables(KERNELS, FIRST, TILES)).strip(),
-        "rivals-4096": rivals(read(FIRST / "rivals.csv"), "4096"),
+        "rivals-4096": rivals(first, "4096"),
+        "best": best({"4fd4141": first, "2d0ff9f": second}),
         "steps": steps(step),
         "lora-steps": lora_steps(step),
         "head": head(kernels),

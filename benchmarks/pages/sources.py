@@ -1,4 +1,4 @@
-"""The committed result files that a page names: rows of CSV and JSONL files, values of JSON files."""
+"""The committed result files that a page names: rows of CSV and JSONL, values of JSON, figures in a text."""
 
 import csv
 import json
@@ -29,6 +29,13 @@ class Source:
                 f"{self.path} is no table: take its values by {self.name}.key or {self.name}['key']"
             )
         return [row for file in _files(self.path) for row in _rows(file)]
+
+    def text(self) -> str:
+        """What a text file holds. Errors: ValueError for any other."""
+        if not self.path.endswith(".txt"):
+            raise ValueError(f"{self.path} is no text: only .txt files are searched")
+        (file,) = _files(self.path)
+        return file.read_text(encoding="utf-8")
 
     def content(self) -> Any:
         """What a JSON file holds. Errors: ValueError for a table."""
