@@ -12,6 +12,7 @@ Columns: S masked copies, T their tokens, N masked rows, fill T over what a padd
 least of the rounds, peak_MiB the growth during the step (CPU: of the resident set, CUDA: of the allocator).
 gflop and floor_ms what the step needs (`floors.py`) and what its bare products take at the rates of this run;
 mfu_pct the operations over the fastest of these rates; bytes_ms its least traffic at the rate of a copy.
+On a CPU the operators of one step of ours by kind go to step_profile.csv beside it.
 speedup is over public code, speedup_hand over the hand assembly, at K samples of the paper's masks.
 
 On a CPU in float32, 1 thread by its own clock; on CUDA LLaDA-8B's shape with LoRA, under bfloat16 autocast,
@@ -32,6 +33,7 @@ from benchmarks.record import RESULTS, append, provenance
 from benchmarks.step import floors
 from benchmarks.step.figure import draw
 from benchmarks.step.lengths import MIXES, make_batch
+from benchmarks.step.profile import shares
 from benchmarks.step.setup import SIZES, WEIGHTS, Models, gradient_error
 from benchmarks.step.variants import CACHED, MAX_TOKENS, Stepper, Variant, batched, ladder
 from benchmarks.step_timing import free_memory
@@ -55,6 +57,11 @@ CPU_CASES = (
 )
 QUICK_CASES = (("1M", "gsm8k", 2), ("1M", "ultrafeedback-like", 2))
 CUDA_CASES = (("LLaDA-8B", "gsm8k", 4), ("LLaDA-8B", "ultrafeedback-like", 2))
+PROFILED = "+ small packs"
+PROFILE_FIELDS = (
+    *("date", "git", "dirty", "device", "torch", "triton", "threads"),
+    *("size", "mix", "pairs", "weights", "variant", "kind", "share"),
+)
 # Of the gradient, relative: the order of sums differs.
 ALLOWED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -91,6 +98,20 @@ class Case:
         rates = self._time(found)
         for name, measured in found.items():
             self._row(name, measured, found, rates)
+        if args.device == "cpu" and PROFILED in found:
+            self._profile(found[PROFILED].stepper)
+
+    def _profile(self, stepper: Stepper) -> None:
+        known = provenance("cpu") | {"threads": torch.get_num_threads()}
+        case = {"size": self.name, "mix": self.mix, "pairs": self.batch.num_examples}
+        known |= case | {"weights": self.args.weights, "variant": PROFILED}
+        found = shares(stepper)
+        path = self.args.output.with_name(f"{self.args.output.stem}_profile.csv")
+        append(
+            [known | {"kind": kind, "share": f"{s:.4f}"} for kind, s in found.items()], path, PROFILE_FIELDS
+        )
+        told = ", ".join(f"{kind} {share:.0%}" for kind, share in found.items())
+        print(f"[step] {self.name}, {self.mix}, profile: {told}", flush=True)
 
     def _models(self, variant: Variant) -> Models:
         if variant.trains not in self.models:

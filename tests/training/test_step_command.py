@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks.step import bench, figure, floors, page, rivals
+from benchmarks.step import bench, figure, floors, page, profile, rivals
 from benchmarks.step.lengths import GSM8K, MIXES, count, make_batch, ultrafeedback_like
 from benchmarks.step.setup import SIZES, Models, gradient_error
 from benchmarks.step.variants import Stepper, Variant, batched, ladder
@@ -126,6 +126,18 @@ def test_step__every_variant_is_a_row_with_figures(measured):
     assert float(ours["speedup_hand"]) == pytest.approx(float(hand["ms"]) / float(ours["ms"]), rel=1e-3)
     assert (public["K"], known["+ better masks"]["K"]) == ("4", "2")
     assert known["+ better masks"]["design"] == "graded-balanced"
+
+
+def test_profile__shares_of_each_kind_add_up(measured):
+    output, _ = measured
+    with output.with_name("step_profile.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["kind"] for row in rows] == 2 * list(profile.KINDS)
+    for own in (rows[: len(profile.KINDS)], rows[len(profile.KINDS) :]):
+        share = {row["kind"]: float(row["share"]) for row in own}
+        assert sum(share.values()) == pytest.approx(1, abs=1e-3)
+        assert all(share[kind] > 0 for kind in ("matmul", "attention", "head", "elementwise"))
+        assert share["everything else"] < 0.7
 
 
 def test_figure__has_a_bar_for_each_technique_and_reads_the_newest_rows(measured, tmp_path):
