@@ -50,7 +50,7 @@ FIELDS = (
 # (size, mix, pairs)
 CPU_CASES = (
     ("1M", "gsm8k", 8),
-    ("1M", "ultrafeedback-like", 4),
+    ("1M", "ultrafeedback-like", 8),
     ("9M", "gsm8k", 4),
     ("9M", "ultrafeedback-like", 4),
     ("30M", "gsm8k", 2),
