@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,22 @@ def test_model__agrees_with_the_memory_measured_against_k():
         assert step == pytest.approx(float(row["peak_MiB"]), rel=0.15), row
         checked += 1
     assert checked == 56
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_memory__buckets_of_ddp_are_there_from_the_start(pairs):
+    """Whichever moment is the worst: in the first pack of a step they are, and gradients are not yet."""
+    for num_samples in (1, 64):
+        setup = TrainingSetup(
+            *(num_samples, 64, 64, 2 * pairs, 1),
+            compute_bytes=4,
+            max_tokens_per_pack=10**9,
+            gradient_mode="joint",
+        )
+        alone = memory_parts(SMALL, replace(setup, pairs_per_step=pairs), Machine(), cpu=True)
+        shared = memory_parts(SMALL, setup, Machine(num_gpus=2, engine="ddp"), cpu=True)
+        more = {name: shared[name] - alone[name] for name in alone if shared[name] != alone[name]}
+        assert more == {"gradients": 4 * SMALL.total_parameters}
 
 
 def test_advice__leads_to_a_plan_that_fits():

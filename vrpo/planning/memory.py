@@ -144,6 +144,7 @@ def _moment(
     """The parts that come and go, at the worst of three moments of a backward pass."""
     wide = stream_bytes(setup, machine)
     gradients = _gradients(shape, setup, machine)
+    buckets = gradients if machine.engine == "ddp" else 0.0  # DDP's copy, there from the start
     trains_head = trained_head(shape, setup) > 0
     new_head = shape.head_parameters * setup.weight_bytes if trains_head else 0
     # Rows as they enter the head and their gradients, and nll, statistics and weights of all.
@@ -160,7 +161,8 @@ def _moment(
         {"gradients": below + new_layer, "activations": 0.0, "layer": layer, "head": 0.0},
         {"gradients": gradients, "activations": 0.0, "layer": 0.0, "head": 0.0},
     )
-    return max(moments, key=lambda parts: sum(parts.values()))
+    worst = max(moments, key=lambda parts: sum(parts.values()))
+    return worst | {"gradients": worst["gradients"] + buckets}
 
 
 def _new_gradient(shape: ModelShape, setup: TrainingSetup) -> int:
@@ -195,13 +197,11 @@ def _optimizer(setup: TrainingSetup, machine: Machine, trained: int) -> float:
 
 
 def _gradients(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> float:
-    """All gradients of one GPU, with what the engine holds beside them."""
+    """All gradients of one GPU, without DDP's buckets."""
     trained = trained_parameters(shape, setup)
     size = trained * (LORA_BYTES if setup.lora_rank else setup.weight_bytes)
-    if machine.engine == "single":
+    if machine.engine in ("single", "ddp"):
         return size
-    if machine.engine == "ddp":
-        return 2 * size  # DDP's buckets are a second copy
     if machine.is_deepspeed:
         return trained * setup.compute_bytes / machine.num_gpus
     return size / machine.num_gpus  # FSDP2: reduced after every pack, added up in the dtype of the weights
