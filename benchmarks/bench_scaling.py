@@ -135,8 +135,6 @@ class Bench:
             point = args.centre.at(axis, value)
             try:
                 step = Step(point, self.device, self.dtype)
-                step()
-                step.forget()
                 peaks[value] = peak_of_tensors(step, self.device) / 2**20
                 step.forget()
             except torch.OutOfMemoryError as failure:
@@ -291,7 +289,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument(
-        "--seconds", type=positive, default=30, help="of an axis; no further round after them"
+        "--seconds", type=positive, default=25, help="of an axis; no further round after them"
     )
     parser.add_argument("--output", type=Path, help=f"CSV file; with --quick {QUICK_OUTPUT}")
     parser.add_argument("--figure", type=Path, help="draw the file's rows there and measure nothing")
