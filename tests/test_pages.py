@@ -181,7 +181,7 @@ def test_filled__names_the_line_of_what_it_cannot_make(step, page, problem):
 
 def test_filled__leaves_code_alone(step):
     code = "5<!-- =no.such -->"
-    page = f"a `{code}`\n\n    {code}\n\n```\n{code}\n<!-- table: x --><!-- end -->\n```\n"
+    page = f"a `{code}`\n\n    {code}\n\n```\n{code}\n\n<!-- table: x --><!-- end -->\n```\n"
     made = filled(page, no_table)
     assert (made.text, made.changes, made.errors) == (page, [], [])
 
@@ -229,7 +229,7 @@ def test_unmarked__one_bare_number_among_marked_ones():
         "K = 8 samples of 512 tokens, torch 2.11, arXiv 2505.19223, beta = 0.2, 27 November 2026",
         "`2037 ms`",
         "a\n\n    2037 ms\n\nb",
-        "```\n2037 ms\n```",
+        "```\n2037 ms\n\n12 s\n```",
         "<!-- table: g.one -->\n| 2037 ms |\n<!-- end -->",
         "| K = 8 | LLaDA 8B |\n",
         "a (32 x 32) grid, revision 4fd4141",
