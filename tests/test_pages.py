@@ -24,11 +24,18 @@ def step(tmp_path, monkeypatch):
     """A source `step` and a JSON source `quick` in result files of the test's own."""
     (tmp_path / "step.csv").write_text(CSV)
     (tmp_path / "quick.json").write_text(json.dumps({"vrpo": {"elbo/accuracies": 0.25}, "curve": [[0, 2]]}))
+    (tmp_path / "each.csv").write_text("design,each\na,1:.2 2:.5 3:.1\nb,1:.3 2:.4 3:.2\nc,1:.3 3:.2\n")
     (tmp_path / "run-1.jsonl").write_text('{"model": 1, "each": [1, 2]}\n{"model": 2, "each": [6]}\n')
     (tmp_path / "log.txt").write_text("SFT 600 steps 73, 72 s\n1335 to 1965 MHz\n")
     monkeypatch.setattr(sources, "RESULTS", tmp_path)
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    names = {"step": "step.csv", "quick": "quick.json", "runs": "run-*.jsonl", "log": "log.txt"}
+    names = {
+        "step": "step.csv",
+        "quick": "quick.json",
+        "runs": "run-*.jsonl",
+        "log": "log.txt",
+        "each": "each.csv",
+    }
     return {name: Source(name, path) for name, path in names.items()}
 
 
@@ -54,6 +61,11 @@ def no_table(name):
         ('max(abs(1000 - step(case="LoRA").ms))', 1096.6),
         ("max(step().K - step().ms)", 4 - 1088.4),  # of the rows that have both
         ("abs(-3)", 3),
+        ('max(each(design="a").each)', 0.5),
+        ('sum(each(design=("a",)).each < 0.3)', 2),
+        ('sum(each(design=("a", "b")).each > .25)', 3),
+        ('sum(each(design="a").each < each(design="b").each)', 2),
+        ("sum(abs(step().K - 5) < 2)", 2),
         ('mean(step(case="LoRA", K=(4, 8)).ms)', (1088.4 + 2096.6) / 2),
         ('sum(step(case="LoRA", K=(8, 4)).ms / step(case="LoRA", K=(8, 4)).K)', 1088.4 / 4 + 2096.6 / 8),
         ('max(step(case=("LoRA", "hand"), K=4).ms / step(case="LoRA", K=4).ms)', 3700 / 1088.4),
@@ -101,6 +113,9 @@ def test_figure__is_what_the_expression_says(step, expression, value):
         ("max(step(K=4))", "needs a column"),
         ('max(step().K - step(K=(4, 8), case="LoRA").K)', "of the same rows"),
         ("abs(step(K=4))", "needs figures"),
+        ('step(case="LoRA", K=8).ms > 2000', "must be a finite number"),
+        ('sum(each(design="a").each < each(design="c").each)', "of the same rows"),
+        ("1 < 2 < 3", "not one of the forms"),
         ('log("[0-9] s")', "needs one group"),
         ('log("([0-9]) W")', "0 matches"),
         ('log("([0-9]+)")', "selects 5 rows"),
@@ -197,6 +212,8 @@ FIGURES = [
     "58 %",
     "at 700 W",
     "a mean of .37",
+    "lower in 38 of 40",
+    "9 of the 10 models",
     "an error of 1.8e-5 or so",
     "| 12 | a |\n",
     "| **0.84, 1.71** | a |\n",
@@ -219,8 +236,8 @@ def test_unmarked__a_mark_is_enough(text):
 
 
 def test_unmarked__one_bare_number_among_marked_ones():
-    text = "94<!-- =a -->, 95 and 98<!-- =b --> %"
-    assert [found.text.split("'")[1] for found in unmarked(text, ())] == ["95"]
+    text = "94<!-- =a -->, 95 and 98<!-- =b --> %, lower in 8<!-- =c --> of 10, 7 of 9<!-- =d -->, 5 of 6"
+    assert [found.text.split("'")[1] for found in unmarked(text, ())] == ["95", "10", "7", "5", "6"]
 
 
 @pytest.mark.parametrize(

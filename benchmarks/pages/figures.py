@@ -4,6 +4,7 @@ r"""The expression of a mark, and its value in the form of the number before it.
     step(case="hand", K=4).ms / 1000              + - * / of figures and numbers
     max(rivals(N=4096).nll_error)                 min, max, mean, sum of a column, count of rows
     min(all(N=(512, 1024), provider="Liger").ms / all(N=(512, 1024), provider="vrpo").ms)
+    sum(runs(arm="a", seed=(1, 2)).loss < runs(arm="b", seed=(1, 2)).loss)   in how many pairs it is lower
     max(abs(prediction(drift="late").predicted - prediction(drift="late").measured))
     summary(r"SFT 600 steps (\d+)")              the only match in a text file, its group
     quickstart.held_out.vrpo["elbo/accuracies"]   a value of a JSON file
@@ -31,7 +32,11 @@ OPERATORS = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
+    ast.Lt: operator.lt,
+    ast.Gt: operator.gt,
 }
+NAMED_CELL = re.compile(r"(?:[^\s:]+:\S+ ?)+")
+"""A cell with several figures, each with a name: `1:0.4015 2:0.5185`."""
 OVER_COLUMNS = {
     "min": min,
     "max": max,
@@ -101,6 +106,9 @@ def _evaluate(node: ast.expr, sources: Mapping[str, Source]) -> Any:
         case ast.BinOp() if type(node.op) in OPERATORS:
             both = (_evaluate(side, sources) for side in (node.left, node.right))
             return _combined(type(node.op), *both, ast.unparse(node))
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in OPERATORS:
+            sides = (_evaluate(side, sources) for side in (left, right))
+            return _combined(type(op), *sides, ast.unparse(node))
         case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
             return _size(_evaluate(argument, sources), ast.unparse(node))
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in OVER_COLUMNS:
@@ -193,14 +201,17 @@ def _is_number(cell: Any) -> bool:
 
 def _part(owner: Any, key: Any, said: str) -> Any:
     if isinstance(owner, Selection):
-        cells = [row.get(key) for row in owner.rows]
+        cells = [_several(row.get(key)) for row in owner.rows]
         if not any(key in row for row in owner.rows):
             raise ValueError(f"{owner.said} has no column {key!r}")
         if len(cells) == 1 and not owner.grid and not isinstance(cells[0], list):
             return _number(cells[0], said)
         # A column of a whole file may have gaps; one that was selected value by value may not.
-        flat = [part for cell in cells for part in (cell if isinstance(cell, list) else [cell])]
-        order = owner.grid or tuple(map(id, owner.rows))
+        lists = [cell if isinstance(cell, list) else [(None, cell)] for cell in cells]
+        flat = [part for cell in lists for _, part in cell]
+        names = tuple(name for cell in lists for name, _ in cell)
+        rows = tuple(map(id, owner.rows)) if len(owner.rows) > 1 else ()
+        order = (*(owner.grid or rows), names)
         is_gap = [cell in (None, "") and not owner.grid for cell in flat]
         values = (None if gap else _number(cell, said) for cell, gap in zip(flat, is_gap, strict=True))
         return Column(tuple(values), order, said)
@@ -208,6 +219,15 @@ def _part(owner: Any, key: Any, said: str) -> Any:
         return owner[key]
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"{said}: there is no {key!r}") from None
+
+
+def _several(cell: Any) -> Any:
+    """A cell of several figures as a list of (name, figure)."""
+    if isinstance(cell, list):
+        return list(enumerate(cell))
+    if isinstance(cell, str) and NAMED_CELL.fullmatch(cell):
+        return [tuple(part.split(":", 1)) for part in cell.split()]
+    return cell
 
 
 def _number(cell: Any, said: str) -> float:
@@ -240,7 +260,7 @@ def _size(value: Any, said: str) -> Any:
     raise ValueError(f"{said} needs figures")
 
 
-def _combined(kind: type[ast.operator], left: Any, right: Any, said: str) -> Any:
+def _combined(kind: type[ast.operator | ast.cmpop], left: Any, right: Any, said: str) -> Any:
     columns = [side for side in (left, right) if isinstance(side, Column)]
     if any(not isinstance(side, int | float | Column) for side in (left, right)):
         raise ValueError(f"{said}: only figures can be combined, and columns of selections")

@@ -1,8 +1,8 @@
 """Measured figures that no mark holds to a file.
 
-A figure is a number with a unit of measurement ("2037 ms", "1.4 to 1.9 times", "94, 95 and 98 %"), or with
-decimals unless it is a version or the value of a setting ("torch 2.11", "beta = 0.2"), anywhere but in code,
-marks and marked tables, and a whole cell of numbers in any other table.
+A figure is a number with a unit of measurement ("2037 ms", "1.4 to 1.9 times", "94, 95 and 98 %"), a count
+("38 of 40"), or a number with decimals unless it is a version or the value of a setting ("torch 2.11",
+"beta = 0.2"), anywhere but in code, marks and marked tables; and a whole cell of numbers in any other table.
 """
 
 import re
@@ -26,6 +26,7 @@ NAMED = (
     r"|[=^/])\s*$"
 )
 DECIMAL = re.compile(r"(?<![\w.§])[+-]?\d*\.\d+(?:e[+-]?\d+)?(?![\w]|[.,]\d)")
+COUNT = re.compile(rf"(?P<numbers>(?:{_ONE}|§)\s+of\s+(?:the\s+)?(?:{_ONE}|§))(?!\w)")
 CELL = re.compile(r"^[\s*~<>=]*(?:" + NUMBER + r"|§)[\s\d.,;()\[\]%+*/x§e-]*(?: to [\d.§]+)?\s*$")
 
 
@@ -72,11 +73,11 @@ def _loose(phrase: str) -> str:
 
 
 def _figures(rest: str) -> Iterator[tuple[int, int]]:
-    """(start, stop) of every number without a mark that has a unit or is a cell."""
+    """(start, stop) of every number without a mark that is a figure."""
     seen = set()
-    for match in CHAIN.finditer(rest):
-        for number in re.finditer(_ONE, match["numbers"]):
-            seen.add((match.start() + number.start(), match.start() + number.end()))
+    for phrase in (*CHAIN.finditer(rest), *COUNT.finditer(rest)):
+        for number in re.finditer(_ONE, phrase["numbers"]):
+            seen.add((phrase.start() + number.start(), phrase.start() + number.end()))
     for match in DECIMAL.finditer(rest):
         if not re.search(NAMED, rest[max(match.start() - 20, 0) : match.start()]):
             seen.add(match.span())

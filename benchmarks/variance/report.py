@@ -555,6 +555,37 @@ def summary_table(found: dict) -> str:
     return table(["mean, worst (of)", *(f"{quantity}, K = {number}" for quantity, number in columns)], lines)
 
 
+BESIDE = [
+    ("score", 4, "graded-balanced", "balanced"),
+    ("score", 8, "graded-balanced", "balanced"),
+    ("gradient", 4, "graded-balanced", "balanced"),
+    ("gradient", 8, "graded-balanced", "balanced"),
+    ("score", 4, "inverse-root-balanced", "graded-balanced"),
+]
+
+
+def beside_table(found: dict) -> str:
+    """On how many models and drifts one design has less variance than another, both with shared positions."""
+    lines = []
+    for quantity, number, design, other in BESIDE:
+        counts = []
+        for task in TASKS:
+            pairs = []
+            for drift in ("late", "early"):
+                told = [
+                    ratio(found.get(task, {}), quantity, drift, name, "positions", number)
+                    for name in (design, other)
+                ]
+                one, two = ({} if known is None else known.models for known in told)
+                pairs += [(one[model], two[model]) for model in one if model in two]
+            counts.append((sum(first < second for first, second in pairs), len(pairs)))
+        total = tuple(map(sum, zip(*counts, strict=True)))
+        if total[1]:
+            cells = [f"{below} of {known}" if known else "-" for below, known in (*counts, total)]
+            lines.append([f"{quantity}, K = {number}: `{design}` below `{other}`", *cells])
+    return table(["positions shared", *TASKS.values(), "all"], lines) if lines else ""
+
+
 def tables(found: dict, predicted: list[dict], outcome: list[dict]) -> dict[str, str]:
     """Every table by the name that pages know it by; those of what was not measured are left out."""
     stages = [(task, stage) for stage in ("reference", "sft-early") for task in TASKS]
@@ -562,6 +593,7 @@ def tables(found: dict, predicted: list[dict], outcome: list[dict]) -> dict[str,
     for quantity, number in product(QUANTITIES, (4, 8)):
         columns = stages if quantity == "absolute" else COLUMNS
         made[f"{quantity}-{number}"] = design_table(found, quantity, number, columns)
+    made["beside"] = beside_table(found)
     made["gradient-noise"] = gradient_noise_table(found)
     if predicted:
         made["prediction"] = say_predictions(predicted)

@@ -592,6 +592,24 @@ def test_gradient_noise_table__holds_the_paper_against_itself():
     assert told.splitlines()[2:] == ["| GSM8K | 2 | .62; .50 to .75 (2) | .75; .50 to 1.00 (2) |"]
 
 
+def test_beside_table__counts_models_that_have_both():
+    def row(design, *values, pair_masks="positions"):
+        return {("gradient", "late", design, pair_masks, 4): {"gradient": list(values)}}
+
+    paper = row("paper", 1.0, 1.0, pair_masks="independent")
+    models = {
+        1: paper | row("graded-balanced", 0.1, 0.2) | row("balanced", 0.2, 0.2),
+        2: paper | row("graded-balanced", 0.4, 0.2) | row("balanced", 0.2, 0.2),
+        3: paper | row("graded-balanced", 0.1, 0.1),
+        4: paper | row("balanced", 0.2, 0.2),
+        5: paper | row("graded-balanced", 0.2, 0.2) | row("balanced", 0.2, 0.2),
+    }
+    (line,) = report.beside_table({"gsm8k": models}).splitlines()[2:]
+    assert line.split(" | ")[1:] == ["-", "1 of 3", "-", "-", "1 of 3 |"]
+    assert "gradient, K = 4: `graded-balanced` below `balanced`" in line
+    assert report.beside_table({}) == ""
+
+
 def test_paired_table__leaves_out_tasks_with_fewer_than_two_seeds():
     rows = [
         outcome("carrying", model, arm, 0.5 + 0.1 * model * (arm != training.OURS))
