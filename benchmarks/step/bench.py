@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.bare_products import BareProducts
+from benchmarks.flags import check_device, positive
 from benchmarks.record import RESULTS, append, provenance
 from benchmarks.step import floors
 from benchmarks.step.figure import draw
@@ -88,10 +90,9 @@ class Case:
     def run(self) -> None:
         """The gate, the clock, the rows. Errors: RuntimeError for a gradient that is not public code's."""
         args = self.args
-        max_tokens = args.max_tokens or (CACHED if args.device == "cpu" else MAX_TOKENS)
-        variants = ladder(args.samples, args.fewer, max_tokens)
+        variants = ladder(args.samples, args.fewer, args.max_tokens)
         if args.weights == "LoRA":
-            variants |= batched(args.samples, max_tokens)
+            variants |= batched(args.samples, args.max_tokens)
         if args.variants:
             variants = {name: variants[name] for name in variants if name in args.variants}
         found = {name: m for name, m in self._gated(variants).items() if m is not None}
@@ -158,11 +159,11 @@ class Case:
         args, models = self.args, next(iter(self.models.values()))
         first = next(iter(found.values())).stepper
         counts = floors.Counts.of(first.drawn)
-        tokens = min(int(counts.tokens), args.max_tokens or (CACHED if args.device == "cpu" else MAX_TOKENS))
+        tokens = min(int(counts.tokens), args.max_tokens)
         rows = max(1, round(tokens * counts.rows / counts.tokens))
-        shapes = floors.shapes(self.size, tokens, rows)
-        bare = {name: floors.product(shape, args.device, models.dtype) for name, shape in shapes.items()}
-        bare["copy"] = floors.copy_of(args.device)
+        products = BareProducts(self.size, tokens, rows, args.device, models.dtype)
+        copied, nbytes = floors.copy_of(args.device)
+        bare = {"layer": products.layer, "head": products.head, "copy": copied}
         threads, best = torch.get_num_threads(), dict.fromkeys(bare, float("inf"))
 
         def clock(run: Callable[[], object]) -> float:
@@ -172,11 +173,12 @@ class Case:
         for count in range(args.rounds):
             if count and time.monotonic() - started > args.seconds:
                 break
-            for name, (run, _) in bare.items():
+            for name, run in bare.items():
                 best[name] = min(best[name], *(clock(run) for _ in range(3)))
             for measured in found.values():
                 measured.samples.append(clock(measured.stepper))
-        return {name: 1e3 * work / best[name] for name, (_, work) in bare.items()}
+        rates = floors.bare_rates(products, best["layer"], best["head"])
+        return rates | {"copy": 1e3 * nbytes / best["copy"]}
 
     def _row(
         self, name: str, measured: Measured, found: dict[str, Measured], rates: dict[str, float]
@@ -254,26 +256,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="cases of these sizes only")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, help="cases of these length mixes only")
-    parser.add_argument("--pairs", type=int, help="instead of each case's own number")
+    parser.add_argument("--pairs", type=positive, help="instead of each case's own number")
     parser.add_argument("--weights", choices=WEIGHTS, help="that train; full on a CPU, LoRA on CUDA")
     parser.add_argument("--variants", nargs="+", help="these variants only; public code comes with them")
-    parser.add_argument("--samples", type=int, default=8, help="K of the paper's masks")
-    parser.add_argument("--fewer", type=int, default=4, help="K of ours, with no more variance")
-    parser.add_argument("--max-tokens", type=int, help="of our small packs; 2048 on a CPU")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=positive, default=8, help="K of the paper's masks")
+    parser.add_argument("--fewer", type=positive, default=4, help="K of ours, with no more variance")
+    parser.add_argument("--max-tokens", type=positive, help="of our small packs; 2048 on a CPU")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=120, help="of a case, after which no round begins")
     parser.add_argument("--quick", action="store_true", help="two pairs of each mix on the smallest model")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--figure", type=Path, help="draw the file's rows there and measure nothing")
     parser.add_argument("--size", default="9M", help="of the model that --figure shows")
     args = parser.parse_args(arguments)
-    for name in ("pairs", "samples", "fewer", "max_tokens", "threads", "rounds"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.device == "cuda" and args.figure is None and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device")
+    if args.figure is None:
+        check_device(parser, args.device)
+    args.max_tokens = args.max_tokens or (CACHED if args.device == "cpu" else MAX_TOKENS)
     args.weights = args.weights or ("LoRA" if args.device == "cuda" else "full")
     if args.variants:
         known = ladder(1, 1, 1) | batched(1, 1)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.bare_products import BareProducts
 from benchmarks.step.setup import Models
 from benchmarks.step.variants import Variant
 from benchmarks.step_setup import Size
@@ -27,21 +28,20 @@ from vrpo.batch import PackedBatch
 
 @dataclass(frozen=True)
 class Work:
-    """Operations by the product they need: (T, D) @ (D, D) and attention, (T, D) @ (D, I), and the head's."""
+    """Operations in the layers and in the head."""
 
-    square: float = 0.0
-    wide: float = 0.0
+    layers: float = 0.0
     head: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.square + other.square, self.wide + other.wide, self.head + other.head)
+        return Work(self.layers + other.layers, self.head + other.head)
 
     def times(self, factor: float) -> "Work":
-        return Work(factor * self.square, factor * self.wide, factor * self.head)
+        return Work(factor * self.layers, factor * self.head)
 
     @property
     def flops(self) -> float:
-        return self.square + self.wide + self.head
+        return self.layers + self.head
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,10 @@ class Counts:
 def layer(size: Size, counts: Counts, last: bool) -> tuple[Work, Work]:
     """(projections, attention) of a layer's forward pass."""
     square, wide = 2.0 * size.hidden**2, 2.0 * 3 * size.hidden * size.mlp
-    if not last:
-        return Work(4 * square * counts.tokens, wide * counts.tokens), Work(
-            4.0 * size.hidden * counts.length_squares
-        )
-    return (
-        Work(2 * square * (counts.tokens + counts.rows), wide * counts.rows),
-        Work(4.0 * size.hidden * counts.row_lengths),
-    )
+    if last:
+        projections = 2 * square * (counts.tokens + counts.rows) + wide * counts.rows
+        return Work(projections), Work(4.0 * size.hidden * counts.row_lengths)
+    return Work((4 * square + wide) * counts.tokens), Work(4.0 * size.hidden * counts.length_squares)
 
 
 def head(size: Size, counts: Counts) -> Work:
@@ -129,35 +125,6 @@ def step_bytes(variant: Variant, models: Models, counts: Counts) -> float:
     return passes * (weights + 2.0 * counts.tokens * size.hidden * size.layers) * width + gradients
 
 
-Shape = tuple[int, int, int]
-
-
-def shapes(size: Size, tokens: int, rows: int) -> dict[str, Shape]:
-    """The bare products whose rates make up the floor: (M, K) @ (K, N)."""
-    return {
-        "square": (tokens, size.hidden, size.hidden),
-        "wide": (tokens, size.hidden, size.mlp),
-        "head": (rows, size.hidden, size.classes),
-    }
-
-
-def product(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Callable[[], Tensor], float]:
-    """(a call of x w^T, its floating-point operations), repeated to 0.5 GFLOP at least."""
-    M, K, N = shape
-    generator = torch.Generator(device).manual_seed(0)
-    options = {"generator": generator, "device": device, "dtype": dtype}
-    left, right = torch.randn(M, K, **options), torch.randn(N, K, **options)
-    out = left.new_empty(M, N)
-    repeats = max(1, round(5e8 / (2 * M * K * N)))
-
-    def run() -> Tensor:
-        for _ in range(repeats):
-            torch.mm(left, right.t(), out=out)
-        return out
-
-    return run, 2.0 * M * K * N * repeats
-
-
 def copy_of(device: str, nbytes: int = 2**28) -> tuple[Callable[[], Tensor], float]:
     """(a call of copy_, the bytes that it reads and writes)."""
     source = torch.ones(nbytes // 4, device=device)
@@ -165,6 +132,13 @@ def copy_of(device: str, nbytes: int = 2**28) -> tuple[Callable[[], Tensor], flo
     return lambda: target.copy_(source), 2.0 * nbytes
 
 
+def bare_rates(bare: BareProducts, layer_ms: float, head_ms: float) -> dict[str, float]:
+    """FLOP/s of the products of a layer, and of the head, from their times."""
+    layer_flops = 2.0 * bare.size.body_parameters / bare.size.layers * bare.tokens
+    head_flops = 2.0 * bare.rows * bare.size.hidden * bare.size.classes
+    return {"layers": 1e3 * layer_flops / layer_ms, "head": 1e3 * head_flops / head_ms}
+
+
 def floor_ms(work: Work, rates: dict[str, float]) -> float:
-    """Milliseconds of the bare products of a step at these rates in FLOP/s."""
-    return 1e3 * sum(getattr(work, name) / rates[name] for name in ("square", "wide", "head"))
+    """Milliseconds of the bare products of a step at these rates; attention counts at that of the layers."""
+    return 1e3 * (work.layers / rates["layers"] + work.head / rates["head"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as commands
+from benchmarks.bare_products import BareProducts
 from benchmarks.step import bench, figure, floors, page, profile, rivals
 from benchmarks.step.lengths import GSM8K, MIXES, count, make_batch, ultrafeedback_like
 from benchmarks.step.setup import SIZES, Models, gradient_error
@@ -231,8 +232,11 @@ def test_floors__bytes_grow_with_passes():
 
 
 def test_floor_ms__divides_each_kind_by_its_own_rate():
-    work = floors.Work(square=2e9, wide=3e9, head=4e9)
-    assert floors.floor_ms(work, {"square": 1e9, "wide": 3e9, "head": 8e9}) == pytest.approx(3500)
+    products = BareProducts(SIZES["tiny"], 100, 20, "cpu", torch.float32)
+    rates = floors.bare_rates(products, layer_ms=2.0, head_ms=5.0)
+    layer = 2 * 100 * (4 * 32**2 + 3 * 32 * 48)
+    assert rates == pytest.approx({"layers": layer / 2e-3, "head": 2 * 20 * 32 * 300 / 5e-3})
+    assert floors.floor_ms(floors.Work(2.0 * layer, 2 * 20 * 32 * 300), rates) == pytest.approx(9)
 
 
 def test_lengths__are_those_of_the_file_and_in_their_ranges():
@@ -276,10 +280,10 @@ def test_batch__both_sides_share_the_prompt():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--pairs", "-1"], "--pairs must be at least 1, got -1"),
+        (["--rounds", "0"], "argument --rounds: must be a whole number from 1, got '0'"),
+        (["--pairs", "x"], "argument --pairs: must be a whole number from 1, got 'x'"),
         (["--variants", "magic"], "'magic' is none of public code"),
-        (["--device", "cuda"], "torch sees no CUDA device"),
+        (["--device", "cuda"], "torch finds no CUDA device"),
     ],
 )
 def test_arguments__bad_ones_are_refused(arguments, told, capsys):
