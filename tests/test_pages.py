@@ -212,6 +212,8 @@ FIGURES = [
     "58 %",
     "at 700 W",
     "a mean of .37",
+    "a ratio = 0.37",
+    "in 12 ns, 30 percent of them",
     "lower in 38 of 40",
     "9 of the 10 models",
     "an error of 1.8e-5 or so",
@@ -245,6 +247,7 @@ def test_unmarked__one_bare_number_among_marked_ones():
     [
         "K = 8 samples of 512 tokens, torch 2.11, arXiv 2505.19223, beta = 0.2, 27 November 2026",
         "`2037 ms`",
+        "torch >= 2.11, betas 0.9, [a paper](https://arxiv.org/abs/2505.19223)",
         "a\n\n    2037 ms\n\nb",
         "```\n2037 ms\n\n12 s\n```",
         "<!-- table: g.one -->\n| 2037 ms |\n<!-- end -->",

@@ -35,7 +35,7 @@ ALLOWED = (
     Allowed("README.md", "(K = 8, beta 0.2, 1 x SFT term, 100 steps", SETTING),
     Allowed("README.md", "1 instead of the paper's 0.05", PAPER),
     Allowed("README.md", "give the sampler 1, 2 and 4 times the masks", SETTING),
-    Allowed("README.md", "0.05 x SFT term, AdamW", PAPER),
+    Allowed("README.md", "0.05 x SFT term, AdamW betas 0.9 / 0.95", PAPER),
     Allowed("README.md", "(0.05 to 1; the quickstart", SETTING),
     Allowed("README.md", "| 1, 2, 3 | C++", "products that the formulas need"),
     Allowed("README.md", "1 unit is one matmul", "a definition"),
