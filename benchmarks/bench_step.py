@@ -22,7 +22,8 @@ time left is too short:
 Columns: K samples per response, T tokens of the pack, N masked rows, times in ms (median of up to 3 steps
 after one that is not counted), peak_GiB allocated. tflops counts the matmuls that the step needs
 (`step_setup.step_flops`): with P weights in the layers, 2 P T for each of reference, policy, recomputation
-and dX, and for dW where all weights are trained; attention; 2 N D V for each pass of the head.
+and dX, and for dW where all weights are trained, less what the last layer leaves out of tokens that are not
+masked; attention; 2 N D V for each pass of the head.
 --tiny runs every line on the CPU, with a model of no use, in float32.
 """
 

@@ -41,8 +41,13 @@ class Size:
 
     @property
     def body_parameters(self) -> int:
-        """Weights that every token is multiplied with: all but the embedding, the norms and the head."""
+        """Weights of the layers' matmuls: all but the embedding, the norms and the head."""
         return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.mlp)
+
+    @property
+    def upper_parameters(self) -> int:
+        """Those of them that masked rows alone are multiplied with: above the attention of the last layer."""
+        return self.hidden**2 + 3 * self.hidden * self.mlp
 
 
 # config.json of GSAI-ML/LLaDA-8B-Instruct.
@@ -201,16 +206,18 @@ class Scorer:
 def step_flops(size: Size, length_S: Tensor, num_rows: int, *, full: bool, checkpointing: bool) -> float:
     """Floating-point operations of the matmuls of one step; those of LoRA's own (1 %) are left out.
 
-        forward of the body:  2 P T + sum over segments of 4 D L^2 per layer       (projections; attention)
+        forward of the body:  2 P T - 2 U (T - N) + sum over segments of 4 D L^2 per layer
+                              (projections, less those above the last attention; attention)
         one pass of the head: 2 N D V
         body:  reference + policy + recomputation (checkpointing) + dX, whose attention counts twice, + dW if
-               all weights are trained (2 P T)
+               all weights are trained (as a forward, without attention)
         head:  reference + policy + dX, + dW if all weights are trained
 
     Real tokens and masked rows only: what padding, or logits of other rows, cost beyond that is overhead.
+    Result files of up to 2026-11-27 count without the U: the last layer then ran on every token.
     """
     tokens = float(length_S.sum())
-    projections = 2.0 * size.body_parameters * tokens
+    projections = 2.0 * (size.body_parameters * tokens - size.upper_parameters * (tokens - num_rows))
     attention = 4.0 * size.hidden * size.layers * float((length_S.double() ** 2).sum())
     head = 2.0 * num_rows * size.hidden * size.classes
     forwards = 2 + int(checkpointing)

@@ -230,8 +230,7 @@ def sft_row(model: nn.Module, batch: ResponseBatch, scheme: Scheme, **options: A
             with probe.attached():
                 nll_N = model(**packed.model_inputs()).nll
             loss_R = denoising_loss(elbo(nll_N, packed), part.response_length_R.to(device))
-            bounds = packed.cu_seqlens_S1[:: scheme.num_samples].tolist()
-            found += probe.gradients(loss_R[0::2].sum(), bounds)
+            found += probe.gradients(loss_R[0::2].sum(), packed, scheme.num_samples)
         gradient_RG = torch.stack(found[0::2]).double()
         total_RG = total_RG + gradient_RG
         square_R = square_R + gradient_RG.square().sum(1)

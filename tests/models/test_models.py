@@ -421,6 +421,77 @@ def test_forward__rows_path_gradients_equal_the_logits_path(scored_pack):
         torch.testing.assert_close(a, b, atol=1e-5 * b.abs().max().item(), rtol=1e-4)
 
 
+@pytest.fixture
+def padded_batch():
+    """Three padded sequences with four masked positions, as rows of the flattened batch."""
+    ids = torch.stack([torch.cat([t, t.new_zeros(9 - len(t))]) for t in random_segments([6, 9, 4])])
+    rows = torch.tensor([1, 10, 17, 20])
+    targets = ids.flatten()[rows]
+    ids.flatten()[rows] = MASK_ID
+    attend = torch.arange(9) < torch.tensor([[6], [9], [4]])
+    return {"input_ids": ids, "attention_mask": attend.long()}, {"rows": rows, "targets": targets}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("attention", ["vrpo", "sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non-reentrant"])
+def test_forward__padded_rows_equal_the_logits_path(padded_batch, attention, checkpointing):
+    inputs, scored = padded_batch
+    model = tiny_model(attention=attention).train()
+    logits = model(**inputs).logits.flatten(0, 1)[scored["rows"]]
+    nll = F.cross_entropy(logits, scored["targets"], reduction="none")
+    expected = torch.autograd.grad(nll.square().sum(), list(model.parameters()))
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    model.enable_input_require_grads()
+    ours = model(**inputs, **scored).nll
+    torch.testing.assert_close(ours, nll)
+    ours.square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5 * gradient.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["pack", "padded"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "LoRA"])
+def test_forward__the_last_layer_runs_on_the_rows_alone(scored_pack, padded_batch, layout, adapted):
+    """Above its attention; the layers below on every position, and all of them without rows."""
+    inputs, scored = scored_pack if layout == "pack" else padded_batch
+    model = body = tiny_model()
+    if adapted:
+        pytest.importorskip("peft")
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    seen = {}
+    for index, layer in enumerate(body.model.layers):
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "post_attention_layernorm", "mlp"):
+            layer.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, key=(index, name): seen.update({key: args[0].shape[:-1].numel()})
+            )
+    body.model.norm.register_forward_pre_hook(lambda _, args: seen.update(norm=args[0].shape[:-1].numel()))
+    logits = model(**inputs).logits.flatten(0, 1)[scored["rows"]]
+    num_tokens, num_rows = inputs["input_ids"].numel(), len(scored["rows"])
+    assert set(seen.values()) == {num_tokens}
+    torch.testing.assert_close(model(**inputs, rows=scored["rows"]).logits, logits)
+    above = {(1, "self_attn.o_proj"), (1, "post_attention_layernorm"), (1, "mlp"), "norm"}
+    assert len(seen) == 9
+    assert seen == {key: num_rows if key in above else num_tokens for key in seen}
+
+
+def test_forward__without_rows_every_weight_gets_a_gradient_of_zero(scored_pack):
+    inputs, _ = scored_pack
+    model, none = tiny_model(), torch.zeros(0, dtype=torch.int64)
+    nll = model(**inputs, rows=none, targets=none).nll
+    assert nll.shape == (0,)
+    nll.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_layers__have_the_name_by_which_engines_wrap_them():
+    model = tiny_model()
+    assert {type(layer).__name__ for layer in model.model.layers} == set(model._no_split_modules)
+
+
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
 def test_forward__same_bits_with_and_without_gradients(scored_pack, mode):
     inputs, scored = scored_pack

@@ -68,6 +68,29 @@ def test_train__compiled_layers_are_the_eager_ones(tmp_path, tiny_model, tokeniz
     assert trainer.accelerator.state.dynamo_plugin.backend == "NO"
 
 
+def test_train__every_form_of_a_layer_is_compiled(tmp_path, tiny_model, tokenizer, uneven_rows):
+    """Frozen and adapted layers, the last one, policy, reference and evaluation: more than torch's eight."""
+    model = create_model(tokenizer, d_model=32, n_layers=4, n_heads=2, init_std=0.2)
+    trainer = trainer_of(
+        tmp_path,
+        model,
+        tokenizer,
+        uneven_rows,
+        eval_dataset=uneven_rows.select(range(4)),
+        peft_config=LORA,
+        train_top_layers=2,
+        share_trunk=False,
+        gradient_mode="replay",
+        max_tokens_per_pack=60,
+        max_steps=2,
+        torch_compile=True,
+        torch_compile_backend="eager",
+    )
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        trainer.train()
+        trainer.evaluate()
+
+
 def test_train__inductor_gives_the_gradient_of_eager_layers(tmp_path, tokenizer, completion_rows):
     norms, weights = [], []
     start = create_model(tokenizer, d_model=32, n_layers=1, n_heads=2, init_std=0.2, dtype="float64")

@@ -109,11 +109,14 @@ class Probe:
         finally:
             handle.remove()
 
-    def gradients(self, loss: Tensor, token_bounds: list[int]) -> list[Tensor]:
+    def gradients(self, loss: Tensor, packed: PackedBatch, num_segments: int) -> list[Tensor]:
+        """One for each run of num_segments segments of the pack."""
         (output_grad,) = torch.autograd.grad(loss, self.output)
         output_grad_TE = output_grad.flatten(0, -2)
-        pairs = pairwise(token_bounds)
-        return [(output_grad_TE[a:b].T @ self.input_TD[a:b]).flatten().cpu() for a, b in pairs]
+        # Through the last layer's MLP go the masked rows alone.
+        sees_all = len(self.input_TD) == len(packed.tokens_T)
+        bounds = (packed.cu_seqlens_S1 if sees_all else packed.offsets_S1)[::num_segments].tolist()
+        return [(output_grad_TE[a:b].T @ self.input_TD[a:b]).flatten().cpu() for a, b in pairwise(bounds)]
 
 
 def sample(
@@ -181,9 +184,8 @@ def sample(
                 score_BK = preference.replicate_scores(policy_RK, reference_RK, beta, singles)
                 sample_parts.append(score_BK.detach().double().cpu())
             if grad:
-                stride = part.num_sides * scheme.num_samples
-                bounds = packed.cu_seqlens_S1[::stride].tolist()
-                gradients += grad.gradients(preference.dpo_loss(score_B).sum(), bounds)
+                loss = preference.dpo_loss(score_B).sum()
+                gradients += grad.gradients(loss, packed, part.num_sides * scheme.num_samples)
             on_forward()
         scores.append(torch.cat(score_parts))
         if is_iid:

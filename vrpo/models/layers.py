@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaRMSNorm,
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from vrpo_kernels import rotary
+from vrpo_kernels import gather_rows, rotary
 
 
 class Rotation:
@@ -105,9 +106,13 @@ class Attention(LlamaAttention):
         hidden_states: Tensor,
         position_embeddings: Rotation,
         attention_mask: Tensor | None = None,
+        rows: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, L, D) -> (B, L, D), and the attention weights where the function returns them."""
+        """(B, L, D) -> (B, L, D), and the attention weights where the function returns them.
+
+        With rows, (N,) int64 in [0, B * L), the outputs of these positions alone: (N, D).
+        """
         for name in ("cache", "past_key_values"):  # its newer and its older name; always None here
             kwargs.pop(name, None)
         batch_shape = hidden_states.shape[:-1]
@@ -123,4 +128,27 @@ class Attention(LlamaAttention):
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*batch_shape, -1).contiguous()), weights
+        output = output.reshape(*batch_shape, -1).contiguous()
+        if rows is not None:
+            output = gather_rows(output.flatten(0, 1), rows)
+        return self.o_proj(output), weights
+
+
+class LlamaDecoderLayer(modeling_llama.LlamaDecoderLayer):
+    """Llama's layer, which as the last of a model leaves out what nobody reads.
+
+    Above its attention no position looks at another, so that part runs on the rows asked for. The name is
+    that of the base, by which FSDP and device maps find the layers of a model.
+    """
+
+    is_last = False
+
+    def forward(self, hidden_states: Tensor, *, rows: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, L, D) -> (B, L, D); of the last layer (N, D) where rows, (N,) int64, are given."""
+        if not self.is_last:
+            rows = None
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), rows=rows, **kwargs)
+        if rows is not None:
+            hidden_states = gather_rows(hidden_states.flatten(0, 1), rows)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

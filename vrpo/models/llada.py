@@ -15,11 +15,10 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from vrpo.models.attention import ATTENTION_NAMES, Segments
-from vrpo.models.layers import Attention, RMSNorm, RotaryEmbedding
+from vrpo.models.layers import Attention, LlamaDecoderLayer, RMSNorm, RotaryEmbedding
 from vrpo.models.llada_config import LLaDAConfig
 from vrpo.models.names import CHECKPOINT_RENAMINGS, TO_HERE, to_here
 from vrpo_kernels import (
-    gather_rows,
     linear_cross_entropy,
     linear_cross_entropy_replay,
     linear_cross_entropy_statistics,
@@ -129,9 +128,11 @@ class LLaDABody(LlamaModel):
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
         for index, layer in enumerate(self.layers):
+            layer.__class__ = LlamaDecoderLayer  # has the same weights, and another forward
             layer.self_attn = Attention(config, index)
             layer.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             layer.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers[-1].is_last = True
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         # Llama gives the embedding padding_idx = pad_token_id: that row starts at zero and never gets a
@@ -150,7 +151,8 @@ class LLaDABody(LlamaModel):
     ) -> BaseModelOutputWithPast:
         """All layers and the norm; of a pack also the lowest `trunk_layers` alone, or those above them.
 
-        The same bits in one go or in two.
+        The same bits in one go or in two. With rows=(N,) int64 among the keywords, positions in [0, B * L),
+        last_hidden_state is (N, D): theirs alone.
         """
         if not trunk_layers:
             return super().forward(input_ids, *args, **kwargs)
@@ -165,7 +167,13 @@ class LLaDABody(LlamaModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def _run_layers(
-        self, hidden: Tensor, which: slice, position_ids: Tensor, segments: Segments, **_: Any
+        self,
+        hidden: Tensor,
+        which: slice,
+        position_ids: Tensor,
+        segments: Segments,
+        rows: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         position_embeddings = self.rotary_emb(hidden, position_ids=position_ids)
         for layer in self.layers[which]:
@@ -175,6 +183,7 @@ class LLaDABody(LlamaModel):
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
                 segments=segments,
+                rows=rows,
             )
         return hidden
 
@@ -246,7 +255,7 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             nll_n = -log softmax(head hidden_{rows[n]})[targets[n]]
 
         The head runs in here, so DDP, FSDP and ZeRO see every parameter; call the *wrapped*
-        model. With `rows`, only N rows meet the head and no (B, L, V) tensor exists.
+        model. With `rows`, what follows the last attention runs on N rows, and no (B, L, V) tensor exists.
 
         Args:
             input_ids: (1, T) int64 for a pack, (B, L) for padded sequences.
@@ -255,7 +264,7 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             inputs_embeds: instead of input_ids.
             cu_seq_lens_q, cu_seq_lens_k: (S + 1,) int32, the pack's segment boundaries, equal.
             max_length_q, max_length_k: the longest segment, tokens, equal.
-            rows: (N,) int64, unique: which of the B * L (or T) positions meet the head; None = all.
+            rows: (N,) int64, unique: which of the B * L (or T) positions are wanted; None = all.
             targets: (N,) int64 in [0, V): the clean token of each row; None = return logits.
             backend: of `vrpo_kernels.linear_cross_entropy`.
             return_statistics: with targets; the first pass of a replay, whose nll has no gradient.
@@ -278,13 +287,15 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
         segments = self._segments(attention_mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         if segments is not None:
             body_kwargs["segments"] = segments
+        if rows is not None:
+            body_kwargs["rows"] = rows
         if trunk_layers:
             self._check_trunk(trunk_layers, segments)
             body_kwargs |= {"trunk_layers": trunk_layers, "trunk_hidden": trunk_hidden}
         if attention_mask is not None and self.config._attn_implementation in ATTENTION_NAMES:
             # Our attention builds no mask, so hand it a finished one, (B, 1, 1, L), True = attend.
             attention_mask = attention_mask.bool()[:, None, None, :]
-        hidden_BLD = self.model(
+        hidden = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -293,24 +304,21 @@ class LLaDAForMaskedDiffusion(LlamaForCausalLM):
             **body_kwargs,
         ).last_hidden_state
         if trunk_layers and trunk_hidden is None:
-            return MaskedDiffusionOutput(trunk_hidden=hidden_BLD, trunk_dtype=hidden_BLD.dtype)
-        if rows is None:
-            return MaskedDiffusionOutput(logits=self.lm_head(hidden_BLD))
-        hidden_ND = gather_rows(hidden_BLD.flatten(0, 1), rows)
+            return MaskedDiffusionOutput(trunk_hidden=hidden, trunk_dtype=hidden.dtype)
         if targets is None:
-            return MaskedDiffusionOutput(logits=self.lm_head(hidden_ND))
+            return MaskedDiffusionOutput(logits=self.lm_head(hidden))
         if hasattr(self.lm_head, "base_layer"):
             raise ValueError(
                 "an adapter on lm_head would be bypassed by the fused loss: leave lm_head out of "
                 "target_modules, or train it whole with modules_to_save=['lm_head']"
             )
         if return_statistics:
-            nll, statistics = self.lm_head(hidden_ND, targets, backend=backend, return_statistics=True)
+            nll, statistics = self.lm_head(hidden, targets, backend=backend, return_statistics=True)
             return MaskedDiffusionOutput(nll=nll, statistics=statistics)
         if known is not None:
-            nll, drift = self.lm_head(hidden_ND, targets, backend=backend, known=known)
+            nll, drift = self.lm_head(hidden, targets, backend=backend, known=known)
             return MaskedDiffusionOutput(nll=nll, drift=drift)
-        return MaskedDiffusionOutput(nll=self.lm_head(hidden_ND, targets, backend=backend))
+        return MaskedDiffusionOutput(nll=self.lm_head(hidden, targets, backend=backend))
 
     def _check_trunk(self, trunk_layers: int, segments: Segments | None) -> None:
         if segments is None:
