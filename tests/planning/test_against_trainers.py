@@ -85,10 +85,13 @@ def cases(draw) -> dict:
 
 
 class Watched:
-    """Counts the runs of the lowest and the topmost layer, of policy and reference together."""
+    """Counts the runs of the lowest and the topmost layer, of policy and reference together.
+
+    rows: (of the topmost MLP, of the head) for each pass that reaches the head.
+    """
 
     def __init__(self, trainer):
-        self.calls, self.steps, self.packs = Counter(), set(), []
+        self.calls, self.steps, self.packs, self.rows, upper = Counter(), set(), [], [], []
         models = [trainer.model, *([trainer.ref_model] if getattr(trainer, "ref_model", None) else [])]
         for model in models:
             layers = body_of(model).layers
@@ -96,6 +99,10 @@ class Watched:
                 # Inside the layer, where a checkpoint runs it again, and before its attention, because what
                 # is recomputed stops when the backward pass has enough.
                 layer.self_attn.register_forward_pre_hook(lambda *_, name=name: self.calls.update([name]))
+            layers[-1].mlp.register_forward_pre_hook(lambda _, args: upper.append(len(args[0])))
+            model.get_output_embeddings().register_forward_pre_hook(
+                lambda _, args: self.rows.append((upper[-1], len(args[0])))
+            )
         made = trainer._steps
 
         def steps(*args):
@@ -179,6 +186,8 @@ def test_plan__says_what_the_trainer_does(case, base, tokenizer, tmp_path_factor
     assert setup.pack_tokens == max(seen.packs)
     assert packs_per_step(shape, setup, Machine()) == len(seen.packs)
     assert seen.calls["top"] == len(seen.packs) * passes.forwards
+    assert setup.trims_last_layer and all(upper == head for upper, head in seen.rows)
+    assert len(seen.rows) == len(seen.packs) * (passes.forwards - passes.recomputed)
     trained = [p.numel() for p in trainer.model.parameters() if p.requires_grad]
     assert trained_parameters(shape, setup) == sum(trained)
     if setup.train_top_layers not in (None, LAYERS):

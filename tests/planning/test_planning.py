@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import scaling_page
+from benchmarks import memory_steps, scaling_page, step_setup
+from benchmarks.step_setup import step_flops
+from benchmarks.step_timing import forget_gradients
 from vrpo.commands.main import main
 from vrpo.planning import Machine, ModelShape, TrainingSetup, advice, make_plan, memory_parts
 from vrpo.planning.memory import trained_parameters
@@ -66,10 +69,11 @@ def test_trained_parameters__top_layers_leave_embedding_and_lower_layers_out():
 
 
 def test_flops__upper_half_trained_costs_2_5_forwards_instead_of_4():
-    """Without head and attention, which do not follow the layers."""
+    """Without head and attention, which do not follow the layers, and with a last layer as the others."""
 
     def forwards(**options):
-        setup = TrainingSetup(prompt_length=10**6, response_length=1, max_tokens_per_pack=10**9, **options)
+        lengths = {"prompt_length": 10**6, "response_length": 1, "max_tokens_per_pack": 10**9}
+        setup = TrainingSetup(trims_last_layer=False, **lengths, **options)
         parts = flops_parts(ModelShape(32, 4096, 32, 32, 128, 12288, 1), setup, Machine())
         attention = parts.pop("attention")
         body = 2 * shape_of(LLADA_8B).body_parameters() * 64 * setup.pair_tokens
@@ -79,6 +83,47 @@ def test_flops__upper_half_trained_costs_2_5_forwards_instead_of_4():
     assert forwards(train_top_layers=16) == pytest.approx(2.5, rel=1e-3)
     assert forwards(reference="precomputed") == pytest.approx(3, rel=1e-3)
     assert forwards(gradient_mode="replay") == pytest.approx(5, rel=1e-3)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["LoRA", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops__are_those_of_the_benchmark_of_steps(full, checkpointing):
+    """Which tests hold to torch's own counter."""
+    setup = TrainingSetup(
+        num_samples=4,
+        pairs_per_step=1,
+        mask_ratio=0.25,
+        lora_rank=0 if full else 16,
+        reference="model" if full else "adapter",
+        gradient_checkpointing=checkpointing,
+    )
+    parts = flops_parts(shape_of(LLADA_8B), setup, Machine())
+    del parts["attention"]  # a part of the others
+    length_S = torch.full((8,), 1024)
+    counted = step_flops(step_setup.LLADA_8B, length_S, 8 * 128, full=full, checkpointing=checkpointing)
+    assert sum(parts.values()) == pytest.approx(counted, rel=1e-12)
+
+
+def test_flops__of_a_layer_that_is_the_last_and_has_experts():
+    """Of a trained layer, all that is above its attention, for the tokens that are not masked."""
+    shape, setup = shape_of(LLADA2_MINI), TrainingSetup(train_top_layers=1, mask_ratio=0.5, num_samples=1)
+    whole = flops_parts(shape, replace(setup, trims_last_layer=False), Machine())
+    parts = flops_parts(shape, setup, Machine())
+    upper = 16 * 128 * 2048 + 2048 * 256 + 9 * 3 * 2048 * 512
+    left_out = 2 * upper * 0.75 * 64 * 2 * 1024
+    for name, passes in {"trunk": 0, "reference": 1, "forward": 1, "backward": 2, "attention": 0}.items():
+        assert whole[name] - parts[name] == pytest.approx(passes * left_out, rel=1e-9), name
+
+
+def test_time__is_that_of_equal_layers_where_every_row_is_masked():
+    shape, sides = shape_of(LLADA_8B), {"prompt_length": 1, "response_length": 10**4}
+    for fields in ({}, {"lora_rank": 16, "reference": "adapter"}):
+        setup = TrainingSetup(mask_ratio=1.0, max_tokens_per_pack=10**6, **sides, **fields)
+        whole = compute_seconds(shape, replace(setup, trims_last_layer=False), Machine())
+        assert compute_seconds(shape, setup, Machine()) == pytest.approx(whole, rel=1e-4)
+        few = replace(setup, mask_ratio=1e-6)
+        whole = compute_seconds(shape, replace(few, trims_last_layer=False), Machine())
+        assert (1 - 1 / 32) * whole < compute_seconds(shape, few, Machine()) < 0.99 * whole
 
 
 @pytest.mark.parametrize("run", ["h100-2026-11-27-first", "h100-2026-11-26"])
@@ -97,6 +142,7 @@ def test_model__agrees_with_the_steps_of_an_h100(run):
             reference="model" if full else "adapter",
             weight_bytes=2,
             gradient_checkpointing="no checkpointing" not in row["case"],
+            trims_last_layer=False,  # they ran before it was
         )
         parts = memory_parts(shape, setup, Machine())
         peak = (sum(parts.values()) - parts["optimizer"]) / GIB
@@ -128,6 +174,7 @@ def test_model__agrees_with_the_memory_measured_against_k():
             gradient_checkpointing=row["checkpointing"] == "True",
             gradient_mode=row["mode"],
             max_tokens_per_pack=int(row["pack_tokens"]) if replay else 10**9,
+            trims_last_layer=False,  # as above
         )
         parts = memory_parts(SMALL, setup, Machine(), cpu=True)
         step = sum(parts[name] for name in ("gradients", "activations", "layer", "head")) / 2**20
@@ -150,6 +197,34 @@ def test_memory__buckets_of_ddp_are_there_from_the_start(pairs):
         shared = memory_parts(SMALL, setup, Machine(num_gpus=2, engine="ddp"), cpu=True)
         more = {name: shared[name] - alone[name] for name in alone if shared[name] != alone[name]}
         assert more == {"gradients": 4 * SMALL.total_parameters}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(("weights", "layers"), [("full", 1), ("full", 4), ("LoRA", 4)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_model__agrees_with_the_memory_of_a_step(weights, checkpointing, layers):
+    """Within 15 %: of a step as it is now, whose last layer keeps masked rows."""
+    size = replace(memory_steps.SMALL, layers=layers)
+    training = memory_steps.Training(size, "cpu", torch.float32, weights=weights, checkpointing=checkpointing)
+    packs = memory_steps.make_packs(size, 4)
+    training.step("joint", packs)
+    forget_gradients(training.model)
+    peak = memory_steps.peak_of_tensors(lambda: training.step("joint", packs), "cpu")
+    setup = TrainingSetup(
+        num_samples=4,
+        prompt_length=64,
+        response_length=64,
+        pairs_per_step=1,
+        per_device_train_batch_size=1,
+        mask_ratio=len(packs.whole.row_N) / (8 * 64),
+        lora_rank=0 if weights == "full" else 16,
+        reference="model" if weights == "full" else "adapter",
+        compute_bytes=4,
+        gradient_checkpointing=checkpointing,
+    )
+    parts = memory_parts(replace(SMALL, num_layers=layers), setup, Machine(), cpu=True)
+    step = sum(parts[name] for name in ("gradients", "activations", "layer", "head"))
+    assert step == pytest.approx(peak, rel=0.15)
 
 
 def test_advice__leads_to_a_plan_that_fits():

@@ -6,8 +6,9 @@ MLP, in the numbers of features:
     input of the layer, of the MLP: 2 D | outputs of the two norms: 2 D | q, k, v, attention: 4 D | gate, up,
     silu, product: 4 I | where the norms train, their quotients: 2 D | while its backward runs: D + 2 I more
 
-With checkpointing a layer keeps its input, D, and one layer at a time all of it. Counted from vrpo/models and
-transformers' Llama layers; held against measured peaks in tests/planning.
+Of the last layer, what lies above its attention is kept of the masked rows alone, with a copy of their
+attention. With checkpointing a layer keeps its input, D, and one layer at a time all of it. Counted from
+vrpo/models and transformers' Llama layers; held against measured peaks in tests/planning.
 """
 
 from vrpo.planning.setup import Machine, TrainingSetup
@@ -68,19 +69,29 @@ def _quantized(shape: ModelShape, setup: TrainingSetup) -> int:
 
 def saved_bytes(
     shape: ModelShape, setup: TrainingSetup, mlp_size: float, *, wide: int, cpu: bool = False
-) -> float:
-    """What autograd keeps of one token in one layer. wide: bytes of a feature of the residual stream.
+) -> tuple[float, float]:
+    """What autograd keeps of one token in one layer: up to its attention, and above.
 
-    cpu: torch's RMSNorm keeps two more intermediate results there.
+    wide: bytes of a feature of the residual stream. cpu: torch's RMSNorm keeps two more intermediate results
+    there.
     """
     narrow, hidden = setup.compute_bytes, shape.hidden_size
-    # Where autocast narrows what a norm returns, each projection keeps its own copy.
-    norms = 5 * narrow if wide > narrow else 2 * narrow
-    quotients = 0 if setup.lora_rank else 2 * wide
-    stream = hidden * (2 * wide + norms + quotients + (2 * wide if cpu else 0))
+    # Each of the two norms: its input, its output, its quotient where it trains. Where autocast narrows what
+    # a norm returns, each projection keeps its own copy.
+    copies = (3, 2) if wide > narrow else (1, 1)
+    norm = wide * (1 + (not setup.lora_rank) + cpu)
     attention = (2 * shape.query_size + shape.key_value_size) * narrow + 4 * shape.num_heads
     dispatched = 2 * shape.experts_per_token * hidden * narrow if shape.num_experts else 0
-    return stream + attention + 4 * mlp_size * narrow + dispatched
+    lower = hidden * (norm + copies[0] * narrow) + attention
+    return lower, hidden * (norm + copies[1] * narrow) + 4 * mlp_size * narrow + dispatched
+
+
+def _last_bytes(shape: ModelShape, setup: TrainingSetup, *, wide: int, cpu: bool) -> float:
+    """What autograd keeps of one token in the last layer, mean over masked and other ones."""
+    lower, upper = saved_bytes(shape, setup, shape.last_mlp_size, wide=wide, cpu=cpu)
+    if not setup.trims_last_layer:
+        return lower + upper
+    return lower + setup.last_layer_share * (upper + shape.query_size * setup.compute_bytes)
 
 
 def stream_bytes(setup: TrainingSetup, machine: Machine) -> int:
@@ -95,14 +106,22 @@ def activation_bytes(
     """(kept until the backward pass, more while one layer's backward runs), of the largest pack."""
     wide, tokens = stream_bytes(setup, machine), setup.pack_tokens
     layers = trained_layers(shape, setup)
-    mean = saved_bytes(shape, setup, shape.active_mlp_size, wide=wide, cpu=cpu)
-    largest = saved_bytes(shape, setup, shape.largest_mlp_size, wide=wide, cpu=cpu)
+    mean = sum(saved_bytes(shape, setup, shape.active_mlp_size, wide=wide, cpu=cpu))
+    largest = sum(saved_bytes(shape, setup, shape.largest_mlp_size, wide=wide, cpu=cpu))
+    last = _last_bytes(shape, setup, wide=wide, cpu=cpu)
     entry = shape.hidden_size * wide
-    backward = entry + 2 * shape.largest_mlp_size * setup.compute_bytes
+    features = 2 * setup.compute_bytes
+    backward = entry + features * shape.largest_mlp_size
+    of_last = entry + features * shape.last_mlp_size * setup.last_layer_share
     trunk = entry if layers < shape.num_layers else 0
     if setup.gradient_checkpointing:
-        return tokens * (layers * entry + trunk), tokens * (largest - entry + backward)
-    return tokens * (layers * mean + trunk), tokens * backward
+        kept, of_last, gone = layers * entry, last - entry + of_last, entry
+        backward += largest - entry
+    else:
+        kept, gone = (layers - 1) * mean + last, last
+    # The last layer's backward runs first. Where another's does, what the last one kept is gone.
+    more = of_last if layers == 1 else max(of_last, backward - gone)
+    return tokens * (kept + trunk), tokens * more
 
 
 def memory_parts(

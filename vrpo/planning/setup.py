@@ -25,6 +25,8 @@ class TrainingSetup:
     train_top_layers: None for all. weight_bytes: 4 for float32, 2 for bfloat16 weights. quantized_bytes: of a
         weight of the body's linear layers with its share of the scales, under adapters; 0: not quantized.
     compute_bytes: 2 under bf16 autocast, and with 16-bit weights; else 4.
+    trims_last_layer: above its attention the last layer runs on masked rows alone, as it does here. False: on
+        all tokens, as in steps that were measured before it did.
     """
 
     num_samples: int = 8
@@ -47,6 +49,7 @@ class TrainingSetup:
     weight_bytes: int = 4
     quantized_bytes: float = 0.0
     compute_bytes: int = 2
+    trims_last_layer: bool = True
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "prompt_length", "response_length", "pairs_per_step"):
@@ -136,9 +139,19 @@ class TrainingSetup:
         return parts * math.ceil(whole // self.segment_length / self._held)
 
     @property
+    def masked_share(self) -> float:
+        """Masked rows, those that meet the head, as a share of the tokens of a pack."""
+        return self.mask_ratio * self.response_length / self.segment_length
+
+    @property
     def masked_rows(self) -> float:
-        """Rows of the largest pack that meet the head."""
-        return self.mask_ratio * self.pack_tokens * self.response_length / self.segment_length
+        """Masked rows of the largest pack."""
+        return self.masked_share * self.pack_tokens
+
+    @property
+    def last_layer_share(self) -> float:
+        """The share of its tokens that the last layer computes above its attention."""
+        return self.masked_share if self.trims_last_layer else 1.0
 
 
 @dataclass(frozen=True)

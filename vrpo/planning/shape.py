@@ -70,6 +70,12 @@ class ModelShape:
         router = self.hidden_size * self.num_experts
         return self.attention_parameters + router + (routed + self.shared_experts) * self._expert_parameters
 
+    @property
+    def upper_parameters(self) -> int:
+        """Weights that one token meets above the attention of the last layer: projection o and MLP."""
+        layer = self.layer_parameters(moe=self.num_moe_layers > 0, active=True)
+        return layer - self.hidden_size * (self.query_size + self.key_value_size)
+
     def body_parameters(self, *, active: bool = False) -> int:
         """Weights of the matmuls of all layers."""
         dense = self.num_layers - self.num_moe_layers
@@ -108,6 +114,12 @@ class ModelShape:
         met = (self.experts_per_token + self.shared_experts) * self.expert_size
         dense = self.dense_layers * self.intermediate_size
         return (dense + self.num_moe_layers * met) / self.num_layers
+
+    @property
+    def last_mlp_size(self) -> int:
+        """Intermediate features of one token in the last layer."""
+        met = (self.experts_per_token + self.shared_experts) * self.expert_size
+        return met if self.num_moe_layers else self.intermediate_size
 
     @property
     def largest_mlp_size(self) -> int:

@@ -5,6 +5,7 @@ N masked rows, a forward pass takes
 
     2 P T (projections) + 4 D L T (attention) per layer, and 2 N D V (head)
 
+but for the last layer, whose projection o and MLP meet the N rows alone,
 and a backward pass as much again for the gradients of the inputs (attention twice), and 2 P T more where the
 weights train. Elementwise kernels move bytes: two constants, one for all layers and one for adapters, are set
 by the steps measured at K = 8 on one H100 (benchmarks/results/gpu/h100-2026-11-27-first/step.csv).
@@ -25,6 +26,7 @@ from vrpo.planning.shape import ModelShape
 # Features that the elementwise kernels of a layer move per token and pass: multiples of D, of I.
 LAYER_TRAFFIC = (34.0, 7.8)
 ADAPTER_TRAFFIC = (27.0, 10.8)
+UPPER_TRAFFIC = (0.5, 1.0)  # the shares of it that lie above the attention
 ATTENTION_SHARE = 0.5  # of the GEMM rate
 # Milliseconds that the host needs to launch one layer's kernels: small packs cannot be faster.
 LAYER_LAUNCH, ADAPTER_LAUNCH = 1.5, 1.8
@@ -60,7 +62,7 @@ def passes_of(setup: TrainingSetup) -> Passes:
 def flops_parts(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> dict[str, float]:
     """Floating-point operations of one GPU in one optimizer step."""
     tokens = setup.pairs_per_step * setup.pair_tokens / machine.num_gpus
-    rows = setup.mask_ratio * tokens * setup.response_length / setup.segment_length
+    rows = setup.masked_share * tokens
     top = trained_layers(shape, setup) / shape.num_layers
     body = 2.0 * shape.body_parameters(active=True) * tokens
     attention = 4.0 * shape.query_size * shape.num_layers * setup.segment_length * tokens
@@ -68,14 +70,17 @@ def flops_parts(shape: ModelShape, setup: TrainingSetup, machine: Machine) -> di
     passes, trains = passes_of(setup), int(not setup.lora_rank)
     trains_head = int(trained_head(shape, setup) > 0)
     shared = (1 - top) * passes.frozen
-    forward = body + attention
+    # Of the last layer, which is always one of the top.
+    left_out = 2.0 * shape.upper_parameters * (1 - setup.last_layer_share) * tokens
+    projections = top * body - left_out
+    forward = projections + top * attention
     return {
-        "trunk": shared * forward,
-        "reference": top * passes.reference * forward + passes.reference * head,
-        "first pass": passes.first * (top * forward + head),
-        "forward": top * forward + head,
-        "recomputation": passes.recomputed * top * forward,
-        "backward": top * (body * (1 + trains) + 2 * attention) + head * (1 + trains_head),
+        "trunk": shared * (body + attention),
+        "reference": passes.reference * (forward + head),
+        "first pass": passes.first * (forward + head),
+        "forward": forward + head,
+        "recomputation": passes.recomputed * forward,
+        "backward": projections * (1 + trains) + 2 * top * attention + head * (1 + trains_head),
         "attention": (shared + top * (passes.forwards + 2)) * attention,
     }
 
@@ -89,10 +94,14 @@ def compute_seconds(shape: ModelShape, setup: TrainingSetup, machine: Machine) -
     products = (sum(parts.values()) - attention + attention / ATTENTION_SHARE) / rate
     tokens = setup.pairs_per_step * setup.pair_tokens / machine.num_gpus
     layers, passes = trained_layers(shape, setup), passes_of(setup)
-    plain = (shape.num_layers - layers) * passes.frozen + layers * (passes.forwards + 2)
-    adapted = layers * (passes.forwards - passes.reference + 2) if setup.lora_rank else 0
+    of_top = passes.forwards + 2
+    of_adapted = of_top - passes.reference if setup.lora_rank else 0
+    plain, adapted = (shape.num_layers - layers) * passes.frozen + layers * of_top, layers * of_adapted
     sizes = (shape.hidden_size, shape.active_mlp_size)
     moved = plain * _traffic(LAYER_TRAFFIC, sizes) + adapted * _traffic(ADAPTER_TRAFFIC, sizes)
+    upper = (UPPER_TRAFFIC[0] * shape.hidden_size, UPPER_TRAFFIC[1] * shape.last_mlp_size)
+    left_out = of_top * _traffic(LAYER_TRAFFIC, upper) + of_adapted * _traffic(ADAPTER_TRAFFIC, upper)
+    moved -= (1 - setup.last_layer_share) * left_out
     packs = packs_per_step(shape, setup, machine)
     moving = tokens * moved * setup.compute_bytes / (1e9 * machine.copy_bandwidth)
     if setup.quantized_bytes:  # unpacked in every pass: read, written, and read again by the product
