@@ -14,10 +14,11 @@ from benchmarks.step_setup import step_flops
 from benchmarks.step_timing import forget_gradients
 from vrpo.commands.main import main
 from vrpo.planning import Machine, ModelShape, TrainingSetup, advice, make_plan, memory_parts
-from vrpo.planning.memory import trained_parameters
+from vrpo.planning.memory import KEPT_TILE_BYTES, trained_parameters
 from vrpo.planning.plan import GIB
 from vrpo.planning.shape import shape_of
 from vrpo.planning.step_time import OPTIMIZER_TRAFFIC, compute_seconds, flops_parts
+from vrpo_kernels.linear_cross_entropy import plan as head_plan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # config.json of GSAI-ML/LLaDA-8B-Instruct and of inclusionAI/LLaDA2.0-mini, the sizes among it.
@@ -225,6 +226,24 @@ def test_model__agrees_with_the_memory_of_a_step(weights, checkpointing, layers)
     parts = memory_parts(replace(SMALL, num_layers=layers), setup, Machine(), cpu=True)
     step = sum(parts[name] for name in ("gradients", "activations", "layer", "head"))
     assert step == pytest.approx(peak, rel=0.15)
+
+
+def test_memory__a_trained_head_keeps_logits_up_to_a_gib():
+    """64 K masked rows: at K = 64 exactly 1 GiB. A frozen head and the second pass of a replay keep none."""
+    shape = ModelShape(1, 64, 1, 1, 64, 192, 65536)
+
+    def head(num_samples, **options):
+        setup = TrainingSetup(
+            *(num_samples, 64, 64, 1, 1), compute_bytes=4, **({"max_tokens_per_pack": 10**9} | options)
+        )
+        return memory_parts(shape, setup, Machine())["head"]
+
+    assert KEPT_TILE_BYTES == head_plan.KEPT_TILE_BYTES == GIB
+    assert GIB < head(64) < 1.1 * GIB
+    assert head(32) < 0.6 * GIB
+    assert head(65) < 0.1 * GIB
+    assert head(64, gradient_mode="replay") < 0.1 * GIB
+    assert head(64, lora_rank=8, reference="adapter") < 0.1 * GIB
 
 
 def test_advice__leads_to_a_plan_that_fits():

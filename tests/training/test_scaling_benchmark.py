@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import bench_scaling, scaling_h100
 from benchmarks.bare_products import BareProducts
+from benchmarks.memory_steps import peak_of_tensors
 from benchmarks.scaling_processes import measure_processes
 from benchmarks.scaling_steps import AXES, Point, Step, modelled
 from benchmarks.step_setup import step_flops
@@ -141,6 +142,17 @@ def test_modelled__is_the_arithmetic_of_this_step():
     assert twice.gflop == pytest.approx(2 * model.gflop)
     half = modelled(replace(TINY, processes=2), rows, torch.float32, "cpu")
     assert half.gflop == pytest.approx(model.gflop / 2)
+
+
+@pytest.mark.parametrize(("classes", "num_samples"), [(60, 64), (2000, 64), (20000, 16)])
+def test_modelled__memory_is_that_of_the_step(classes, num_samples):
+    """Where activations need most, and where the logits do that a trained head keeps."""
+    step = Step(replace(TINY, num_samples=num_samples).at("vocabulary", classes), "cpu", torch.float32)
+    step()
+    step.forget()
+    peak = peak_of_tensors(step, "cpu") / 2**20
+    model = modelled(step.point, len(step.pack.row_N), torch.float32, "cpu")
+    assert peak == pytest.approx(model.mib, rel=0.1)
 
 
 def test_bare_products__rate_is_arithmetic_over_time():

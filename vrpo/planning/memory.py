@@ -17,6 +17,7 @@ from vrpo.planning.shape import ModelShape
 OPTIMIZER_BYTES = 8  # AdamW: two float32 moments of each trained weight
 MASTER_BYTES = 4  # DeepSpeed keeps float32 weights beside the 16-bit ones
 LORA_BYTES = 4  # adapters and their gradients stay in float32
+KEPT_TILE_BYTES = 2**30  # logits of a trained head up to so many are kept (vrpo_kernels.linear_cross_entropy)
 
 
 def trained_layers(shape: ModelShape, setup: TrainingSetup) -> int:
@@ -133,7 +134,7 @@ def memory_parts(
     makes of them. gathered: what sharded weights are gathered into. casts: 16-bit copies that autocast makes
     of float32 weights, and the matrix of quantized weights that is unpacked. activations: kept for the
     backward pass. layer: while one layer's backward runs.
-    head: the masked rows, and the head's new gradient.
+    head: the masked rows, the logits that a trained head keeps of them, and its new gradient.
     """
     if setup.quantized_bytes and machine.engine not in ("single", "ddp"):
         raise ValueError(
@@ -168,6 +169,9 @@ def _moment(
     new_head = shape.head_parameters * setup.weight_bytes if trains_head else 0
     # Rows as they enter the head and their gradients, and nll, statistics and weights of all.
     head = setup.masked_rows * (shape.hidden_size * 2 * wide + 24)
+    tiles = setup.masked_rows * shape.vocab_size * setup.compute_bytes
+    if trains_head and not setup.replays and tiles <= KEPT_TILE_BYTES:
+        head += tiles
     if packs_per_step(shape, setup, machine) > 1:
         there, new_layer, below = gradients, _new_gradient(shape, setup), gradients
     else:
