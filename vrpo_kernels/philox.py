@@ -1,13 +1,16 @@
 """Philox4x32-10 in int64 PyTorch: the specification of every random number in this project.
 
-The C++ and Triton versions are checked bit for bit against this file. A draw is a pure function of integers,
-so it is the same on every device, world size and resume, and no global RNG state is touched.
+The C++ and Triton versions are checked bit for bit against `_by_formula`. A draw is a pure function of
+integers, so it is the same on every device, world size and resume, and no global RNG state is touched.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vrpo_kernels import checks
+from vrpo_kernels import autograd, checks
+from vrpo_kernels.backend import extension_loaded
 
 _U32 = 0xFFFFFFFF
 _MULTIPLIER_A = 0xD2511F53
@@ -44,8 +47,25 @@ def philox4x32(
     checks.require_seed(seed)
     for name, word in (("c0", c0), ("c1", c1), ("c2", c2), ("c3", c3)):
         checks.require_int64(name, word)
+    words = torch.broadcast_tensors(c0, c1, c2, c3)
+    if _runs_in_cpp(words):
+        # The operator's schema has signed integers only.
+        key = seed - 2**64 if seed >= 2**63 else seed
+        return torch.ops.vrpo.philox4x32_words(*(word.contiguous() for word in words), key)
+    return _by_formula(seed, *words)
+
+
+def _runs_in_cpp(words: Sequence[Tensor]) -> bool:
+    if not all(word.device.type == "cpu" for word in words) or not checks.values_are_checked(words[0].device):
+        return False
+    return not autograd.is_managed() and extension_loaded() and hasattr(torch.ops.vrpo, "philox4x32_words")
+
+
+def _by_formula(
+    seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification."""
     key_a, key_b = seed & _U32, seed >> 32
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     for _ in range(_NUM_ROUNDS):
         high_a, low_a = _multiply_32x32(_MULTIPLIER_A, c0)
         high_b, low_b = _multiply_32x32(_MULTIPLIER_B, c2)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from backends import needs_extension
 
-from vrpo_kernels.philox import philox4x32
+from vrpo_kernels import philox
+from vrpo_kernels.philox import _by_formula, philox4x32
 from vrpo_kernels.testing import assert_bitwise_equal
 
 # Philox4x32-10 of the Random123 library's known-answer file: counter, key, words.
@@ -40,8 +41,25 @@ def test_philox_words__known_answer_in_cpp():
 def test_philox_words__cpp_equals_python(seed):
     counters = (0xFFFFFFFF, 2**31, 77)
     candidate = torch.ops.vrpo.philox_words(1001, *counters, seed - 2**64 if seed >= 2**63 else seed)
-    words = philox4x32(seed, torch.arange(1001), *(torch.tensor(c) for c in counters))
+    words = _by_formula(seed, *torch.broadcast_tensors(torch.arange(1001), *map(torch.tensor, counters)))
     assert_bitwise_equal(candidate, torch.stack(words, dim=1))
+
+
+@needs_extension
+@pytest.mark.parametrize("seed", [0, 1234, 2**63 - 1, 2**63, 2**64 - 1])
+def test_philox4x32__runs_in_cpp_with_the_bits_of_the_formula(seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed % 997)
+    drawn = [torch.randint(0, 2**32, shape, generator=generator) for shape in ((7, 1), (1, 9), (), (9,))]
+    expected = _by_formula(seed, *torch.broadcast_tensors(*drawn))
+    monkeypatch.setattr(philox, "_by_formula", None)  # only C++ is left
+    for found, word in zip(philox4x32(seed, *drawn), expected, strict=True):
+        assert_bitwise_equal(found, word)
+
+
+def test_philox4x32__has_the_same_bits_under_vmap():
+    words = torch.arange(6).view(2, 3)
+    found = torch.func.vmap(lambda c0: torch.stack(philox4x32(5, c0, c0, c0, c0)))(words)
+    assert_bitwise_equal(found, torch.stack(philox4x32(5, *(words,) * 4), dim=1))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
