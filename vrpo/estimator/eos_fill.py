@@ -80,14 +80,14 @@ class EosFill:
 
     def lengths(self, batch: ResponseBatch, epoch: int) -> Tensor:
         """(R,) int64 EOS tokens to append to each response."""
-        pieces = torch.split(batch.tokens_U, batch.length_R.tolist())
-        whole_R = torch.tensor(
-            [
-                self.is_whole(piece[-min(self.longest_ending, length) :].tolist())
-                for piece, length in zip(pieces, batch.response_length_R.tolist(), strict=True)
-            ],
-            dtype=torch.bool,
-        )
+        end_R = batch.length_R.cumsum(0)
+        whole_R = torch.zeros(len(end_R), dtype=torch.bool)
+        for ending in self.endings:
+            size = len(ending)
+            # Of a shorter response some of these are another's tokens; it cannot have this ending.
+            place_RE = (end_R[:, None] + torch.arange(-size, 0)).clamp(min=0)
+            is_same_R = (batch.tokens_U[place_RE] == torch.tensor(ending)).all(dim=1)
+            whole_R |= is_same_R & (batch.response_length_R >= size)
         room_R = (self.max_length - batch.length_R).clamp(min=0, max=self.max_fill)
         return self.draw(epoch, batch, torch.where(whole_R, room_R, 0))
 
@@ -100,14 +100,13 @@ class EosFill:
         if not 0 <= epoch < WORD:
             raise ValueError(f"epoch must be in [0, 2**32), got {epoch}")
         fill_R = self.lengths(batch, epoch)
-        pieces = []
-        for piece, count in zip(
-            torch.split(batch.tokens_U, batch.length_R.tolist()), fill_R.tolist(), strict=True
-        ):
-            pieces += [piece, piece.new_full((count,), self.eos_token_id)]
+        tokens_U = batch.tokens_U.new_full((len(batch.tokens_U) + int(fill_R.sum()),), self.eos_token_id)
+        shift_R = fill_R.cumsum(0) - fill_R
+        old_U = torch.arange(len(batch.tokens_U))
+        tokens_U[old_U + shift_R.repeat_interleave(batch.length_R)] = batch.tokens_U
         return replace(
             batch,
-            tokens_U=torch.cat(pieces),
+            tokens_U=tokens_U,
             response_length_R=batch.response_length_R + fill_R,
             fill_R=fill_R,
         )
