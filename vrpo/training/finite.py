@@ -21,17 +21,23 @@ _CURE = "Lower learning_rate, or train in a wider dtype."
 
 def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity; of one that is in parts the local one is read."""
-    names, largest = [], []
+    names, parts = [], []
     for name, tensor in tensors:
         if tensor is None or not tensor.is_floating_point():
             continue
         local = local_part(tensor)
         if local.numel():
             names.append(name)
-            # Of the largest magnitude and not of a sum of squares, which overflows early.
-            largest.append(torch.linalg.vector_norm(local, float("inf")))
+            parts.append(local)
     if not names:
         return []
+    if len({(part.dtype, part.device) for part in parts}) == 1:
+        # All finite if their sums of squares are, which is quick to say; these overflow early, so that others
+        # are looked at again.
+        norms = torch.stack(torch._foreach_norm(parts))
+        if bool(torch.isfinite(norms).all()):
+            return []
+    largest = [torch.linalg.vector_norm(part, float("inf")) for part in parts]
     finite = torch.stack([torch.isfinite(value).to(largest[0].device) for value in largest]).tolist()
     return [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
 
