@@ -20,6 +20,7 @@ BENCHMARKS = {
     "step": ("benchmarks.step.bench", "the step by technique: public code, hand assembly, ours, floors"),
     "gpu-step": ("benchmarks.bench_step", "the whole VRPO step at LLaDA-8B's shape on one GPU"),
     "generate": ("benchmarks.bench_generate", "tokens per second of decoding, against the public loop"),
+    "sft": ("benchmarks.bench_sft", "the steps of the quickstart's model on a CPU, part by part"),
     "trainer": ("benchmarks.bench_trainer", "a step of the trainer with each of its options"),
     "gpu-table": ("benchmarks.gpu_table", "Markdown tables of what `make gpu` measured"),
     "liger-view": ("benchmarks.liger_view", "a kernels CSV in Liger's columns, and back"),

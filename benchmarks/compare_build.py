@@ -44,13 +44,18 @@ def commit_of(repository: Path, revision: str) -> str:
         raise BuildError(f"{revision!r} must be a commit of {repository} ({error})") from error
 
 
-def copy_revision(repository: Path, revision: str, cache: Path) -> Path:
-    """The folder with the sources of a revision; made if the cache has none."""
+def copy_revision(
+    repository: Path, revision: str, cache: Path, sources: tuple[str, ...] = SOURCES, suffix: str = ""
+) -> Path:
+    """The folder with the sources of a revision; made if the cache has none.
+
+    Args: suffix: of the folder's name, for other sources than the kernels'.
+    """
     commit = commit_of(repository, revision)
-    target = cache / commit[:16]
+    target = cache / (commit[:16] + suffix)
     if not target.exists():
         there = git(repository, "ls-tree", "--name-only", commit).decode().split("\n")
-        archive = git(repository, "archive", commit, "--", *(name for name in SOURCES if name in there))
+        archive = git(repository, "archive", commit, "--", *(name for name in sources if name in there))
         with _whole(target) as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(folder, filter="data")
     return target
