@@ -17,6 +17,7 @@ from vrpo_kernels.linear_cross_entropy import (
 from vrpo_kernels.mask_select import mask_select
 from vrpo_kernels.pack_masked import PackedTokens, pack_masked, token_weight_sums
 from vrpo_kernels.philox import philox4x32
+from vrpo_kernels.rms_norm import rms_norm
 from vrpo_kernels.rotary import rotary
 from vrpo_kernels.rows import gather_rows
 from vrpo_kernels.segment_attention import segment_attention
@@ -41,6 +42,7 @@ __all__ = [
     "pack_masked",
     "philox4x32",
     "plan_linear_cross_entropy",
+    "rms_norm",
     "rotary",
     "segment_attention",
     "segment_sum",

@@ -12,6 +12,7 @@ NOT_TIMED = {
     "choose": "decides, computes nothing",
     "describe": "describes, computes nothing",
     "plan_linear_cross_entropy": "decides, computes nothing",
+    "rms_norm": "runs on CPUs only; `python -m benchmarks sft` times it where it counts",
     "segment_attention": "runs on CPUs only; `python -m benchmarks sft` times it where it counts",
     "set_debug": "a switch",
     "last_hidden": "runs the caller's model; its own work is one hook",

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from vrpo_kernels import gather_rows, rotary
+from vrpo_kernels import gather_rows, rms_norm, rotary
 
 
 class Rotation:
@@ -85,9 +85,13 @@ class RMSNorm(LlamaRMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight; the quotient in float32, or float64 for float64.
 
     Rounded twice, as LLaDA rounds: the quotient to the dtype of x, then its product with the weight.
+    In float32 on a CPU one pass does it (vrpo_kernels.rms_norm), compiled layers included: the same bits.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        is_float32 = hidden_states.dtype == self.weight.dtype == torch.float32
+        if hidden_states.device.type == "cpu" and is_float32:
+            return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)
         # Autocast on CUDA would widen what rms_norm reads and writes; it computes in float32 by itself.
         with _autocast_suspended(hidden_states.device.type):
             quotient = F.rms_norm(hidden_states, hidden_states.shape[-1:], None, self.variance_epsilon)
