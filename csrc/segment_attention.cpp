@@ -7,7 +7,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -153,7 +152,7 @@ VRPO_INLINE void soften(float* scores, int64_t keys, int64_t lanes, float* maxim
 
 // One segment and one key head, with every query head that reads it.
 VRPO_CLONES void forward_item(Heads<const float> query, Heads<const float> key, Heads<const float> value,
-                              Heads<float> out, float* lse, int64_t num_tokens, int64_t start, int64_t length,
+                              Heads<float> out, float* maximum, float* share, int64_t num_tokens, int64_t start, int64_t length,
                               int64_t key_head, int64_t group, float scale, ForwardScratch& s) {
   const int64_t size = query.size, width = round_up(size, kLanes);
   copy_rows(key.at(start, key_head), key.token, length, size, 1.0f, s.keys, width);
@@ -168,9 +167,10 @@ VRPO_CLONES void forward_item(Heads<const float> query, Heads<const float> key, 
       multiply<false>(s.scores, 1, lanes, round_up(count, kRows), length, s.values, width, width, s.out, width);
       for (int64_t i = 0; i < count; ++i) {
         float* to = out.at(start + first + i, head);
-        const float share = 1.0f / s.total[i];
-        for (int64_t c = 0; c < size; ++c) to[c] = share * s.out[i * width + c];
-        lse[head * num_tokens + start + first + i] = s.maximum[i] + std::log(s.total[i]);
+        const int64_t place = head * num_tokens + start + first + i;
+        maximum[place] = s.maximum[i];
+        share[place] = 1.0f / s.total[i];
+        for (int64_t c = 0; c < size; ++c) to[c] = share[place] * s.out[i * width + c];
       }
     }
   }
@@ -178,7 +178,7 @@ VRPO_CLONES void forward_item(Heads<const float> query, Heads<const float> key, 
 
 struct BackwardScratch {
   explicit BackwardScratch(Sizes s)
-      : memory(4 * s.rows() * s.width() + 5 * s.queries() * s.width() + 2 * s.rows() * s.queries() + s.queries()),
+      : memory(4 * s.rows() * s.width() + 5 * s.queries() * s.width() + 2 * s.rows() * s.queries() + 2 * s.queries()),
         keys(memory.take(s.rows() * s.width())),
         values(memory.take(s.rows() * s.width())),
         dkeys(memory.take(s.rows() * s.width())),
@@ -190,18 +190,22 @@ struct BackwardScratch {
         dquery(memory.take(s.queries() * s.width())),
         weights(memory.take(s.rows() * s.queries())),
         dscores(memory.take(s.rows() * s.queries())),
-        lse(memory.take(s.queries())) {}
+        maximum(memory.take(s.queries())),
+        share(memory.take(s.queries())) {}
   Scratch memory;
-  float *keys, *values, *dkeys, *dvalues, *query, *query_t, *dout, *dout_t, *dquery, *weights, *dscores, *lse;
+  float *keys, *values, *dkeys, *dvalues, *query, *query_t, *dout, *dout_t, *dquery, *weights, *dscores;
+  float *maximum, *share;
 };
 
-// scores, dweights -> weights = exp(score - lse), dscores = weights * (dweights - sum over keys of both's product).
-VRPO_INLINE void harden(float* scores, float* dweights, const float* lse, int64_t keys, int64_t lanes) {
+// scores, dweights -> weights = share * exp(score - maximum), as forward has them, and
+// dscores = weights * (dweights - sum over keys of both's product).
+VRPO_INLINE void harden(float* scores, float* dweights, const float* maximum, const float* share, int64_t keys,
+                        int64_t lanes) {
   for (int64_t v = 0; v < lanes; v += kLanes) {
-    const Floats shift = load(lse + v);
+    const Floats highest = load(maximum + v), part = load(share + v);
     Floats sum{};
     for (int64_t j = 0; j < keys; ++j) {
-      const Floats weight = exp(load(scores + j * lanes + v) - shift);
+      const Floats weight = part * exp(load(scores + j * lanes + v) - highest);
       sum += weight * load(dweights + j * lanes + v);
       store(scores + j * lanes + v, weight);
     }
@@ -213,9 +217,9 @@ VRPO_INLINE void harden(float* scores, float* dweights, const float* lse, int64_
 }
 
 VRPO_CLONES void backward_item(Heads<const float> dout, Heads<const float> query, Heads<const float> key,
-                               Heads<const float> value, const float* lse, Heads<float> dquery, Heads<float> dkey,
-                               Heads<float> dvalue, int64_t num_tokens, int64_t start, int64_t length,
-                               int64_t key_head, int64_t group, float scale, BackwardScratch& s) {
+                               Heads<const float> value, const float* maximum, const float* share, Heads<float> dquery,
+                               Heads<float> dkey, Heads<float> dvalue, int64_t num_tokens, int64_t start,
+                               int64_t length, int64_t key_head, int64_t group, float scale, BackwardScratch& s) {
   const int64_t size = query.size, width = round_up(size, kLanes), rows = round_up(length, kRows);
   copy_rows(key.at(start, key_head), key.token, length, size, 1.0f, s.keys, width);
   copy_rows(value.at(start, key_head), value.token, length, size, 1.0f, s.values, width);
@@ -228,11 +232,14 @@ VRPO_CLONES void backward_item(Heads<const float> dout, Heads<const float> query
       transpose(s.query, width, count, size, s.query_t, lanes);
       copy_rows(dout.at(start + first, head), dout.token, count, size, 1.0f, s.dout, width);
       transpose(s.dout, width, count, size, s.dout_t, lanes);
-      std::copy_n(lse + head * num_tokens + start + first, count, s.lse);
-      std::fill_n(s.lse + count, lanes - count, 0.0f);
+      const int64_t place = head * num_tokens + start + first;
+      std::copy_n(maximum + place, count, s.maximum);
+      std::fill_n(s.maximum + count, lanes - count, 0.0f);
+      std::copy_n(share + place, count, s.share);
+      std::fill_n(s.share + count, lanes - count, 0.0f);
       multiply<false>(s.keys, width, 1, rows, size, s.query_t, lanes, lanes, s.weights, lanes);
       multiply<false>(s.values, width, 1, rows, size, s.dout_t, lanes, lanes, s.dscores, lanes);
-      harden(s.weights, s.dscores, s.lse, length, lanes);
+      harden(s.weights, s.dscores, s.maximum, s.share, length, lanes);
       multiply<true>(s.weights, lanes, 1, rows, count, s.dout, width, width, s.dvalues, width);
       multiply<true>(s.dscores, lanes, 1, rows, count, s.query, width, width, s.dkeys, width);
       multiply<false>(s.dscores, 1, lanes, round_up(count, kRows), length, s.keys, width, width, s.dquery, width);
@@ -282,22 +289,22 @@ std::tuple<Tensor, Tensor> segment_attention_forward(const Tensor& query_THd, co
                                                      double scale) {
   const int64_t num_tokens = query_THd.size(0), group = query_THd.size(1) / key_THd.size(1);
   const Tensor out_THd = at::empty(query_THd.sizes(), query_THd.options());
-  const Tensor lse_HT = at::empty({query_THd.size(1), num_tokens}, query_THd.options());
+  const Tensor softmax_2HT = at::empty({2, query_THd.size(1), num_tokens}, query_THd.options());
   const auto query = view_of(query_THd), key = view_of(key_THd), value = view_of(value_THd);
   const auto out = written(out_THd);
-  float* lse = lse_HT.data_ptr<float>();
+  float *maximum = softmax_2HT.data_ptr<float>(), *share = maximum + query_THd.size(1) * num_tokens;
   for_each_item<ForwardScratch>(
       cu_seqlens_S1, query_THd, key_THd,
       [&](int64_t start, int64_t length, int64_t key_head, ForwardScratch& memory) {
-        forward_item(query, key, value, out, lse, num_tokens, start, length, key_head, group,
+        forward_item(query, key, value, out, maximum, share, num_tokens, start, length, key_head, group,
                      static_cast<float>(scale), memory);
       });
-  return {out_THd, lse_HT};
+  return {out_THd, softmax_2HT};
 }
 
 std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(const Tensor& dout_THd, const Tensor& query_THd,
                                                               const Tensor& key_THd, const Tensor& value_THd,
-                                                              const Tensor& lse_HT, const Tensor& cu_seqlens_S1,
+                                                              const Tensor& softmax_2HT, const Tensor& cu_seqlens_S1,
                                                               double scale) {
   const int64_t num_tokens = query_THd.size(0), group = query_THd.size(1) / key_THd.size(1);
   const Tensor dquery_THd = at::empty(query_THd.sizes(), query_THd.options());
@@ -306,12 +313,12 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(const Tensor& dout
   const auto dout = view_of(dout_THd), query = view_of(query_THd), key = view_of(key_THd);
   const auto value = view_of(value_THd);
   const auto dquery = written(dquery_THd), dkey = written(dkey_THd), dvalue = written(dvalue_THd);
-  const float* lse = lse_HT.const_data_ptr<float>();
+  const float *maximum = softmax_2HT.const_data_ptr<float>(), *share = maximum + query_THd.size(1) * num_tokens;
   for_each_item<BackwardScratch>(
       cu_seqlens_S1, query_THd, key_THd,
       [&](int64_t start, int64_t length, int64_t key_head, BackwardScratch& memory) {
-        backward_item(dout, query, key, value, lse, dquery, dkey, dvalue, num_tokens, start, length, key_head,
-                      group, static_cast<float>(scale), memory);
+        backward_item(dout, query, key, value, maximum, share, dquery, dkey, dvalue, num_tokens, start, length,
+                      key_head, group, static_cast<float>(scale), memory);
       });
   return {dquery_THd, dkey_THd, dvalue_THd};
 }
@@ -322,7 +329,7 @@ TORCH_LIBRARY_FRAGMENT(vrpo, m) {
       "float scale) -> (Tensor, Tensor)");
   m.def(
       "segment_attention_backward(Tensor dout_THd, Tensor query_THd, Tensor key_THd, Tensor value_THd, "
-      "Tensor lse_HT, Tensor cu_seqlens_S1, float scale) -> (Tensor, Tensor, Tensor)");
+      "Tensor softmax_2HT, Tensor cu_seqlens_S1, float scale) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(vrpo, CPU, m) {

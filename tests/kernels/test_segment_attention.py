@@ -50,6 +50,25 @@ def differentiated(attend, inputs, upstream):
     return [tensor.detach().flatten(1) for tensor in (out, *gradients)]
 
 
+def ratios_to_policy(inputs, lengths):
+    """Output and gradients of the C++ op, held against float64 and the formula in float32."""
+    cu, upstream = boundaries(lengths), upstream_of(inputs[0])
+
+    def formula(*leaves):
+        return reference.segment_attention(*leaves, cu, SCALE)
+
+    found = differentiated(
+        lambda *leaves: segment_attention(*leaves, cu, scale=SCALE, backend="cpu"), inputs, upstream
+    )
+    truth = differentiated(formula, [heads.double() for heads in inputs], upstream)
+    baseline = differentiated(formula, inputs, upstream)
+    names = ("out", "dquery", "dkey", "dvalue")
+    return {
+        name: testing.fp32_error_ratio(*three)
+        for name, *three in zip(names, found, truth, baseline, strict=True)
+    }
+
+
 def test_reference__is_the_formula_token_by_token():
     inputs = make_inputs(dtype=torch.float64)
     out = segment_attention(*inputs, boundaries(LENGTHS), scale=SCALE)
@@ -69,21 +88,29 @@ def test_reference__is_the_formula_token_by_token():
     ],
 )
 def test_cpu__stays_within_the_tolerance_policy(lengths, heads, key_heads, size):
-    inputs, cu = make_inputs(lengths, heads, key_heads, size), boundaries(lengths)
-    upstream = upstream_of(inputs[0])
+    testing.assert_ratios(ratios_to_policy(make_inputs(lengths, heads, key_heads, size), lengths))
 
-    def formula(*leaves):
-        return reference.segment_attention(*leaves, cu, SCALE)
 
-    found = differentiated(
-        lambda *leaves: segment_attention(*leaves, cu, scale=SCALE, backend="cpu"), inputs, upstream
-    )
-    truth = differentiated(formula, [heads.double() for heads in inputs], upstream)
-    baseline = differentiated(formula, inputs, upstream)
-    ratios = {"out": testing.fp32_error_ratio(found[0], truth[0], baseline[0])}
-    for name, *three in zip(("dquery", "dkey", "dvalue"), found[1:], truth[1:], baseline[1:], strict=True):
-        ratios[name] = testing.fp32_error_ratio(*three)
-    testing.assert_ratios(ratios)
+@needs_extension
+@pytest.mark.parametrize("size", [8, 24])
+def test_cpu__large_scores_of_much_the_same_size_stay_within_the_policy(size):
+    """Keys and queries with a large common part: one number for maximum and sum of the weights would lose the
+    latter to rounding.
+    """
+    lengths = [9, 40]
+    query, key, value = make_inputs(lengths, size=size)
+    query, key = query + 30, key / 30 + 30
+    testing.assert_ratios(ratios_to_policy([query, key, value], lengths))
+
+
+@needs_extension
+@pytest.mark.parametrize("common", [1.0, 1e3, 1e6])
+def test_cpu__equal_keys_have_equal_weights_in_backward_too(common):
+    query, key = (torch.full((8, 1, 4), common, requires_grad=True) for _ in range(2))
+    value = torch.randn(8, 1, 4, requires_grad=True)
+    out = segment_attention(query, key, value, boundaries([8]), scale=0.5, backend="cpu")
+    (gradient,) = torch.autograd.grad(out.sum(), value)
+    testing.assert_bitwise_equal(gradient, torch.ones_like(value))  # 8 times 1 / 8
 
 
 @needs_extension

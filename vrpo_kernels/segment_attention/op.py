@@ -37,7 +37,7 @@ def _with_unit_stride(heads: Tensor) -> Tensor:
 def _forward(
     query_THd: Tensor, key_THd: Tensor, value_THd: Tensor, cu_seqlens_S1: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out_THd, lse_HT); see `cpu.forward`."""
+    """(out_THd, softmax_2HT); see `cpu.forward`."""
     from vrpo_kernels.segment_attention import cpu
 
     heads = map(_with_unit_stride, (query_THd, key_THd, value_THd))
@@ -48,7 +48,7 @@ def _forward(
 def _(query_THd, key_THd, value_THd, cu_seqlens_S1, scale):
     num_tokens, num_heads, _ = query_THd.shape
     out_THd = torch.empty(query_THd.shape, dtype=query_THd.dtype, device=query_THd.device)
-    return out_THd, query_THd.new_empty(num_heads, num_tokens)
+    return out_THd, query_THd.new_empty(2, num_heads, num_tokens)
 
 
 @torch.library.custom_op("vrpo_kernels::segment_attention_backward", mutates_args=())
@@ -57,7 +57,7 @@ def _backward(
     query_THd: Tensor,
     key_THd: Tensor,
     value_THd: Tensor,
-    lse_HT: Tensor,
+    softmax_2HT: Tensor,
     cu_seqlens_S1: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,11 +65,11 @@ def _backward(
     from vrpo_kernels.segment_attention import cpu
 
     heads = map(_with_unit_stride, (dout_THd, query_THd, key_THd, value_THd))
-    return cpu.backward(*heads, lse_HT, cu_seqlens_S1, scale)
+    return cpu.backward(*heads, softmax_2HT, cu_seqlens_S1, scale)
 
 
 @_backward.register_fake
-def _(dout_THd, query_THd, key_THd, value_THd, lse_HT, cu_seqlens_S1, scale):
+def _(dout_THd, query_THd, key_THd, value_THd, softmax_2HT, cu_seqlens_S1, scale):
     return tuple(
         torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
         for heads in (query_THd, key_THd, value_THd)
@@ -78,13 +78,13 @@ def _(dout_THd, query_THd, key_THd, value_THd, lse_HT, cu_seqlens_S1, scale):
 
 def _setup_context(ctx, inputs, output):
     query_THd, key_THd, value_THd, cu_seqlens_S1, ctx.scale = inputs
-    _out_THd, lse_HT = output
-    ctx.mark_non_differentiable(lse_HT)
+    _out_THd, softmax_2HT = output
+    ctx.mark_non_differentiable(softmax_2HT)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query_THd, key_THd, value_THd, lse_HT, cu_seqlens_S1)
+    ctx.save_for_backward(query_THd, key_THd, value_THd, softmax_2HT, cu_seqlens_S1)
 
 
-def _autograd_backward(ctx, saved, dout_THd, _dlse_HT):
+def _autograd_backward(ctx, saved, dout_THd, _dsoftmax_2HT):
     if dout_THd is None:
         return (None,) * 5
     return *_backward(dout_THd, *saved, ctx.scale), None, None
