@@ -128,6 +128,7 @@ def test_cpu__passes_opcheck():
     torch.library.opcheck(
         op._forward, (hidden.clone().requires_grad_(), weight.clone().requires_grad_(), EPS)
     )
+    torch.library.opcheck(op._forward, (hidden.view(1, 5, 8).requires_grad_(), weight, EPS))
     torch.library.opcheck(op._backward, (upstream, hidden, weight, op._forward(hidden, weight, EPS)[1]))
 
 

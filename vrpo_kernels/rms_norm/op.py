@@ -27,40 +27,47 @@ def _choose(hidden: Tensor, weight: Tensor, requested: str) -> str:
     return requested
 
 
+def _rows(hidden: Tensor) -> Tensor:
+    return hidden.contiguous().view(-1, hidden.shape[-1])
+
+
+# In the shape of the caller, so that what is saved for backward is the caller's own tensor.
 @torch.library.custom_op("vrpo_kernels::rms_norm_forward", mutates_args=())
-def _forward(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(out_ND, rstd_N), rstd = 1 / sqrt(mean(x^2) + eps)."""
-    return torch.ops.vrpo.rms_norm_forward(x_ND.contiguous(), weight_D, eps)
+def _forward(hidden: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(out, rstd_N) of the N rows, rstd = 1 / sqrt(mean(x^2) + eps)."""
+    out_ND, rstd_N = torch.ops.vrpo.rms_norm_forward(_rows(hidden), weight_D, eps)
+    return out_ND.view(hidden.shape), rstd_N
 
 
 @_forward.register_fake
-def _(x_ND, weight_D, eps):
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[0])
+def _(hidden, weight_D, eps):
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[:-1].numel())
 
 
 @torch.library.custom_op("vrpo_kernels::rms_norm_backward", mutates_args=())
-def _backward(dout_ND: Tensor, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx_ND, dweight_D)."""
-    return torch.ops.vrpo.rms_norm_backward(dout_ND.contiguous(), x_ND.contiguous(), weight_D, rstd_N)
+def _backward(dout: Tensor, hidden: Tensor, weight_D: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(dhidden, dweight_D)."""
+    dx_ND, dweight_D = torch.ops.vrpo.rms_norm_backward(_rows(dout), _rows(hidden), weight_D, rstd_N)
+    return dx_ND.view(hidden.shape), dweight_D
 
 
 @_backward.register_fake
-def _(dout_ND, x_ND, weight_D, rstd_N):
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(x_ND.shape[1])
+def _(dout, hidden, weight_D, rstd_N):
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[-1])
 
 
 def _setup_context(ctx, inputs, output):
-    x_ND, weight_D, _eps = inputs
-    _out_ND, rstd_N = output
+    hidden, weight_D, _eps = inputs
+    _out, rstd_N = output
     ctx.mark_non_differentiable(rstd_N)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_ND, weight_D, rstd_N)
+    ctx.save_for_backward(hidden, weight_D, rstd_N)
 
 
-def _autograd_backward(ctx, saved, dout_ND, _drstd_N):
-    if dout_ND is None:
+def _autograd_backward(ctx, saved, dout, _drstd_N):
+    if dout is None:
         return None, None, None
-    gradients = _backward(dout_ND, *saved)
+    gradients = _backward(dout, *saved)
     wanted = zip(gradients, ctx.needs_input_grad, strict=False)
     return *(gradient if is_wanted else None for gradient, is_wanted in wanted), None
 
@@ -106,4 +113,4 @@ def rms_norm(hidden: Tensor, weight: Tensor, *, eps: float, backend: str = "auto
     checks.require_same("device", "hidden", hidden.device, "weight", weight.device)
     if _choose(hidden, weight, backend) == "reference" or not hidden.numel():
         return reference.rms_norm(hidden, weight, eps)
-    return _fused(hidden.reshape(-1, hidden.shape[-1]), weight, eps)[0].view(hidden.shape)
+    return _fused(hidden, weight, eps)[0]
