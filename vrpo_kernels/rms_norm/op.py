@@ -41,7 +41,7 @@ def _forward(hidden: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tens
 
 @_forward.register_fake
 def _(hidden, weight_D, eps):
-    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[:-1].numel())
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.numel() // hidden.shape[-1])
 
 
 @torch.library.custom_op("vrpo_kernels::rms_norm_backward", mutates_args=())
