@@ -13,6 +13,10 @@ BENCHMARKS = {
         "benchmarks.bench_cross_entropy",
         "cross_entropy of logits against every rival",
     ),
+    "attention": (
+        "benchmarks.bench_attention",
+        "attention in segments on a CPU against SDPA",
+    ),
     "compare": ("benchmarks.bench_compare", "every op against another revision, in turns"),
     "designs": ("benchmarks.bench_designs", "draw and step time of every mask design"),
     "eos-fill": ("benchmarks.bench_eos_fill", "which EOS fill teaches a model to stop, and its cost"),

@@ -1,9 +1,9 @@
 """All micro benchmarks, and the public names of `vrpo_kernels` that have none."""
 
-from benchmarks.micro import elbos, heads, tokens
+from benchmarks.micro import elbos, heads, layers, tokens
 from benchmarks.micro.micro import Micro
 
-MICROS: list[Micro] = [*heads.MICROS, *elbos.MICROS, *tokens.MICROS]
+MICROS: list[Micro] = [*heads.MICROS, *elbos.MICROS, *tokens.MICROS, *layers.MICROS]
 
 NOT_TIMED = {
     "PackedTokens": "a tuple",
@@ -12,8 +12,6 @@ NOT_TIMED = {
     "choose": "decides, computes nothing",
     "describe": "describes, computes nothing",
     "plan_linear_cross_entropy": "decides, computes nothing",
-    "rms_norm": "runs on CPUs only; `python -m benchmarks sft` times it where it counts",
-    "segment_attention": "runs on CPUs only; `python -m benchmarks sft` times it where it counts",
     "set_debug": "a switch",
     "last_hidden": "runs the caller's model; its own work is one hook",
 }
