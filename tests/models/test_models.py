@@ -478,6 +478,48 @@ def test_forward__the_last_layer_runs_on_the_rows_alone(scored_pack, padded_batc
     assert seen == {key: num_rows if key in above else num_tokens for key in seen}
 
 
+@pytest.mark.parametrize(
+    ("order", "trunk_layers"),
+    [
+        ((0,), 0),
+        ((0, 2), 0),
+        ((0, 2), 1),
+        ((2, 0, 1), 0),
+        ((2, 0, 1), 1),
+        ((0, 1, 2, 3), 0),
+        ((0, 1, 2, 3), 1),
+    ],
+    ids=str,
+)
+def test_forward__rows_of_a_model_whose_layers_were_changed(scored_pack, order, trunk_layers):
+    """Layers left out, as a pruned model has them, put in another order, or added at the end."""
+    inputs, scored = scored_pack
+    model = tiny_model(n_layers=3)
+    model(**inputs, **scored)
+    layers = [*model.model.layers, copy.deepcopy(model.model.layers[1])]
+    model.model.layers = torch.nn.ModuleList(layers[index] for index in order)
+    model.config.num_hidden_layers = len(order)
+    logits = model(**inputs).logits[0, scored["rows"]]
+    given = {}
+    if trunk_layers:
+        trunk = model(**inputs, trunk_layers=trunk_layers).trunk_hidden
+        given = {"trunk_layers": trunk_layers, "trunk_hidden": trunk}
+    torch.testing.assert_close(model(**inputs, rows=scored["rows"], **given).logits, logits)
+
+
+@pytest.mark.parametrize("trunk_layers", [0, 1])
+def test_forward__rows_of_as_many_layers_as_the_config_says(scored_pack, trunk_layers):
+    """transformers runs the lowest config.num_hidden_layers, whatever the model holds."""
+    inputs, scored = scored_pack
+    model = tiny_model(n_layers=3)
+    model.config.num_hidden_layers = 2
+    logits = model(**inputs).logits[0, scored["rows"]]
+    given = {}
+    if trunk_layers:
+        given = {"trunk_layers": 1, "trunk_hidden": model(**inputs, trunk_layers=1).trunk_hidden}
+    torch.testing.assert_close(model(**inputs, rows=scored["rows"], **given).logits, logits)
+
+
 def test_forward__without_rows_every_weight_gets_a_gradient_of_zero(scored_pack):
     inputs, _ = scored_pack
     model, none = tiny_model(), torch.zeros(0, dtype=torch.int64)

@@ -132,7 +132,7 @@ class LLaDABody(LlamaModel):
             layer.self_attn = Attention(config, index)
             layer.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             layer.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers[-1].is_last = True
+        self._mark_last_layer()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
         # Llama gives the embedding padding_idx = pad_token_id: that row starts at zero and never gets a
@@ -154,6 +154,8 @@ class LLaDABody(LlamaModel):
         The same bits in one go or in two. With rows=(N,) int64 among the keywords, positions in [0, B * L),
         last_hidden_state is (N, D): theirs alone.
         """
+        if kwargs.get("rows") is not None:
+            self._mark_last_layer()
         if not trunk_layers:
             return super().forward(input_ids, *args, **kwargs)
         if trunk_hidden is None:
@@ -163,8 +165,15 @@ class LLaDABody(LlamaModel):
                 self.training and torch.is_grad_enabled() and self.checkpoints_reentrantly
             ):  # that form differentiates only what its input tells it to
                 trunk_hidden = trunk_hidden.detach().requires_grad_()
-            hidden = self.norm(self._run_layers(trunk_hidden, slice(trunk_layers, None), **kwargs))
+            upper = slice(trunk_layers, self.config.num_hidden_layers)
+            hidden = self.norm(self._run_layers(trunk_hidden, upper, **kwargs))
         return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _mark_last_layer(self) -> None:
+        """Before each call: layers may have been left out, added or put in another order."""
+        layers = self.layers[: self.config.num_hidden_layers]  # those that transformers runs
+        for layer in layers:
+            layer.is_last = layer is layers[-1]
 
     def _run_layers(
         self,
