@@ -177,7 +177,7 @@ def modelled(point: Point, rows: int, dtype: torch.dtype, device: str) -> Modell
     shape = shape_of(size)
     parts = flops_parts(shape, setup, machine)
     arithmetic = sum(parts.values()) - parts["attention"]  # which is in the others
-    memory = memory_parts(shape, setup, machine, cpu=device == "cpu")
+    memory = memory_parts(shape, setup, machine, norm_keeps=0 if device == "cpu" else None)
     growth = sum(memory[name] for name in ("gradients", "activations", "layer", "head"))
     update = trained_parameters(shape, setup) * OPTIMIZER_TRAFFIC / (1e9 * machine.copy_bandwidth)
     seconds = compute_seconds(shape, setup, machine) - update

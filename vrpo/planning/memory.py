@@ -7,8 +7,9 @@ MLP, in the numbers of features:
     silu, product: 4 I | where the norms train, their quotients: 2 D | while its backward runs: D + 2 I more
 
 Of the last layer, what lies above its attention is kept of the masked rows alone, with a copy of their
-attention. With checkpointing a layer keeps its input, D, and one layer at a time all of it. Counted from
-vrpo/models and transformers' Llama layers; held against measured peaks in tests/planning.
+attention. All layers share the angles of the positions. With checkpointing a layer keeps its input, D, and
+one layer at a time all of it. Counted from vrpo/models and transformers' Llama layers; held against measured
+peaks in tests/planning.
 """
 
 from vrpo.planning.setup import Machine, TrainingSetup
@@ -69,27 +70,28 @@ def _quantized(shape: ModelShape, setup: TrainingSetup) -> int:
 
 
 def saved_bytes(
-    shape: ModelShape, setup: TrainingSetup, mlp_size: float, *, wide: int, cpu: bool = False
+    shape: ModelShape, setup: TrainingSetup, mlp_size: float, *, wide: int, norm_keeps: int | None = None
 ) -> tuple[float, float]:
     """What autograd keeps of one token in one layer: up to its attention, and above.
 
-    wide: bytes of a feature of the residual stream. cpu: torch's RMSNorm keeps two more intermediate results
-    there.
+    wide: bytes of a feature of the residual stream. norm_keeps: tensors of its size that a norm keeps beside
+    its input; None: its quotient where it trains, as on a GPU. vrpo_kernels.rms_norm, in float32 on a CPU,
+    keeps none.
     """
     narrow, hidden = setup.compute_bytes, shape.hidden_size
     # Each of the two norms: its input, its output, its quotient where it trains. Where autocast narrows what
     # a norm returns, each projection keeps its own copy.
     copies = (3, 2) if wide > narrow else (1, 1)
-    norm = wide * (1 + (not setup.lora_rank) + cpu)
+    norm = wide * (1 + (not setup.lora_rank if norm_keeps is None else norm_keeps))
     attention = (2 * shape.query_size + shape.key_value_size) * narrow + 4 * shape.num_heads
     dispatched = 2 * shape.experts_per_token * hidden * narrow if shape.num_experts else 0
     lower = hidden * (norm + copies[0] * narrow) + attention
     return lower, hidden * (norm + copies[1] * narrow) + 4 * mlp_size * narrow + dispatched
 
 
-def _last_bytes(shape: ModelShape, setup: TrainingSetup, *, wide: int, cpu: bool) -> float:
+def _last_bytes(shape: ModelShape, setup: TrainingSetup, *, wide: int, norm_keeps: int | None) -> float:
     """What autograd keeps of one token in the last layer, mean over masked and other ones."""
-    lower, upper = saved_bytes(shape, setup, shape.last_mlp_size, wide=wide, cpu=cpu)
+    lower, upper = saved_bytes(shape, setup, shape.last_mlp_size, wide=wide, norm_keeps=norm_keeps)
     if not setup.trims_last_layer:
         return lower + upper
     return lower + setup.last_layer_share * (upper + shape.query_size * setup.compute_bytes)
@@ -102,19 +104,20 @@ def stream_bytes(setup: TrainingSetup, machine: Machine) -> int:
 
 
 def activation_bytes(
-    shape: ModelShape, setup: TrainingSetup, machine: Machine, *, cpu: bool = False
+    shape: ModelShape, setup: TrainingSetup, machine: Machine, *, norm_keeps: int | None = None
 ) -> tuple[float, float]:
     """(kept until the backward pass, more while one layer's backward runs), of the largest pack."""
     wide, tokens = stream_bytes(setup, machine), setup.pack_tokens
     layers = trained_layers(shape, setup)
-    mean = sum(saved_bytes(shape, setup, shape.active_mlp_size, wide=wide, cpu=cpu))
-    largest = sum(saved_bytes(shape, setup, shape.largest_mlp_size, wide=wide, cpu=cpu))
-    last = _last_bytes(shape, setup, wide=wide, cpu=cpu)
+    mean = sum(saved_bytes(shape, setup, shape.active_mlp_size, wide=wide, norm_keeps=norm_keeps))
+    largest = sum(saved_bytes(shape, setup, shape.largest_mlp_size, wide=wide, norm_keeps=norm_keeps))
+    last = _last_bytes(shape, setup, wide=wide, norm_keeps=norm_keeps)
     entry = shape.hidden_size * wide
     features = 2 * setup.compute_bytes
     backward = entry + features * shape.largest_mlp_size
     of_last = entry + features * shape.last_mlp_size * setup.last_layer_share
     trunk = entry if layers < shape.num_layers else 0
+    angles = 2 * 4 * shape.head_dim  # cosines and sines of the positions, float32
     if setup.gradient_checkpointing:
         kept, of_last, gone = layers * entry, last - entry + of_last, entry
         backward += largest - entry
@@ -122,11 +125,11 @@ def activation_bytes(
         kept, gone = (layers - 1) * mean + last, last
     # The last layer's backward runs first. Where another's does, what the last one kept is gone.
     more = of_last if layers == 1 else max(of_last, backward - gone)
-    return tokens * (kept + trunk), tokens * more
+    return tokens * (kept + trunk + angles), tokens * more
 
 
 def memory_parts(
-    shape: ModelShape, setup: TrainingSetup, machine: Machine, *, cpu: bool = False
+    shape: ModelShape, setup: TrainingSetup, machine: Machine, *, norm_keeps: int | None = None
 ) -> dict[str, float]:
     """Bytes of one GPU at the moment of the step that needs most, by part.
 
@@ -154,7 +157,7 @@ def memory_parts(
         "gathered": _gathered(shape, setup, machine),
         "casts": _casts(shape, setup, machine),
     }
-    kept, layer = activation_bytes(shape, setup, machine, cpu=cpu)
+    kept, layer = activation_bytes(shape, setup, machine, norm_keeps=norm_keeps)
     return resident | _moment(shape, setup, machine, kept, layer)
 
 
