@@ -133,3 +133,14 @@ def test_eos_fill__is_cut_with_its_batch():
 def test_eos_fill__refuses_an_epoch_out_of_range():
     with pytest.raises(ValueError, match="epoch must be in"):
         fill_of()(completions([[7, EOS]]), epoch=-1)
+
+
+@pytest.mark.parametrize("ending", [(30, 31), (8, 8, 8, 30, 31)])
+def test_eos_fill__an_ending_lies_in_the_response_alone(ending):
+    """Not half in the prompt, nor before the first token of the batch."""
+    fill = fill_of(endings=(ending,))
+    batch = to_batch([([30], [31])] * 40, example_ids=list(range(40)))
+    assert not fill.lengths(batch, 0).any()
+    assert not fill.lengths(batch.examples(0, 1), 0).any()
+    whole = to_batch([([30], list(ending))] * 40, example_ids=list(range(40)))
+    assert fill.lengths(whole, 0).any()

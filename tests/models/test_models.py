@@ -409,6 +409,13 @@ def test_forward__rows_path_equals_logits_path(scored_pack):
     torch.testing.assert_close(model(**inputs, **scored).nll, expected)
 
 
+def test_forward__rows_come_back_in_the_order_asked_for(scored_pack):
+    inputs, scored = scored_pack
+    model, order = tiny_model(), torch.tensor([3, 0, 4, 1, 2])
+    logits = model(**inputs, rows=scored["rows"]).logits
+    torch.testing.assert_close(model(**inputs, rows=scored["rows"][order]).logits, logits[order])
+
+
 def test_forward__rows_path_gradients_equal_the_logits_path(scored_pack):
     inputs, scored = scored_pack
     model = tiny_model(dtype=torch.float32)
