@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from trainers import LORA, parameters, trainer_of
 from transformers import TrainerCallback
 
+from vrpo.training import finite
 from vrpo.training.finite import last_good_checkpoint, not_finite
 
 
@@ -152,3 +153,12 @@ def test_save_model__is_free_to_save_buffers_of_any_value(tmp_path, tiny_model, 
     trainer.train()
     trainer.save_model()
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_file_is_finite__holds_one_tensor_at_a_time(tmp_path, monkeypatch):
+    path, held = tmp_path / "model.safetensors", []
+    save_file({name: torch.ones(3) for name in "abc"}, path)
+    look = finite.not_finite
+    monkeypatch.setattr(finite, "not_finite", lambda named: look(held.append(len(named)) or named))
+    assert finite._file_is_finite(path)
+    assert held == [1, 1, 1]

@@ -115,4 +115,5 @@ def last_good_checkpoint(run_dir: str) -> str:
 
 def _file_is_finite(path: Path) -> bool:
     with safe_open(path, framework="pt") as file:
-        return not not_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        # One at a time: together they would be a whole file in memory.
+        return not any(not_finite([(name, file.get_tensor(name))]) for name in file.keys())  # noqa: SIM118
