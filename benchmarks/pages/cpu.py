@@ -204,6 +204,19 @@ def eos_fill(rows: Rows) -> str:
     return table(["EOS fill in SFT", "packed tokens a step", "1x", "2x", "4x", "4x, in blocks"], lines)
 
 
+def attention(rows: Rows) -> str:
+    """Milliseconds forward and backward of the newest run of each case and number of threads."""
+    newest = {(row["case"], row["threads"], row["provider"]): row for row in rows}
+    cases = list(dict.fromkeys(key[:2] for key in newest))
+    providers = list(dict.fromkeys(key[2] for key in newest))
+    lines = []
+    for case, threads in cases:
+        own = [newest[case, threads, provider] for provider in providers]
+        first, cells = own[0], [f"{float(row['ms']):.3g}" if row["ms"] else "-" for row in own]
+        lines.append([case, threads, first["segments"], first["tokens"], first["longest"], *cells])
+    return table(["segments of", "threads", "segments", "tokens", "longest", *providers], lines)
+
+
 def page_tables() -> dict[str, str]:
     """For `python -m benchmarks pages`."""
     rows = _read("kernels.csv")
@@ -221,6 +234,7 @@ def page_tables() -> dict[str, str]:
         "best": best(rows, beside | {"Zen 3 (AVX2 only), fp32, 1 thread": ZEN3}),
         "wide": best(rows, WIDE),
         "cross-entropy": cross_entropy(_read("cross_entropy.csv")),
+        "attention": attention(_read("attention.csv")),
         "eos-fill": eos_fill(_read("eos_fill.csv")),
     }
 

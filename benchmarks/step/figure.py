@@ -12,7 +12,7 @@ BARS = {
     "+ masked rows": "+ head at masked rows only",
     "+ fused head": "+ fused head",
     "+ last layer at masked rows": "+ last layer at masked rows only",
-    "+ small packs": "+ packs that fit the caches",
+    "+ small packs": "+ packs of {tokens} tokens",
     "replay": "  the same with replay",
     "+ reference known": "+ reference precomputed",
     "+ better masks": "+ K = {fewer} of better masks",
@@ -44,6 +44,18 @@ def latest(path: Path) -> dict[Key, dict[str, dict[str, str]]]:
     return found
 
 
+def digits(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def labels_of(case: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Variant -> label, of the bars that a case has."""
+    fewer = case.get("+ better masks", {}).get("K", "")
+    tokens = case.get("+ small packs", {}).get("max_tokens", "")
+    return {name: label.format(fewer=fewer, tokens=tokens) for name, label in BARS.items() if name in case}
+
+
 def draw(path: Path, threads: str = "1", size: str = "9M"):
     """Time and memory of each technique, for both length mixes, as shares of public code's."""
     from matplotlib.figure import Figure
@@ -55,9 +67,7 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
     figure = Figure(figsize=(11, 3.9 * len(cases)), layout="constrained")
     axes = figure.subplots(len(cases), 2, squeeze=False, sharey="row")
     for pair, (mix, rows) in zip(axes, cases.items(), strict=True):
-        names = [name for name in BARS if name in rows]
-        fewer = next((rows[name]["K"] for name in names if name == "+ better masks"), "")
-        labels = [BARS[name].format(fewer=fewer) for name in names]
+        names, labels = zip(*labels_of(rows).items(), strict=True)
         first = rows["public code"]
         for axis, (column, unit, per) in zip(
             pair, (("ms", "s", 1000.0), ("peak_MiB", "MiB", 1.0)), strict=True
@@ -66,7 +76,7 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
             axis.barh(labels, values, color=[COLOURS.get(name, "#2f6f9f") for name in names])
             for place, (name, value) in enumerate(zip(names, values, strict=True)):
                 times = float(first[column]) / per / value
-                text = f" {value:.3g} {unit}" + ("" if name == "public code" else f" ({times:.1f}x)")
+                text = f" {digits(value)} {unit}" + ("" if name == "public code" else f" ({times:.1f}x)")
                 axis.text(value, place, f" {text}", va="center", fontsize=8)
             axis.set_xlim(0, 1.28 * max(values))
             axis.spines[["top", "right"]].set_visible(False)

@@ -1,9 +1,12 @@
-"""The tables of docs/step.md, from benchmarks/results/step.csv."""
+"""The tables of docs/step.md, from benchmarks/results/step.csv and generate.csv."""
 
+import csv
 from collections.abc import Callable
 
+from benchmarks.bench_generate import OUTPUT as DECODING
 from benchmarks.step.bench import OUTPUT
-from benchmarks.step.figure import BARS, latest
+from benchmarks.step.figure import digits, labels_of, latest
+from benchmarks.step.setup import SIZES
 from benchmarks.variance.report import table
 
 Row = dict[str, str]
@@ -12,30 +15,27 @@ MIXES = {"gsm8k": "GSM8K's lengths", "ultrafeedback-like": "UltraFeedback-like"}
 OURS = "+ small packs"
 
 
-def number(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def cases(weights: str = "full") -> dict[tuple[str, str, str], Case]:
-    """(threads, size, mix) -> the newest rows by variant."""
-    return {key[1:4]: rows for key, rows in latest(OUTPUT).items() if key[4] == weights}
+    """(threads, size, mix) -> the newest rows by variant, the smaller models first."""
+    found = {key[1:4]: rows for key, rows in latest(OUTPUT).items() if key[4] == weights}
+    sizes, mixes = list(SIZES), list(MIXES)
+    order = sorted(found, key=lambda key: (sizes.index(key[1]), mixes.index(key[2]), int(key[0])))
+    return {key: found[key] for key in order}
 
 
 def ratio(case: Case, name: str, other: str, column: str = "ms") -> str:
     """How many times as much the other takes."""
-    return number(float(case[other][column]) / float(case[name][column]))
+    return digits(float(case[other][column]) / float(case[name][column]))
 
 
 def technique(case: Case) -> str:
     """Time and memory of every variant of one case."""
-    fewer = case["+ better masks"]["K"]
     lines = []
-    for name, label in BARS.items():
+    for name, label in labels_of(case).items():
         row = case[name]
-        figures = [number(float(row[key])) for key in ("ms", "speedup", "speedup_hand")]
+        figures = [digits(float(row[key])) for key in ("ms", "speedup", "speedup_hand")]
         others = [f"{float(row[key]):.0f}" for key in ("peak_MiB", "pct_of_floor", "mfu_pct")]
-        lines.append([label.format(fewer=fewer).strip(), *figures, *others])
+        lines.append([label.strip(), *figures, *others])
     header = ["", "ms", "x public code", "x hand assembly", "peak MiB", "% of floor", "MFU %"]
     return table(header, lines)
 
@@ -96,15 +96,30 @@ def passes() -> str:
         if "one batched pass" in case:
             two, one = float(case[OURS]["ms"]), float(case["one batched pass"]["ms"])
             lines.append(
-                [f"{size}, {threads} thread{'s' * (threads != '1')}", MIXES[mix], number(two), number(one)]
+                [f"{size}, {threads} thread{'s' * (threads != '1')}", MIXES[mix], digits(two), digits(one)]
             )
     return table(["parameters", "lengths", "two passes, ms", "one batched pass, ms"], lines)
+
+
+def decoding(rows: list[Row]) -> str:
+    """Tokens per second and memory of each way, of the newest run of each case."""
+    newest = {(row["case"], row["way"]): row for row in rows}
+    ways = list(dict.fromkeys(way for _, way in newest))
+    lines = []
+    for case in dict.fromkeys(case for case, _ in newest):
+        own = [newest[case, way] for way in ways]
+        cells = [f"{float(row['tokens_per_s']):.0f}, {float(row['peak_MiB']):.0f} MiB" for row in own]
+        lines.append([f"{case} parameters", own[0]["prompts"], *cells, f"{float(own[0]['pct_of_gemm']):.0f}"])
+    header = ["", "prompts", *(f"{way}, tokens/s" for way in ways), f"{ways[0]}, % of bare products"]
+    return table(header, lines)
 
 
 def page_tables() -> dict[str, str]:
     """Name -> Markdown."""
     found = cases()
     tables = {"equal": equal_masks(found), "less": less_work(found), "passes": passes()}
+    with DECODING.open(newline="", encoding="utf-8") as stream:
+        tables["generate"] = decoding(list(csv.DictReader(stream)))
     for (threads, size, mix), case in found.items():
         if threads == "1":
             tables[f"{size}-{mix}"] = technique(case)

@@ -30,7 +30,7 @@ from vrpo_kernels import gather_rows
 
 PAPER, OURS = "paper", "graded-balanced"
 MAX_TOKENS = 65536  # of a pack: the trainer's default
-CACHED = 2048  # of a pack whose activations stay in a core's caches, where models are small
+CACHED = 2048  # of a pack on a CPU: small ones take less memory and no more time
 MASK_SEED = 1
 
 

@@ -171,8 +171,8 @@ def test_page__tables_are_ratios_of_the_newest_run(measured, tmp_path, monkeypat
     ours, public, hand = (known[name] for name in ("+ small packs", "public code", "hand assembly"))
     line = next(line for line in tables["equal"].splitlines() if "tiny" in line and "GSM8K" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[3] == page.number(float(public["ms"]) / float(ours["ms"]))
-    assert cells[4] == page.number(float(hand["ms"]) / float(ours["ms"]))
+    assert cells[3] == figure.digits(float(public["ms"]) / float(ours["ms"]))
+    assert cells[4] == figure.digits(float(hand["ms"]) / float(ours["ms"]))
     assert cells[6:8] == [f"{float(ours[name]):.0f}" for name in ("pct_of_floor", "peak_MiB")]
     assert len(tables["tiny-gsm8k"].splitlines()) == 2 + len(figure.BARS)
     assert tables["passes"].count("\n") == 1  # a header without rows: no LoRA was measured
