@@ -109,8 +109,8 @@ def decoding(rows: list[Row]) -> str:
     for case in dict.fromkeys(case for case, _ in newest):
         own = [newest[case, way] for way in ways]
         cells = [f"{float(row['tokens_per_s']):.0f}, {float(row['peak_MiB']):.0f} MiB" for row in own]
-        lines.append([f"{case} parameters", own[0]["prompts"], *cells, f"{float(own[0]['pct_of_gemm']):.0f}"])
-    header = ["", "prompts", *(f"{way}, tokens/s" for way in ways), f"{ways[0]}, % of bare products"]
+        lines.append([case, own[0]["prompts"], *cells, f"{float(own[0]['pct_of_gemm']):.0f}"])
+    header = ["parameters", "prompts", *(f"{way}, tokens/s" for way in ways), f"{ways[0]}, % of products"]
     return table(header, lines)
 
 
