@@ -2,7 +2,7 @@
 
     python -m benchmarks attention [--threads 2] [--quick]
 
-On the segments that a step has: the quickstart's SFT batch, GSM8K's lengths, an UltraFeedback-like mix, and
+On the segments that a step has: lengths like the quickstart's, GSM8K's, an UltraFeedback-like mix, and
 one long sequence. In float32, forward and backward, all in turns; first each has to give our gradient, to
 1e-4 of its norm. Rivals: a call for each run of equally long segments (vrpo.models in other dtypes), all
 segments padded to the longest with a mask, and torch's jagged nested tensors. Rows of
@@ -24,7 +24,7 @@ from benchmarks.step.lengths import gsm8k, ultrafeedback_like
 from benchmarks.timing import clock_name, describe, interleaved
 from vrpo.models.attention import Segments, attend_packed
 
-OUTPUT = RESULTS / "attention.csv"
+OUTPUT, QUICK_OUTPUT = RESULTS / "attention.csv", Path("runs/attention_quick.csv")
 FIELDS = (
     *("date", "git", "dirty", "device", "torch", "triton", "threads", "clock"),
     *("case", "segments", "tokens", "longest", "heads", "head_size"),
@@ -40,12 +40,12 @@ def _pairs(lengths: list[tuple[int, int, int]]) -> list[int]:
 
 # Name -> (lengths of the segments, heads, head size).
 CASES: dict[str, tuple[list[int], int, int]] = {
-    "SFT of the quickstart": ([12 + 37 * index % 29 for index in range(64)], 4, 16),
+    "like the quickstart's SFT": ([12 + 37 * index % 29 for index in range(64)], 4, 16),
     "GSM8K": (_pairs(gsm8k(4)), 4, 64),
     "UltraFeedback-like": (_pairs(ultrafeedback_like(4)), 4, 64),
     "one of 2048": ([2048], 4, 64),
 }
-QUICK = ("SFT of the quickstart", "GSM8K")
+QUICK = ("like the quickstart's SFT", "GSM8K")
 
 Attend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 """(T, heads, d) x 3 -> the same."""
@@ -166,13 +166,14 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--quick", action="store_true", help="two cases and three rounds")
+    parser.add_argument("--quick", action="store_true", help=f"two cases, three rounds; {QUICK_OUTPUT}")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=15)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, help=f"CSV file, appended to; {OUTPUT.name} of the results")
     args = parser.parse_args(arguments)
     if args.quick:
         args.rounds, args.cases = 3, [name for name in args.cases if name in QUICK]
+    args.output = args.output or (QUICK_OUTPUT if args.quick else OUTPUT)
     torch.set_num_threads(args.threads)
     for name in args.cases:
         measure(name, args)

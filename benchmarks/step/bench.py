@@ -11,7 +11,7 @@ of the rounds counts. One row per variant goes to benchmarks/results/step.csv as
 Columns: S masked copies, T their tokens, N masked rows, fill T over what a padded batch of all holds. ms the
 least of the rounds, peak_MiB the growth during the step (CPU: of the resident set, CUDA: of the allocator).
 gflop and floor_ms what the step needs (`floors.py`) and what its bare products take at the rates of this run;
-mfu_pct the operations over the fastest of these rates; bytes_ms its least traffic at the rate of a copy.
+mfu_pct the operations at the fastest of these rates; bytes_ms its least traffic at the rate of a copy.
 On a CPU the operators of one step of ours by kind go to step_profile.csv beside it.
 speedup is over public code, speedup_hand over the hand assembly, at K samples of the paper's masks.
 
@@ -41,7 +41,7 @@ from benchmarks.step.variants import CACHED, MAX_TOKENS, Stepper, Variant, batch
 from benchmarks.step_timing import free_memory
 from benchmarks.timing import clock_name, describe, peak_memory, time_once
 
-OUTPUT = RESULTS / "step.csv"
+OUTPUT, QUICK_OUTPUT = RESULTS / "step.csv", Path("runs/step_quick.csv")
 FIELDS = (
     *("date", "git", "dirty", "device", "torch", "triton", "threads", "clock"),
     *("size", "parameters", "dtype", "weights", "checkpointing", "mix", "pairs", "fill"),
@@ -260,19 +260,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--weights", choices=WEIGHTS, help="that train; full on a CPU, LoRA on CUDA")
     parser.add_argument("--variants", nargs="+", help="these variants only; public code comes with them")
     parser.add_argument("--samples", type=positive, default=8, help="K of the paper's masks")
-    parser.add_argument("--fewer", type=positive, default=4, help="K of ours, with no more variance")
+    parser.add_argument("--fewer", type=positive, default=4, help="K of the default masks")
     parser.add_argument("--max-tokens", type=positive, help="of our small packs; 2048 on a CPU")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=120, help="of a case, after which no round begins")
-    parser.add_argument("--quick", action="store_true", help="two pairs of each mix on the smallest model")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--quick", action="store_true", help=f"two pairs, to {QUICK_OUTPUT}")
+    parser.add_argument("--output", type=Path, help=f"CSV file, appended to; {OUTPUT.name} of the results")
     parser.add_argument("--figure", type=Path, help="draw the file's rows there and measure nothing")
     parser.add_argument("--size", default="9M", help="of the model that --figure shows")
     args = parser.parse_args(arguments)
     if args.figure is None:
         check_device(parser, args.device)
     args.max_tokens = args.max_tokens or (CACHED if args.device == "cpu" else MAX_TOKENS)
+    args.output = args.output or (QUICK_OUTPUT if args.quick else OUTPUT)
     args.weights = args.weights or ("LoRA" if args.device == "cuda" else "full")
     if args.variants:
         known = ladder(1, 1, 1) | batched(1, 1)

@@ -8,6 +8,7 @@ BARS = {
     "public code": "public code",
     "hand assembly": "hand assembly, one batch",
     "hand assembly, pair by pair": "hand assembly, pair by pair",
+    "hand assembly, response by response": "hand assembly, response by response",
     "packed": "packed, no padding",
     "+ masked rows": "+ head at masked rows only",
     "+ fused head": "+ fused head",
@@ -19,15 +20,17 @@ BARS = {
     "+ better masks, reference known": "   and reference precomputed",
     "+ better masks, upper half": "   and upper half trained, trunk shared",
 }
-COLOURS = {"public code": "#9e9e9e", "hand assembly": "#c49a6c", "hand assembly, pair by pair": "#c49a6c"}
+MIXES = {"gsm8k": "GSM8K's lengths", "ultrafeedback-like": "UltraFeedback-like"}
 
 
-Key = tuple[str, str, str, str, str]
-"""Device, threads, size, mix and weights of a case."""
+Key = tuple[str, str, str, str, str, str]
+"""Device, threads, size, mix, pairs and weights of a case."""
+Case = dict[str, dict[str, str]]
+"""Variant -> row."""
 
 
-def latest(path: Path) -> dict[Key, dict[str, dict[str, str]]]:
-    """The newest run of each case, variant -> row; a run begins with public code.
+def latest(path: Path) -> dict[Key, Case]:
+    """The newest of the fullest runs of each case; a run begins with public code.
 
     Errors: ValueError if there is none.
     """
@@ -35,13 +38,13 @@ def latest(path: Path) -> dict[Key, dict[str, dict[str, str]]]:
         rows = [row for row in csv.DictReader(stream) if row["ms"]]
     if not rows:
         raise ValueError(f"{path} has no measured rows")
-    found: dict[Key, dict[str, dict[str, str]]] = {}
+    runs: dict[Key, list[Case]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("device", "threads", "size", "mix", "weights"))
+        key = tuple(row[name] for name in ("device", "threads", "size", "mix", "pairs", "weights"))
         if row["variant"] == "public code":
-            found[key] = {}
-        found[key][row["variant"]] = row
-    return found
+            runs.setdefault(key, []).append({})
+        runs[key][-1][row["variant"]] = row
+    return {key: max(reversed(own), key=len) for key, own in runs.items()}
 
 
 def digits(value: float) -> str:
@@ -49,7 +52,12 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def labels_of(case: dict[str, dict[str, str]]) -> dict[str, str]:
+def colour(name: str) -> str:
+    """Of a bar: public code grey, assemblies brown, ours blue."""
+    return "#9e9e9e" if name == "public code" else "#c49a6c" if name.startswith("hand") else "#2f6f9f"
+
+
+def labels_of(case: Case) -> dict[str, str]:
     """Variant -> label, of the bars that a case has."""
     fewer = case.get("+ better masks", {}).get("K", "")
     tokens = case.get("+ small packs", {}).get("max_tokens", "")
@@ -61,7 +69,7 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
     from matplotlib.figure import Figure
 
     full = (threads, size, "full")
-    cases = {key[3]: rows for key, rows in latest(path).items() if (*key[1:3], key[4]) == full}
+    cases = {key[3]: rows for key, rows in latest(path).items() if (*key[1:3], key[5]) == full}
     if not cases:
         raise ValueError(f"{path} has no rows of size {size!r} at {threads} threads")
     figure = Figure(figsize=(11, 3.9 * len(cases)), layout="constrained")
@@ -73,7 +81,7 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
             pair, (("ms", "s", 1000.0), ("peak_MiB", "MiB", 1.0)), strict=True
         ):
             values = [float(rows[name][column]) / per for name in names]
-            axis.barh(labels, values, color=[COLOURS.get(name, "#2f6f9f") for name in names])
+            axis.barh(labels, values, color=[colour(name) for name in names])
             for place, (name, value) in enumerate(zip(names, values, strict=True)):
                 times = float(first[column]) / per / value
                 text = f" {digits(value)} {unit}" + ("" if name == "public code" else f" ({times:.1f}x)")
@@ -82,12 +90,13 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
             axis.spines[["top", "right"]].set_visible(False)
         pair[0].invert_yaxis()
         tokens = f"{first['pairs']} pairs, {100 * float(first['fill']):.0f} % of one padded batch are tokens"
-        pair[0].set_title(f"time of a step: {mix}\n{tokens}", fontsize=10, loc="left")
+        pair[0].set_title(f"time of a step: {MIXES[mix]}\n{tokens}", fontsize=10, loc="left")
         pair[1].set_title("peak memory above the weights", fontsize=10, loc="left")
     row = next(iter(next(iter(cases.values())).values()))
     figure.suptitle(
         f"One VRPO step, {int(row['parameters']) / 1e6:.0f} M parameters, {row['dtype']}, {threads} thread; "
-        f"x: times less than public code; down to 'reference precomputed' K = {row['K']} and one gradient",
+        f"x: times less than public code\nDown to 'reference precomputed': K = {row['K']}, equal gradients; "
+        "below: fewer samples of other masks; last bar: half of the layers train",
         fontsize=11,
     )
     return figure

@@ -28,9 +28,10 @@ from vrpo.training.packed_trainer import ModelNLL
 from vrpo.training.trunk import shared_layers, with_trunk
 from vrpo_kernels import gather_rows
 
+BY_RESPONSE = "hand, response by response"
 PAPER, OURS = "paper", "graded-balanced"
 MAX_TOKENS = 65536  # of a pack: the trainer's default
-CACHED = 2048  # of a pack on a CPU: small ones take less memory and no more time
+CACHED = 2048  # of a pack on a CPU: small ones take less memory, and up to a ninth more time
 MASK_SEED = 1
 
 
@@ -38,7 +39,8 @@ MASK_SEED = 1
 class Variant:
     """One way to take the step.
 
-    how: "public code", "hand" (one padded batch), "hand, pair by pair", "ours", or "one batched pass".
+    how: "public code", "hand" (one padded batch), "hand, pair by pair", "hand, response by response" (the K
+        copies of one are equally long: no padding), "ours", or "one batched pass".
     head: of ours: "full logits", "masked logits", "fused", or "rows" (what the model does by itself: fused,
         and the last layer at the masked rows only).
     design, num_samples: of the masks. trains: "all" weights, or the "top" half of the layers.
@@ -59,7 +61,7 @@ class Variant:
 
 
 def ladder(num_samples: int, fewer: int, max_tokens: int) -> dict[str, Variant]:
-    """From public code to everything, one technique after the other: K samples, and fewer of equal variance.
+    """From public code to everything, one technique after the other: K samples, and fewer of better masks.
 
     max_tokens: of a pack, from "+ small packs" on.
     """
@@ -71,6 +73,9 @@ def ladder(num_samples: int, fewer: int, max_tokens: int) -> dict[str, Variant]:
         "public code": Variant("public code", **paper),
         "hand assembly": Variant("hand", "masked logits", **paper),
         "hand assembly, pair by pair": Variant("hand, pair by pair", "masked logits", **paper),
+        "hand assembly, response by response": Variant(
+            "hand, response by response", "masked logits", **paper
+        ),
         "packed": Variant("ours", "full logits", **paper),
         "+ masked rows": Variant("ours", "masked logits", **paper),
         "+ fused head": Variant("ours", "fused", **paper),
@@ -130,8 +135,10 @@ class Stepper:
             groups = [[[(2 * b + side) * K + k for b in range(pairs)] for k in range(K) for side in (0, 1)]]
         elif self.variant.how == "hand":
             groups = [[list(range(2 * K * pairs))]]
-        else:
+        elif self.variant.how == "hand, pair by pair":
             groups = [[list(range(2 * K * b, 2 * K * (b + 1)))] for b in range(pairs)]
+        else:
+            groups = [[list(range(K * r, K * (r + 1))) for r in (2 * b, 2 * b + 1)] for b in range(pairs)]
         return [[rivals.padded(self.drawn, g, self.models.device) for g in group] for group in groups]
 
     def prepare(self) -> None:

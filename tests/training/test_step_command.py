@@ -158,7 +158,7 @@ def test_figure__has_a_bar_for_each_technique_and_reads_the_newest_rows(measured
 
 def test_page__tables_are_ratios_of_the_newest_run(measured, tmp_path, monkeypatch):
     _, rows = measured
-    older = [dict(row, ms="1e9") for row in rows if row["variant"] in ("public code", "+ small packs")]
+    older = [dict(row, ms="1e9") for row in rows]
     path = tmp_path / "step.csv"
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
@@ -166,7 +166,7 @@ def test_page__tables_are_ratios_of_the_newest_run(measured, tmp_path, monkeypat
         writer.writerows([*older, *rows])
     monkeypatch.setattr(page, "OUTPUT", path)
     tables = page.page_tables()
-    assert set(tables) == {"equal", "less", "passes", *(f"tiny-{mix}" for mix in MIXES)}
+    assert set(tables) == {"equal", "less", "passes", "generate", *(f"tiny-{mix}" for mix in MIXES)}
     known = {row["variant"]: row for row in rows if row["mix"] == "gsm8k"}
     ours, public, hand = (known[name] for name in ("+ small packs", "public code", "hand assembly"))
     line = next(line for line in tables["equal"].splitlines() if "tiny" in line and "GSM8K" in line)
@@ -178,15 +178,16 @@ def test_page__tables_are_ratios_of_the_newest_run(measured, tmp_path, monkeypat
     assert tables["passes"].count("\n") == 1  # a header without rows: no LoRA was measured
 
 
-def test_latest__a_run_without_a_variant_does_not_take_it_from_an_older_one(measured, tmp_path):
+def test_latest__a_partial_run_does_not_take_the_place_of_a_full_one(measured, tmp_path):
     _, rows = measured
+    known = next(row for row in rows if row["mix"] == "gsm8k")
     path = tmp_path / "step.csv"
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
-        writer.writerows([*rows, next(row for row in rows if row["mix"] == "gsm8k")])
-    cases = {key[3]: case for key, case in figure.latest(path).items()}
-    assert set(cases["gsm8k"]) == {"public code"} and len(cases["ultrafeedback-like"]) > 5
+        writer.writerows([*rows, dict(known, ms="1e9"), dict(known, ms="1e9", pairs="3")])
+    cases = {key[3]: case for key, case in figure.latest(path).items() if key[4] == "2"}
+    assert cases["gsm8k"]["public code"]["ms"] == known["ms"] and len(cases["gsm8k"]) > 5
     path.write_text(",".join(rows[0]) + "\n")
     with pytest.raises(ValueError, match="has no measured rows"):
         figure.latest(path)
