@@ -73,9 +73,7 @@ def ladder(num_samples: int, fewer: int, max_tokens: int) -> dict[str, Variant]:
         "public code": Variant("public code", **paper),
         "hand assembly": Variant("hand", "masked logits", **paper),
         "hand assembly, pair by pair": Variant("hand, pair by pair", "masked logits", **paper),
-        "hand assembly, response by response": Variant(
-            "hand, response by response", "masked logits", **paper
-        ),
+        "hand assembly, response by response": Variant(BY_RESPONSE, "masked logits", **paper),
         "packed": Variant("ours", "full logits", **paper),
         "+ masked rows": Variant("ours", "masked logits", **paper),
         "+ fused head": Variant("ours", "fused", **paper),
