@@ -12,8 +12,8 @@ Columns: S masked copies, T their tokens, N masked rows, fill T over what a padd
 least of the rounds, peak_MiB the growth during the step (CPU: of the resident set, CUDA: of the allocator).
 gflop and floor_ms what the step needs (`floors.py`) and what its bare products take at the rates of this run;
 mfu_pct the operations at the fastest of these rates; bytes_ms its least traffic at the rate of a copy.
-On a CPU the operators of one step of ours by kind go to step_profile.csv beside it.
-speedup is over public code, speedup_hand over the hand assembly, at K samples of the paper's masks.
+speedup is over public code, speedup_hand over the hand assembly in one batch, at K samples of the paper's
+masks. On a CPU the operators of one step of ours by kind go to step_profile.csv beside it.
 
 On a CPU in float32, 1 thread by its own clock; on CUDA LLaDA-8B's shape with LoRA, under bfloat16 autocast,
 with activation checkpointing for everybody.
@@ -263,7 +263,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fewer", type=positive, default=4, help="K of the default masks")
     parser.add_argument("--max-tokens", type=positive, help="of our small packs; 2048 on a CPU")
     parser.add_argument("--threads", type=positive, default=1)
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--rounds", type=positive, help="of the clock; 5, quick 2")
     parser.add_argument("--seconds", type=float, default=120, help="of a case, after which no round begins")
     parser.add_argument("--quick", action="store_true", help=f"two pairs, to {QUICK_OUTPUT}")
     parser.add_argument("--output", type=Path, help=f"CSV file, appended to; {OUTPUT.name} of the results")
@@ -273,6 +273,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if args.figure is None:
         check_device(parser, args.device)
     args.max_tokens = args.max_tokens or (CACHED if args.device == "cpu" else MAX_TOKENS)
+    args.rounds = args.rounds or (2 if args.quick else 5)
     args.output = args.output or (QUICK_OUTPUT if args.quick else OUTPUT)
     args.weights = args.weights or ("LoRA" if args.device == "cuda" else "full")
     if args.variants:

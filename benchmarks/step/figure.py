@@ -20,8 +20,7 @@ BARS = {
     "+ better masks, reference known": "   and reference precomputed",
     "+ better masks, upper half": "   and upper half trained, trunk shared",
 }
-MIXES = {"gsm8k": "GSM8K's lengths", "ultrafeedback-like": "UltraFeedback-like"}
-
+MIX_NAMES = {"gsm8k": "GSM8K's lengths", "ultrafeedback-like": "UltraFeedback-like"}
 
 Key = tuple[str, str, str, str, str, str]
 """Device, threads, size, mix, pairs and weights of a case."""
@@ -90,7 +89,7 @@ def draw(path: Path, threads: str = "1", size: str = "9M"):
             axis.spines[["top", "right"]].set_visible(False)
         pair[0].invert_yaxis()
         tokens = f"{first['pairs']} pairs, {100 * float(first['fill']):.0f} % of one padded batch are tokens"
-        pair[0].set_title(f"time of a step: {MIXES[mix]}\n{tokens}", fontsize=10, loc="left")
+        pair[0].set_title(f"time of a step: {MIX_NAMES[mix]}\n{tokens}", fontsize=10, loc="left")
         pair[1].set_title("peak memory above the weights", fontsize=10, loc="left")
     row = next(iter(next(iter(cases.values())).values()))
     figure.suptitle(

@@ -5,19 +5,17 @@ from collections.abc import Callable
 
 from benchmarks.bench_generate import OUTPUT as DECODING
 from benchmarks.step.bench import OUTPUT
-from benchmarks.step.figure import MIXES, digits, labels_of, latest
+from benchmarks.step.figure import MIX_NAMES, Case, digits, labels_of, latest
 from benchmarks.step.setup import SIZES
 from benchmarks.variance.report import table
 
-Row = dict[str, str]
-Case = dict[str, Row]
 OURS = "+ small packs"
 
 
 def cases(weights: str = "full") -> dict[tuple[str, str, str], Case]:
-    """(threads, size, mix) -> the newest rows by variant, the smaller models first."""
+    """(threads, size, mix) -> the rows by variant of the last such case, the smaller models first."""
     found = {key[1:4]: rows for key, rows in latest(OUTPUT).items() if key[5] == weights}
-    sizes, mixes = list(SIZES), list(MIXES)
+    sizes, mixes = list(SIZES), list(MIX_NAMES)
     order = sorted(found, key=lambda key: (sizes.index(key[1]), mixes.index(key[2]), int(key[0])))
     return {key: found[key] for key in order}
 
@@ -41,12 +39,8 @@ def technique(case: Case) -> str:
 
 def _label(key: tuple[str, str, str], case: Case) -> list[str]:
     threads, size, mix = key
-    public = case["public code"]
-    return [
-        f"{size}, {threads} thread{'s' * (threads != '1')}",
-        MIXES[mix],
-        f"{100 * float(public['fill']):.0f}",
-    ]
+    fill = 100 * float(case["public code"]["fill"])
+    return [f"{size}, {threads} thread{'s' * (threads != '1')}", MIX_NAMES[mix], f"{fill:.0f}"]
 
 
 def _summary(columns: dict[str, Callable[[Case], str]], found: dict[tuple[str, str, str], Case]) -> str:
@@ -93,18 +87,16 @@ def less_work(found: dict[tuple[str, str, str], Case]) -> str:
 
 
 def passes() -> str:
-    """LoRA: two passes against one of both, milliseconds."""
+    """LoRA: two passes against one of both, milliseconds, and the share of the floor of the two."""
     lines = []
-    for (threads, size, mix), case in cases("LoRA").items():
+    for key, case in cases("LoRA").items():
         if "one batched pass" in case:
-            two, one = float(case[OURS]["ms"]), float(case["one batched pass"]["ms"])
-            lines.append(
-                [f"{size}, {threads} thread{'s' * (threads != '1')}", MIXES[mix], digits(two), digits(one)]
-            )
-    return table(["parameters", "lengths", "two passes, ms", "one batched pass, ms"], lines)
+            times = [digits(float(case[name]["ms"])) for name in (OURS, "one batched pass")]
+            lines.append([*_label(key, case)[:2], *times, f"{float(case[OURS]['pct_of_floor']):.0f}"])
+    return table(["parameters", "lengths", "two passes, ms", "one pass, ms", "two passes, % of floor"], lines)
 
 
-def decoding(rows: list[Row]) -> str:
+def decoding(rows: list[dict[str, str]]) -> str:
     """Tokens per second and memory of each way, of the newest run of each case."""
     newest = {(row["case"], row["way"]): row for row in rows}
     ways = list(dict.fromkeys(way for _, way in newest))

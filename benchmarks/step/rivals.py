@@ -1,6 +1,6 @@
-"""The step as others compute it, on the masks of a pack: public code, and the best hand assembly.
+"""The step as others compute it, on the masks of a pack: public code, and assemblies by hand.
 
-Both get their inputs laid out and on the device before the clock starts, the same model body, and the fused
+All get their inputs laid out and on the device before the clock starts, the same model body, and the fused
 attention of torch with a mask where there is padding. Only their batching and their head differ from ours.
 """
 

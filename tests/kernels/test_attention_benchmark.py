@@ -70,3 +70,14 @@ def test_gate__a_layout_that_torch_lacks_is_a_row_with_a_note(small, tmp_path, m
     monkeypatch.setattr(bench_attention, "PROVIDERS", {**bench_attention.PROVIDERS, "missing": missing})
     row = next(row for row in run(tmp_path) if row["provider"] == "missing")
     assert row["note"] == "NotImplementedError: no such layout" and not row["ms"]
+
+
+def test_quick__is_short_and_stays_out_of_the_committed_file(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_attention, "QUICK", ("equal",))
+    threads = torch.get_num_threads()
+    assert bench_attention.main(["--quick"]) == 0
+    torch.set_num_threads(threads)
+    with (tmp_path / bench_attention.QUICK_OUTPUT).open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["case"] for row in rows} == {"equal"} and rows[0]["rounds"] == "3"

@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,9 @@ def test_padded__rows_point_at_masks_and_padding_is_hidden():
 
 def test_padded__equally_long_segments_need_no_mask():
     models = models_of("full")
+    by_response = stepper_of(ALL["hand assembly, response by response"], models).laid_out
+    assert [len(batches) for batches in by_response] == [2, 2]
+    assert all("attention_mask" not in batch.inputs for batches in by_response for batch in batches)
     stepper = Stepper(ALL["public code"], models, make_batch([(4, 3, 3)], models.size.mask_token_id))
     assert all("attention_mask" not in batch.inputs for batch in stepper.laid_out[0])
 
@@ -177,6 +181,15 @@ def test_page__tables_are_ratios_of_the_newest_run(measured, tmp_path, monkeypat
     assert len(tables["tiny-gsm8k"].splitlines()) == 2 + len(figure.BARS)
     assert tables["passes"].count("\n") == 1  # a header without rows: no LoRA was measured
 
+    lora = [dict(row, weights="LoRA") for row in rows if row["variant"] in ("public code", "+ small packs")]
+    both = [dict(row, variant="one batched pass", ms=str(2 * float(row["ms"]))) for row in lora[1::2]]
+    with path.open("a", newline="") as stream:
+        csv.DictWriter(stream, list(rows[0])).writerows([*lora[:2], both[0]])
+    *_, line = page.page_tables()["passes"].splitlines()
+    two, one = (figure.digits(factor * float(ours["ms"])) for factor in (1, 2))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:] == ["GSM8K's lengths", two, one, f"{float(ours['pct_of_floor']):.0f}"]
+
 
 def test_latest__a_partial_run_does_not_take_the_place_of_a_full_one(measured, tmp_path):
     _, rows = measured
@@ -263,8 +276,6 @@ def test_lengths__gsm8k_is_what_the_pairs_give(shared_gsm8k):
 
 @pytest.fixture
 def shared_gsm8k():
-    from pathlib import Path
-
     path = Path(__file__).parents[3] / "shared/data/gsm8k/preferences_train.jsonl"
     if not path.exists():
         pytest.skip("the GSM8K pairs are not there")
@@ -299,7 +310,9 @@ def test_arguments__a_variant_brings_its_baseline_and_cases_are_chosen():
     args = bench.parse(["--variants", "+ better masks", "--sizes", "9M", "--mixes", "gsm8k"])
     assert args.variants == {"+ better masks", "public code, our masks"}
     assert bench.cases(args) == [("9M", "gsm8k", 4)]
-    assert bench.cases(bench.parse(["--quick"])) == list(bench.QUICK_CASES)
+    quick = bench.parse(["--quick"])
+    assert bench.cases(quick) == list(bench.QUICK_CASES) and quick.rounds == 2
+    assert (quick.output, args.output, args.rounds) == (bench.QUICK_OUTPUT, bench.OUTPUT, 5)
     with pytest.raises(ValueError, match="no case has one of these --sizes"):
         bench.cases(bench.parse(["--sizes", "30M", "--mixes", "ultrafeedback-like"]))
 

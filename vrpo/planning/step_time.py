@@ -5,10 +5,10 @@ N masked rows, a forward pass takes
 
     2 P T (projections) + 4 D L T (attention) per layer, and 2 N D V (head)
 
-but for the last layer, whose projection o and MLP meet the N rows alone,
-and a backward pass as much again for the gradients of the inputs (attention twice), and 2 P T more where the
-weights train. Elementwise kernels move bytes: two constants, one for all layers and one for adapters, are set
-by the steps measured at K = 8 on one H100 (benchmarks/results/gpu/h100-2026-11-27-first/step.csv).
+but for the last layer, whose projection o and MLP meet the N rows alone; and a backward pass as much again
+for the gradients of the inputs (attention twice), and 2 P T more where the weights train. Elementwise kernels
+move bytes: two constants, one for all layers and one for adapters, are set by the steps measured at K = 8 on
+one H100 (benchmarks/results/gpu/h100-2026-11-27-first/step.csv).
 """
 
 from dataclasses import dataclass
